@@ -1,0 +1,45 @@
+"""Sixteen rules for distributed systems, each shown breaking and holding on real servers.
+
+Names are loaded when first used: `import distsys` imports no driver.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distsys.errors import Indeterminate as Indeterminate
+    from distsys.errors import LockDeadlock as LockDeadlock
+    from distsys.errors import LockLost as LockLost
+    from distsys.errors import LockNotAcquired as LockNotAcquired
+    from distsys.errors import Rejected as Rejected
+    from distsys.errors import StaleToken as StaleToken
+    from distsys.locks.advisory_lock import AdvisoryLock as AdvisoryLock
+    from distsys.locks.advisory_lock import advisory_locks as advisory_locks
+    from distsys.locks.fencing import current_token as current_token
+    from distsys.locks.fencing import fenced_set as fenced_set
+    from distsys.locks.fencing import fenced_update as fenced_update
+    from distsys.locks.redis_lock import RedisLock as RedisLock
+    from distsys.locks.redlock import Redlock as Redlock
+
+_HOME = {
+    "errors": ("Indeterminate", "LockDeadlock", "LockLost", "LockNotAcquired", "Rejected", "StaleToken"),
+    "locks.advisory_lock": ("AdvisoryLock", "advisory_locks"),
+    "locks.fencing": ("current_token", "fenced_set", "fenced_update"),
+    "locks.redis_lock": ("RedisLock",),
+    "locks.redlock": ("Redlock",),
+}
+__version__ = "0.1.0"
+__all__ = sorted(name for names in _HOME.values() for name in names)  # computed: one list, not two
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,275 @@
+"""distsys lab | run | prove | decide.
+
+Exit codes: 0 as expected, 1 a verdict is not as expected, 2 usage or something missing, 130 interrupted.
+What a command started ends with it, Ctrl-C and kill -9 included: the lab's supervisor sees to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from distsys import __version__
+from distsys.decide import PATTERNS, RULE_OF_THUMB, STAGES, recommend
+
+ABOUT = """\
+Sixteen rules for distributed systems, each shown breaking and holding on real Redis and PostgreSQL.
+
+  distsys lab                                  open the notebooks in JupyterLab
+  distsys run --list                           the experiments and their claims
+  distsys run no_lock --runs 20                run one; every arm gets a verdict: HELD, VIOLATED or INCONCLUSIVE
+  distsys prove mypkg.locks:MyLock --as lock   put your own lock under the same faults and the same checker
+  distsys decide locks --stage MVP --instances 3
+
+Servers are started for you and end with the command. To use your own, set DISTSYS_REDIS_URL and DISTSYS_POSTGRES_URL.
+"""
+CODES = "exit codes: 0 as expected · 1 a verdict is not as expected · 2 usage or something missing · 130 interrupted"
+
+
+class Usage(Exception):
+    """What the caller can do about it, in one line: the whole answer of the program."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="distsys", description=ABOUT, epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--version", action="version", version=f"distsys {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="{lab,run,prove,decide}")
+
+    def command(
+        name: str, call: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}\n{CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(call=call)
+        return sub
+
+    lab = command("lab", _lab, "open the notebooks in JupyterLab, on this machine only", "distsys lab --port 8889")
+    lab.add_argument("notebook", nargs="?", default="00_start_here", help="which one to open (default: %(default)s)")
+    lab.add_argument("--port", type=int, help="exactly this port (default: 8888, or the next free one)")
+    lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+
+    run = command("run", _run, "run experiments and print a verdict per arm", "distsys run no_lock --runs 20 --seed 7")
+    run.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="names; none lists them")
+    run.add_argument("--list", action="store_true", help="list names and claims, run nothing")
+
+    prove = command(
+        "prove",
+        _prove,
+        "put your own class under the lab's faults, level by level, until one breaks it",
+        "distsys prove mypkg.locks:MyLock --as lock",
+    )
+    prove.add_argument("candidate", metavar="MODULE:NAME", help="importable from the current folder")
+    prove.add_argument("--as", dest="kind", choices=["lock"], required=True, help="what it promises to be")
+    prove.add_argument("--level", type=int, metavar="N", help="stop after level N (default: all)")
+    for sub, runs in ((run, 3), (prove, None)):
+        if runs:
+            sub.add_argument(
+                "--runs", type=int, default=runs, metavar="N", help="runs of each arm (default: %(default)s)"
+            )
+        sub.add_argument("--seed", type=int, default=7, metavar="N", help="the same seed replays the same run")
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+    decide = command(
+        "decide",
+        _decide,
+        "whether a pattern pays at your stage, and what is simpler",
+        "distsys decide 'rate limiting' --stage Growth --instances 4",
+    )
+    decide.add_argument("pattern", nargs="?", metavar="PATTERN", help="any part of its name; none shows them all")
+    decide.add_argument("--stage", required=True, type=_stage, metavar="STAGE", help=" | ".join(STAGES))
+    decide.add_argument(
+        "--instances", type=int, required=True, metavar="N", help="server processes that run at the same time"
+    )
+    decide.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What the command answered, as an exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.call(options)
+    except Usage as problem:
+        print(f"distsys: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distsys: interrupted; everything it started has ended", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `distsys run --list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").split(".")[0] in ("distsys", ""):
+            raise
+        print(f"distsys: no {missing.name} here: run  pip install 'distsys[lab]'", file=sys.stderr)
+        return 2
+    return code
+
+
+def _decide(options: argparse.Namespace) -> int:
+    names = [options.pattern] if options.pattern else [p.name for p in PATTERNS]
+    try:
+        answers = [recommend(name, options.stage, options.instances) for name in names]
+    except ValueError as problem:
+        raise Usage(str(problem)) from None
+    if options.json:
+        _print_json(
+            [
+                {
+                    "pattern": a.pattern.name,
+                    "stage": a.stage,
+                    "instances": a.instances,
+                    "verdict": a.verdict,
+                    "reason": a.reason,
+                    "alternative": a.alternative,
+                    "ours": a.pattern.ours,
+                    "links": dict(a.links),
+                }
+                for a in answers
+            ]
+        )
+    elif options.pattern:
+        print(answers[0])
+    else:
+        for a in answers:
+            print(f"{a.verdict:<15} {a.pattern.name + (' (ours)' if a.pattern.ours else ''):<25} {a.alternative}")
+        print(f"\n{RULE_OF_THUMB}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from distsys.lab import experiments
+
+    if options.list or not options.experiments:
+        for name in experiments.names():
+            print(f"{name:<28} {experiments.load(name).claim}")
+        return 0
+    if options.runs < 1:
+        raise Usage(f"--runs {options.runs}: at least 1")
+    unknown = [name for name in options.experiments if name not in experiments.names()]
+    if unknown:
+        raise Usage(f"no experiment {unknown[0]!r}: run  distsys run --list")
+    return asyncio.run(_verdicts(options, [experiments.load(name) for name in options.experiments]))
+
+
+async def _verdicts(options: argparse.Namespace, chosen: list[Any]) -> int:
+    found: list[Any] = []
+    async with await _open(options.seed) as lab:
+        for experiment in chosen:
+            if not options.json:
+                print(f"{experiment.name}: {experiment.claim}", flush=True)
+            for verdict in await lab.run(experiment, runs=options.runs):
+                found.append(verdict)
+                if not options.json:
+                    print(f"  {verdict}", flush=True)
+    wrong = [v for v in found if not v.as_expected]
+    if options.json:
+        _print_json([v.to_dict() for v in found])
+    else:
+        print(f"{len(found) - len(wrong)} of {len(found)} verdicts as expected")
+    return 1 if wrong else 0
+
+
+async def _open(seed: int) -> Any:
+    from distsys.lab.servers import ServerUnavailable
+    from distsys.lab.session import Lab
+
+    try:
+        return await Lab.open(seed=seed)
+    except ServerUnavailable as missing:
+        raise Usage(str(missing)) from missing
+
+
+def _prove(options: argparse.Namespace) -> int:
+    module, _, name = options.candidate.partition(":")
+    if not (module and name):
+        raise Usage(f"{options.candidate!r} is not MODULE:NAME, as in mypkg.locks:MyLock")
+    sys.path.insert(0, "")
+    try:
+        candidate = import_module(module)
+        for part in name.split("."):
+            candidate = getattr(candidate, part)
+    except ModuleNotFoundError as missing:
+        raise Usage(f"cannot import {missing.name!r} from {Path.cwd()}: go to the folder that holds it") from missing
+    except AttributeError as missing:
+        raise Usage(f"{missing}") from missing
+    return asyncio.run(_climb(options, candidate))
+
+
+async def _climb(options: argparse.Namespace, candidate: Any) -> int:
+    async with await _open(options.seed) as lab:
+        ladder = await lab.try_lock(candidate, upto=options.level)
+    if options.json:
+        _print_json(ladder.to_dict())
+    else:
+        print(ladder)
+    return 0 if ladder.passed else 1
+
+
+def _lab(options: argparse.Namespace) -> int:
+    import_module("jupyterlab")
+    root = next(
+        (p for p in (Path.cwd(), Path(__file__).parents[1]) if (p / "notebooks/00_start_here.ipynb").exists()), None
+    )
+    if root is None:
+        raise Usage("no notebooks here: run it in the project's folder")
+    path = root / "notebooks" / f"{options.notebook.removesuffix('.ipynb')}.ipynb"
+    if not path.exists():
+        raise Usage(f"no {path.name}: there are {', '.join(p.stem for p in sorted(path.parent.glob('[0-9]*.ipynb')))}")
+    if options.port and not _free(options.port):
+        other = next((p for p in range(options.port + 1, options.port + 100) if _free(p)), 0)
+        raise Usage(f"port {options.port} is taken: run  PORT={other} make lab  or  distsys lab --port {other}")
+    if not os.access(path.parent, os.W_OK):
+        print(f"distsys: {path.parent} is read-only: to keep your changes, copy the project's folder", file=sys.stderr)
+    print("JupyterLab starts in a few seconds; Ctrl-C here stops it and all it started", flush=True)
+    settings = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.root_dir": str(root),
+        "LabApp.default_url": f"/lab/tree/notebooks/{path.name}",
+        "ServerApp.open_browser": not options.no_browser,
+        "ServerApp.allow_root": not os.geteuid(),
+        "ServerApp.answer_yes": True,  # Ctrl-C means it
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+        "LabApp.news_url": None,
+        "Application.log_level": "WARN",
+    }
+    if options.port:
+        settings |= {"ServerApp.port": options.port, "ServerApp.port_retries": 0}
+    arguments = [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in settings.items())]
+    os.execv(sys.executable, arguments)  # nothing of ours stands between Ctrl-C and the server
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _stage(text: str) -> str:
+    hits = [stage for stage in STAGES if stage.lower() == text.lower()]
+    if not hits:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(STAGES)}")
+    return hits[0]
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))

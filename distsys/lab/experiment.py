@@ -1,0 +1,280 @@
+"""An argument, run: a claim, candidates that should hold or break it, faults at exact points, and a check of what happened.
+
+The script of an experiment is the interleaving: it lets the workers go, waits for what they did, and strikes at their
+checkpoints. It waits for events only, so a bad arm breaks in every run and not in a lucky one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from distsys.lab.history import Check, History, Recorder
+from distsys.lab.worker import Job, Workload
+
+if TYPE_CHECKING:
+    from distsys.lab.processes import Process
+    from distsys.lab.proxy import TcpProxy
+    from distsys.lab.servers import Server
+    from distsys.lab.session import Lab
+
+Expected = Literal["HELD", "VIOLATED"]
+Signal = tuple[str, str, str]
+"""(process, what, name): what is "did", "failed", "broke", "waiting", "at" or "ended"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One candidate and the verdict expected of it."""
+
+    name: str
+    candidate: Any
+    expected: Expected | None
+    params: Mapping[str, Any] = field(default_factory=dict)  # for the workload, over the experiment's
+    point: str = ""  # where this candidate's own weak moment is, for scripts that strike there
+    prepare: Callable[[Run], Awaitable[None]] | None = None  # over the experiment's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """`workload` runs in each worker, `script` in the controller, `check` on the history they leave."""
+
+    name: str
+    claim: str
+    arms: tuple[Arm, ...]
+    workload: Workload
+    script: Callable[[Run], Awaitable[None]]
+    check: Check
+    prepare: Callable[[Run], Awaitable[None]]  # servers and starting state; fills run.urls
+    final: Callable[[Run], Awaitable[dict[str, Any]]] | None = None  # what the controller reads at the end
+    ttl: float = 0.3
+    patience: float = 0.2  # a worker that waits longer than this in one call says so ...
+    patience_ttls: float = 0.0  # ... and longer than so many TTLs
+    own_servers: bool = False  # needs servers it may kill or pause
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Stalled(RuntimeError):
+    """Nothing of what the script waits for happened."""
+
+
+class Actor:
+    """A worker process as the script sees it."""
+
+    def __init__(self, run: Run, process: Process, name: str) -> None:
+        self.run, self.process, self.name = run, process, name
+        self.ended: Signal = (name, "ended", "")
+        self.crash = ""
+
+    def did(self, op: str, task: str = "") -> Signal:
+        return (task or self.name, "did", op)
+
+    def failed(self, op: str, task: str = "") -> Signal:
+        return (task or self.name, "failed", op)
+
+    def broke(self, op: str, task: str = "") -> Signal:
+        return (task or self.name, "broke", op)
+
+    def waiting(self, op: str, task: str = "") -> Signal:
+        return (task or self.name, "waiting", op)
+
+    def at(self, point: str) -> Signal:
+        return (self.name, "at", point)
+
+    def go(self, *, hold: str = "", stop: str = "", kill: str = "", block: str = "") -> None:
+        """Lets the worker start; it holds, stops (SIGSTOP), is killed (SIGKILL) or blocks its loop at the named point."""
+        for action, point in (("hold", hold), ("stop", stop), ("kill", kill), ("block", block)):
+            if point:
+                self.send(do="arm", point=point, action=action)
+        self.send(do="go")
+
+    async def reached(self, point: str) -> bool:
+        """Waits until the worker is at the point, and stopped or dead if that was ordered; False if it ended before."""
+        if await self.run.until(self.at(point), self.ended) == self.ended:
+            return False
+        action = self.run.actions[self.name, point]
+        if action == "stop":
+            await self.process.stopped()
+        elif action == "kill":
+            await self.process.exited()
+        return True
+
+    def release(self, point: str) -> None:
+        """Ends a hold or a block."""
+        self.run.record("released", self.name, point)
+        self.send(do="release", point=point)
+
+    def resume(self) -> None:
+        """Ends a stop."""
+        self.run.record("resumed", self.name)
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends a worker that has shown all it can: no fault, and not in the history."""
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        if self.process.state != "exited":
+            # Between its death and our hearing of it there is a moment in which it can't be signalled any more.
+            with contextlib.suppress(ProcessLookupError):
+                self.process.signal(number)
+
+    def cancel(self, task: str) -> None:
+        self.send(do="cancel", point=task)
+
+    def send(self, **command: str) -> None:
+        assert self.process.sock is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended before it heard
+            self.process.sock.send(json.dumps(command).encode() + b"\n")
+
+
+class Run:
+    """One run of one arm: its workers, what they did, and what was done to them."""
+
+    def __init__(self, lab: Lab, experiment: Experiment, arm: Arm, seed: int, number: int) -> None:
+        self.lab, self.experiment, self.arm, self.seed, self.number = lab, experiment, arm, seed, number
+        self.ttl: float = {**experiment.params, **arm.params}.get("ttl", experiment.ttl)
+        self.resource = f"{lab.prefix}:{number}"
+        self.urls: dict[str, Any] = {}
+        self.actors: list[Actor] = []
+        self.actions: dict[tuple[str, str], str] = {}
+        self.nodes: list[Server] = []  # servers of this run alone
+        self.link: TcpProxy | None = None
+        self.cleanup = contextlib.AsyncExitStack()
+        self._recorder = Recorder()
+        self._seen: Counter[Signal] = Counter()
+        self._news = asyncio.Event()
+        self._readers: list[asyncio.Task[None]] = []
+        self.started = 0.0
+
+    async def __aenter__(self) -> Run:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for actor in self.actors:
+            actor.kill()
+            await actor.process.exited()
+        await asyncio.gather(*self._readers)
+        for actor in self.actors:
+            actor.process.close()
+        await self.cleanup.aclose()
+
+    # ---- for scripts
+
+    async def start(self, count: int, **urls: list[Any]) -> list[Actor]:
+        """Forks `count` workers, connected and waiting for go(). `urls` may give each its own: redis=[url1, url2]."""
+        from cloudpickle import dumps
+
+        if not self.started:
+            self.started = time.monotonic()
+        params = {**self.experiment.params, **self.arm.params}
+        ttl = self.ttl
+        params.pop("ttl", None)
+        new = []
+        for i in range(count):
+            name = f"w{len(self.actors) + 1}"
+            own = {**self.urls, **{kind: each[i] for kind, each in urls.items()}}
+            job = Job(
+                name,
+                self.seed,
+                self.experiment.workload,
+                self.arm.candidate,
+                own,
+                self.resource,
+                ttl,
+                max(self.experiment.patience, self.experiment.patience_ttls * ttl),
+                params,
+            )
+            process = await self.lab.processes.fork("distsys.lab.worker:main", dumps(job), name=name)
+            actor = Actor(self, process, name)
+            self.actors.append(actor)
+            self._readers.append(asyncio.create_task(self._listen(actor)))
+            new.append(actor)
+        for actor in new:
+            await self.until((actor.name, "ready", ""), actor.ended)
+        return new
+
+    async def until(self, *signals: Signal, timeout: float | None = None) -> Signal:
+        """Waits for the first of `signals`; each occurrence counts once."""
+        timeout = timeout or 10 + 5 * self.ttl
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    for one in signals:
+                        if self._seen[one] > 0:
+                            self._seen[one] -= one[1] != "ended"
+                            return one
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            wanted = " or ".join(f"{process} {what} {name}".strip() for process, what, name in signals)
+            raise Stalled(f"waited {timeout:g} s in vain for: {wanted}") from None
+
+    def record(self, kind: str, target: str, detail: str = "") -> None:
+        """A fault, for the history."""
+        self._recorder.fault(time.monotonic(), kind, target, detail)
+
+    async def finish(self, timeout: float | None = None) -> list[str]:
+        """Waits for every worker to end; the names of those that did not, which are then killed."""
+        stuck = []
+        for actor in self.actors:
+            try:
+                await self.until(actor.ended, timeout=timeout)
+            except Stalled:
+                stuck.append(actor.name)
+        return stuck
+
+    def crashes(self) -> list[str]:
+        return [f"{actor.name}: {actor.crash}" for actor in self.actors if actor.crash]
+
+    def history(self, **facts: Any) -> History:
+        return self._recorder.history(started=self.started, ended=time.monotonic(), **facts)
+
+    # ---- what the workers say
+
+    async def _listen(self, actor: Actor) -> None:
+        sock, loop, rest = actor.process.sock, asyncio.get_running_loop(), b""
+        assert sock is not None
+        try:
+            while data := await loop.sock_recv(sock, 65536):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._hear(actor, json.loads(line))
+        except ConnectionResetError:
+            rest = b""  # killed with unread commands in its socket
+        finally:
+            self._signal(actor.ended)
+
+    def _hear(self, actor: Actor, event: dict[str, Any]) -> None:
+        kind, who = event["e"], event.get("task") or actor.name
+        if kind == "at":
+            self.actions[actor.name, event["point"]] = event["action"]
+            past = {"stop": "stopped", "kill": "killed", "hold": "held", "block": "held"}[event["action"]]
+            self._recorder.fault(event["t"], past, actor.name, event["point"])
+            self._signal(actor.at(event["point"]))
+        elif kind == "crash":
+            actor.crash = event["detail"]
+        elif kind in ("ready", "done"):
+            self._signal((actor.name, kind, ""))
+        elif kind == "waiting":
+            self._signal((who, "waiting", event["name"]))
+        else:
+            self._recorder.event(actor.name, event)
+            what = {"ok": "did", "fail": "failed", "info": "broke", "call": "called"}[kind]
+            self._signal((who, what, event["name"]))
+
+    def _signal(self, one: Signal) -> None:
+        self._seen[one] += 1
+        self._news.set()
+
+
+def new_prefix() -> str:
+    return f"lab:{os.getpid()}-{os.urandom(3).hex()}"

@@ -1,0 +1,25 @@
+"""The experiments by name. Each module holds those of one rule, as `EXPERIMENTS`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from distsys.lab.experiment import Experiment
+
+_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing")
+
+
+def every() -> dict[str, Experiment]:
+    """All experiments, in the order of the rules."""
+    return {e.name: e for module in _MODULES for e in import_module(f"{__name__}.{module}").EXPERIMENTS}
+
+
+def names() -> list[str]:
+    return list(every())
+
+
+def load(name: str) -> Experiment:
+    known = every()
+    if name not in known:
+        raise LookupError(f"no experiment is called {name!r}; there are: {', '.join(known)}")
+    return known[name]

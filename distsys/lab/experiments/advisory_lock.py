@@ -1,0 +1,172 @@
+"""PostgreSQL's locks: where the session is the owner, whoever shares the session shares the lock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from distsys.errors import Rejected
+from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update
+from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiments import bad_locks
+from distsys.lab.experiments.lock_scripts import (
+    on_postgres,
+    on_redis,
+    or_refused,
+    overlap,
+    postgres_balance,
+    redis_balance,
+)
+from distsys.lab.history import Finding, History
+from distsys.lab.worker import Worker, checkpoint
+from distsys.lab.workloads import increments, increments_by_tasks
+from distsys.locks.advisory_lock import AdvisoryLock, advisory_locks
+
+AT_ONCE = all_of(mutual_exclusion, no_lost_update)
+
+
+@contextlib.asynccontextmanager
+async def transaction_lock(conn: Any, name: str) -> AsyncIterator[Any]:
+    """AdvisoryLock in the caller's transaction: it ends with the transaction, whatever happens."""
+    async with conn.transaction(), AdvisoryLock(conn, name) as held:
+        yield held
+
+
+SESSION = partial(AdvisoryLock, scope="session")
+
+for_update = Experiment(
+    name="select-for-update",
+    claim="Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
+    arms=(
+        Arm(name="read, then write", candidate=bad_locks.NoLock, expected="VIOLATED"),
+        Arm(name="SELECT ... FOR UPDATE", candidate=bad_locks.select_for_update, expected="HELD"),
+        Arm(name="AdvisoryLock, transaction scope", candidate=transaction_lock, expected="HELD"),
+        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
+    ),
+    workload=increments,
+    params={"account": "postgres"},
+    script=overlap,
+    check=no_lost_update,
+    prepare=on_postgres,
+    final=postgres_balance,
+)
+
+
+async def two_tasks(run: Run) -> None:
+    """Two tasks of one process and one pool: b comes while a is between its read and its write."""
+    (w1,) = await run.start(1)
+    for point in ("start-b", "a-before-write"):
+        w1.send(do="arm", point=point, action="hold")
+    w1.go()
+    await w1.reached("a-before-write")
+    w1.release("start-b")
+    await run.until(w1.did("write", "w1.b"), w1.waiting("acquire", "w1.b"))
+    w1.release("a-before-write")
+
+
+pooled = Experiment(
+    name="session-lock-in-pool",
+    claim="A session lock belongs to the connection: returned to a pool while locked, it is the next borrower's too.",
+    arms=(
+        Arm(name="pg_advisory_lock, connection returned", candidate=bad_locks.PooledSessionLock, expected="VIOLATED"),
+        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
+    ),
+    workload=increments_by_tasks,
+    params={"tasks": "ab", "account": "postgres", "pool_size": 1},
+    script=two_tasks,
+    check=AT_ONCE,
+    prepare=on_postgres,
+    final=postgres_balance,
+)
+
+
+async def behind_pgbouncer(run: Run) -> None:
+    """One PostgreSQL behind pgbouncer in transaction mode; the bank is in Redis."""
+    await on_redis(run)
+    postgres = await run.lab.servers.postgres()
+    run.urls["dsn"] = (await run.lab.servers.pgbouncer(postgres, pool_size=1)).url
+
+
+pgbouncer = Experiment(
+    name="session-lock-behind-pgbouncer",
+    claim="A pooler in transaction mode gives one session to many clients, and with it their session locks.",
+    arms=(
+        Arm(name="pg_advisory_lock", candidate=bad_locks.RawSessionLock, expected="VIOLATED"),
+        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
+        Arm(name="AdvisoryLock, transaction scope", candidate=transaction_lock, expected="HELD"),
+    ),
+    workload=increments,
+    script=overlap,
+    check=or_refused(AT_ONCE),
+    prepare=behind_pgbouncer,
+    final=redis_balance,
+)
+
+
+@contextlib.asynccontextmanager
+async def in_argument_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    async with conn.transaction():
+        async with AdvisoryLock(conn, f"{name}:{first}"):
+            await checkpoint("between-locks")
+            async with AdvisoryLock(conn, f"{name}:{second}"):
+                yield
+
+
+@contextlib.asynccontextmanager
+async def in_sorted_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    async with conn.transaction(), advisory_locks(conn, f"{name}:{first}", f"{name}:{second}"):
+        await checkpoint("between-locks")
+        yield
+
+
+async def transfer(worker: Worker, candidate: Any) -> None:
+    """w1 transfers from a to b, w2 from b to a: each needs both locks."""
+    order = ("a", "b") if worker.name == "w1" else ("b", "a")
+    lock = await worker.build(candidate, first=order[0], second=order[1])
+    try:
+        async with worker.op("acquire"):
+            await lock.__aenter__()
+    except Rejected:
+        return  # on the record
+    async with worker.op("release"):
+        await lock.__aexit__(None, None, None)
+
+
+async def crossing(run: Run) -> None:
+    """Each has its first lock, and asks for the other's."""
+    w1, w2 = await run.start(2)
+    w1.go(hold="between-locks")
+    await w1.reached("between-locks")
+    w2.go(hold="between-locks")
+    await run.until(w2.at("between-locks"), w2.waiting("acquire"))
+    w2.release("between-locks")
+    w1.release("between-locks")
+
+
+def everybody_enters(history: History) -> Finding:
+    """Nobody is ended by the deadlock detector."""
+    asked = history.where("acquire")
+    failed = [op for op in asked if op.status != "ok"]
+    if failed:
+        return Finding("VIOLATED", f"{len(failed)} of {len(asked)} ended as a deadlock", tuple(failed))
+    if len({op.process for op in asked}) < 2:
+        return Finding("INCONCLUSIVE", "fewer than two workers asked")
+    return Finding("HELD", f"all {len(asked)} entered")
+
+
+lock_order = Experiment(
+    name="lock-order",
+    claim="Two locks taken in opposite orders wait for each other; taken in one order they never do.",
+    arms=(
+        Arm(name="in the order of the arguments", candidate=in_argument_order, expected="VIOLATED"),
+        Arm(name="advisory_locks, sorted", candidate=in_sorted_order, expected="HELD"),
+    ),
+    workload=transfer,
+    script=crossing,
+    check=everybody_enters,
+    prepare=on_postgres,
+)
+
+EXPERIMENTS = (for_update, pooled, pgbouncer, lock_order)

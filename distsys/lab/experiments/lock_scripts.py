@@ -1,0 +1,159 @@
+"""The interleavings that break locks, and the servers they run on. w1 is the unlucky holder, w2 the one who comes after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from distsys.lab.experiment import Run
+from distsys.lab.history import Check, Finding, History
+from distsys.lab.servers import Server
+
+# ---- interleavings
+
+
+async def crowd(run: Run) -> None:
+    """No faults: all workers at once."""
+    for actor in await run.start(run.lab.workers):
+        actor.go()
+
+
+async def overlap(run: Run) -> None:
+    """w2 comes while w1 is between its read and its write; w1 goes on when w2 has written, or waits as it should."""
+    w1, w2 = await run.start(2)
+    w1.go(hold="before-write")
+    await w1.reached("before-write")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.release("before-write")
+
+
+async def both_between_get_and_set(run: Run) -> None:
+    """Both workers have seen that the lock is free before either takes it."""
+    point = run.arm.point or "acquiring"
+    w1, w2 = await run.start(2)
+    w1.go(hold=point)
+    await w1.reached(point)
+    w2.go(hold=point)
+    await w2.reached(point)
+    w2.send(do="arm", point="before-write", action="hold")
+    w2.release(point)
+    await w2.reached("before-write")
+    w1.release(point)
+    await run.until(w1.did("write"), w1.waiting("acquire"), w1.ended)
+    w2.release("before-write")
+
+
+async def killed_holder(run: Run) -> None:
+    """w1 dies with kill -9 inside; w2 needs the lock."""
+    w1, w2 = await run.start(2)
+    w1.go(kill="before-write")
+    await w1.reached("before-write")
+    w2.go()
+    if await run.until(w2.did("acquire"), w2.waiting("acquire"), w2.ended) == w2.waiting("acquire"):
+        w2.kill()
+
+
+async def paused_holder(run: Run) -> None:
+    """w1's process stands still, lease and all, until w2 has written; then w1 goes on where it was."""
+    w1, w2 = await run.start(2)
+    w1.go(stop="before-write")
+    await w1.reached("before-write")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.resume()
+
+
+async def late_release(run: Run) -> None:
+    """w1 has written and is stopped on its way out, past its lease; w2 is inside when w1 releases; w3 comes."""
+    point = run.arm.point or "before-release"
+    w1, w2, w3 = await run.start(3)
+    w1.go(stop=point)
+    await w1.reached(point)
+    w2.go(hold="before-write")
+    await run.until(w2.at("before-write"), w2.waiting("acquire"), w2.ended)
+    w1.resume()
+    await run.until(w1.ended)
+    w3.go()
+    await run.until(w3.did("write"), w3.waiting("acquire"), w3.ended)
+    w2.release("before-write")
+
+
+async def blocked_loop(run: Run) -> None:
+    """w1's event loop is blocked past its lease: nothing can renew it, nothing can tell it."""
+    w1, w2 = await run.start(2)
+    w1.go(block="before-write")
+    await w1.reached("before-write")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.release("before-write")
+
+
+# ---- servers
+
+
+async def on_redis(run: Run) -> None:
+    """One Redis for the lock and the account."""
+    run.urls["redis"] = run.urls["bank"] = await run.lab.redis_url()
+
+
+async def on_postgres(run: Run) -> None:
+    """One PostgreSQL with the run's account."""
+    import psycopg
+
+    run.urls["dsn"] = await run.lab.dsn()
+    async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
+        await conn.execute("INSERT INTO accounts VALUES (%s, 0, NULL)", (run.resource,))
+
+
+async def own_redis(run: Run, name: str, *, replica_of: Server | None = None, through: int = 0) -> Server:
+    """A Redis of this run alone, which it may kill; a replica may reach its primary `through` a proxy's port."""
+    if replica_of is not None and through:
+        replica_of = replace(replica_of, port=through)
+    server = await run.lab.servers.redis(f"{name}-{run.number}", replica_of=replica_of)
+
+    async def end() -> None:
+        run.lab.servers.running.pop(server.name, None)
+        if server.process is not None and server.process.state != "exited":
+            await server.kill()
+
+    run.cleanup.push_async_callback(end)
+    return server
+
+
+async def redis_balance(run: Run) -> dict[str, Any]:
+    """What the account holds in the end."""
+    import redis.asyncio
+
+    async with redis.asyncio.Redis.from_url(run.urls["bank"]) as client:
+        return {"initial": 0, "final": int(await client.get(f"{{{run.resource}}}:balance") or 0)}
+
+
+async def postgres_balance(run: Run) -> dict[str, Any]:
+    import psycopg
+
+    async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
+        cursor = await conn.execute("SELECT balance FROM accounts WHERE name = %s", (run.resource,))
+        row = await cursor.fetchone()
+    return {"initial": 0, "final": row[0] if row else None}
+
+
+async def either_balance(run: Run) -> dict[str, Any]:
+    """From wherever the arm keeps its account."""
+    in_postgres = str(run.arm.params.get("account", "")).startswith("postgres")
+    return await (postgres_balance if in_postgres else redis_balance)(run)
+
+
+# ---- checks
+
+
+def or_refused(check: Check) -> Check:
+    """A candidate that refuses what it can't promise has kept its promise, though the danger itself was never reached."""
+
+    def refused(history: History) -> Finding:
+        finding, denied = check(history), history.where("acquire", status="fail")
+        if finding.status == "INCONCLUSIVE" and denied:
+            return Finding("HELD", f"{len(denied)} of {len(history.where('acquire'))} refused: {denied[0].detail}")
+        return finding
+
+    return refused

@@ -1,0 +1,200 @@
+"""What a majority of independent nodes withstands, what it does not, and what a single node or a failover does instead."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update, progress
+from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiments.bad_locks import IncrToken
+from distsys.lab.experiments.lock_scripts import (
+    either_balance,
+    on_postgres,
+    on_redis,
+    or_refused,
+    own_redis,
+    redis_balance,
+)
+from distsys.lab.proxy import TcpProxy
+from distsys.lab.workloads import increments
+from distsys.locks.fencing import ensure_schema, postgres_tokens
+from distsys.locks.redis_lock import RedisLock
+from distsys.locks.redlock import Redlock
+
+FENCED = {"account": "redis, fenced"}
+
+
+async def three_nodes(run: Run) -> None:
+    """Three empty nodes, the first of them also as the only one for locks on one Redis; the bank stands elsewhere."""
+    await on_redis(run)
+    run.nodes = [await own_redis(run, f"node{i}") for i in (1, 2, 3)]
+    run.urls |= {"redis": run.nodes[0].url, "nodes": [node.url for node in run.nodes]}
+
+
+async def node_restarts_empty(run: Run) -> None:
+    """w1 is inside when one node is killed and comes back without its data; w2 comes."""
+    w1, w2 = await run.start(2)
+    w1.go(hold="before-write")
+    await w1.reached("before-write")
+    await run.nodes[0].restart()
+    run.record("server", "node1", "restarted empty")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.release("before-write")
+
+
+one_restart = Experiment(
+    name="node-restarts-empty",
+    claim="A lock on one node is forgotten when that node restarts; a majority of three remembers it.",
+    arms=(
+        Arm(name="RedisLock, one node", candidate=RedisLock, expected="VIOLATED"),
+        Arm(name="Redlock, three nodes", candidate=Redlock, expected="HELD"),
+    ),
+    workload=increments,
+    script=node_restarts_empty,
+    check=all_of(mutual_exclusion, no_lost_update),
+    prepare=three_nodes,
+    final=redis_balance,
+    ttl=2.0,
+    own_servers=True,
+)
+
+
+async def first_node_fails(run: Run) -> None:
+    """One node hangs (SIGSTOP) or is killed before anybody asks; both workers need the lock, one after the other."""
+    w1, w2 = await run.start(2)
+    if run.arm.point == "killed":
+        await run.nodes[0].kill()
+    else:
+        await run.nodes[0].pause()
+    run.record("server", "node1", run.arm.point)
+    for actor in (w1, w2):
+        actor.go()
+        if await run.until(actor.did("write"), actor.waiting("acquire"), actor.ended) == actor.waiting("acquire"):
+            actor.kill()
+
+
+node_fails = Experiment(
+    name="node-fails",
+    claim="A dead or hung node stops a lock on one node; with Redlock it costs no more than the node timeout.",
+    arms=(
+        Arm(name="RedisLock, its node hung", candidate=RedisLock, expected="VIOLATED", point="hung"),
+        Arm(name="Redlock, one of three hung", candidate=Redlock, expected="HELD", point="hung"),
+        Arm(name="Redlock, one of three killed", candidate=Redlock, expected="HELD", point="killed"),
+    ),
+    workload=increments,
+    script=first_node_fails,
+    check=progress,
+    prepare=three_nodes,
+    ttl=2.0,
+    patience=1.0,
+    own_servers=True,
+)
+
+
+async def majority_forgets(run: Run) -> None:
+    """w1 is granted by nodes 1 and 2 while 3 is down; 3 comes back, 2 restarts empty, and w2 asks 2 and 3."""
+    node2, node3 = run.nodes[1:]
+    await node3.kill()
+    run.record("server", "node3", "killed")
+    w1, w2 = await run.start(2)
+    w1.go(hold="before-write")
+    await w1.reached("before-write")
+    await node2.kill()
+    run.record("server", "node2", "killed")
+    await node3.restart()
+    run.record("server", "node3", "restarted empty")
+    if run.arm.point == "delayed":  # with node 2 gone and node 3 empty no majority renews the lease: w1 is told
+        w2.go()
+        await run.until(w1.broke("release"))
+    await node2.restart()
+    run.record("server", "node2", "restarted empty")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.release("before-write")
+
+
+forgetful_majority = Experiment(
+    name="majority-forgets",
+    claim="Redlock counts on nodes that remember: one that restarts empty inside a lease can be the deciding vote for two.",
+    arms=(
+        Arm(name="Redlock, restarted at once", candidate=Redlock, expected="VIOLATED"),
+        Arm(name="Redlock, restarted after the lease", candidate=Redlock, expected="HELD", point="delayed"),
+    ),
+    workload=increments,
+    script=majority_forgets,
+    check=no_lost_update,
+    prepare=three_nodes,
+    final=redis_balance,
+    ttl=1.0,
+    own_servers=True,
+)
+
+
+# ---- failover: a primary that dies before its replica has heard of the lock
+
+
+async def lagging_replica(run: Run) -> None:
+    """A primary with a replica behind a link that can fall silent; the bank stands elsewhere and survives."""
+    await on_redis(run)
+    if run.arm.params.get("account", "").startswith("postgres"):
+        import psycopg
+
+        await on_postgres(run)
+        async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
+            await ensure_schema(conn)
+    primary = await own_redis(run, "primary")
+    run.link = await run.cleanup.enter_async_context(TcpProxy(primary.host, primary.port))
+    replica = await own_redis(run, "replica", replica_of=primary, through=run.link.port)
+    run.nodes = [primary, replica]
+    run.urls["redis"] = primary.url
+
+
+async def failover(run: Run) -> None:
+    """The link falls silent, w1 is granted the lock, the primary dies, the replica takes over, w2 comes."""
+    primary, replica = run.nodes
+    w1, w2 = await run.start(2, redis=[primary.url, replica.url])
+    run.link.drop()
+    w1.go(hold="before-write")
+    await run.until(w1.at("before-write"), w1.ended)
+    await primary.kill()
+    run.record("server", "primary", "killed")
+    await run.lab.servers.promote(replica)
+    run.record("server", "replica", "promoted")
+    w2.go()
+    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    w1.release("before-write")
+    await run.until(w1.did("write"), w1.failed("write"), w1.ended)
+    w1.kill()  # what is left is its release, which the dead primary can't answer
+
+
+def lock_with_postgres_tokens(redis, name, ttl, pool):  # type: ignore[no-untyped-def]  # injected by name
+    """RedisLock whose tokens come from a sequence that no failover of Redis turns back."""
+    return RedisLock(redis, name, ttl=ttl, tokens=postgres_tokens(pool))
+
+
+fail_over = Experiment(
+    name="failover",
+    claim="Replication is asynchronous: a failover can forget a lock that was granted, and grant it again.",
+    arms=(
+        Arm(name="RedisLock, no fence", candidate=RedisLock, expected="VIOLATED"),
+        Arm(name="fence, token by INCR", candidate=IncrToken, expected="VIOLATED", params=FENCED),
+        Arm(name="fence, RedisLock's token", candidate=RedisLock, expected="HELD", params=FENCED),
+        Arm(
+            name="fence, token from PostgreSQL",
+            candidate=lock_with_postgres_tokens,
+            expected="HELD",
+            params={"account": "postgres, fenced"},
+        ),
+        Arm(name="RedisLock, min_replicas=1", candidate=partial(RedisLock, min_replicas=1), expected="HELD"),
+    ),
+    workload=increments,
+    script=failover,
+    check=or_refused(no_lost_update),
+    prepare=lagging_replica,
+    final=either_balance,
+    ttl=2.0,
+    own_servers=True,
+)
+
+EXPERIMENTS = (one_restart, node_fails, forgetful_majority, fail_over)

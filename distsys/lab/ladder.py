@@ -1,0 +1,144 @@
+"""Bring your own lock: one fault more on each level, up to the first one that it does not survive."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distsys.lab import experiments
+from distsys.lab.experiment import Arm, Run
+from distsys.lab.experiments.lock_scripts import on_postgres, on_redis, own_redis
+from distsys.lab.verdict import Verdict
+
+if TYPE_CHECKING:
+    from distsys.lab.session import Lab
+
+
+@dataclass(frozen=True)
+class Level:
+    title: str
+    experiment: str
+    hint: str  # for the level's failure, without giving the answer away
+
+
+LEVELS = (
+    Level(
+        "no faults: workers take turns",
+        "contention",
+        "Who may enter is decided by one atomic step at the server. Is there a gap between your look and your taking?",
+    ),
+    Level(
+        "the holder is killed: the next one still gets in",
+        "killed-holder",
+        "A dead process releases nothing. Who else can end its lock, and when?",
+    ),
+    Level(
+        "the holder is slower than its TTL",
+        "slow-holder",
+        "The lease has to last as long as the work. Who extends it, how often, and who is told when that fails?",
+    ),
+    Level(
+        "the holder comes back late and releases",
+        "late-release",
+        "Between your look at the owner and your DEL the lock can change hands. Only the server can do both at once.",
+    ),
+    Level(
+        "the holder's process stands still, wakes up and writes",
+        "paused-holder",
+        "No client can notice that it is asleep. What could the account compare to refuse a write that comes too late?",
+    ),
+    Level(
+        "the server forgets the lock",
+        "node-restarts-empty",
+        "The second holder is granted rightly. Does its token still look newer than the first one's, to the account?",
+    ),
+)
+ACCOUNT = "redis, fenced where it can be"
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How far a lock came: one verdict per level tried, the last of them failed unless all were passed."""
+
+    candidate: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        return len(self.verdicts) == len(LEVELS) and self.verdicts[-1].status == "HELD"
+
+    @property
+    def level(self) -> int:
+        """How many levels it passed."""
+        return sum(verdict.status == "HELD" for verdict in self.verdicts)
+
+    def __str__(self) -> str:
+        lines = [f"{self.candidate}: passed {self.level} of {len(LEVELS)} levels"]
+        for i, (level, mark, said) in enumerate(self._rows(), 1):
+            lines.append(f"  {mark} {i}. {level.title}{f' - {said}' if said else ''}")
+        if self.verdicts and self.verdicts[-1].status != "HELD":
+            lines.append(f"  hint: {LEVELS[self.level].hint}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "candidate": self.candidate,
+            "passed": self.passed,
+            "level": self.level,
+            "levels": len(LEVELS),
+            "verdicts": [verdict.to_dict() for verdict in self.verdicts],
+        }
+
+    def _rows(self) -> list[tuple[Level, str, str]]:
+        marks = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
+        tried = [(marks[v.status], "" if v.status == "HELD" else v.summary) for v in self.verdicts]
+        return [(level, *(tried[i] if i < len(tried) else ("·", ""))) for i, level in enumerate(LEVELS)]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{i}</td><td>{mark}</td><td style='text-align:left'>{html.escape(level.title)}</td>"
+            f"<td style='text-align:left'>{html.escape(said)}</td></tr>"
+            for i, (level, mark, said) in enumerate(self._rows(), 1)
+        )
+        page = (
+            f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(LEVELS)} levels</p>"
+            f"<table><thead><tr><th></th><th></th><th>level</th><th>what happened</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+        if self.verdicts and self.verdicts[-1].status != "HELD":
+            hint = html.escape(LEVELS[self.level].hint)
+            page += self.verdicts[-1]._repr_html_() + f"<details><summary>a hint</summary><p>{hint}</p></details>"
+        return page
+
+
+async def climb(lab: Lab, candidate: Any, *, ttl: float, upto: int | None) -> Climb:
+    """Tries level after level. `ttl` is what the candidate is given, or the TTL it has built in."""
+    name = getattr(candidate, "__name__", None) or repr(candidate)
+    verdicts: list[Verdict] = []
+    for level in LEVELS[:upto]:
+        experiment = experiments.load(level.experiment)
+        arm = Arm(
+            name=f"{name}: {level.title}",
+            candidate=candidate,
+            expected=None,
+            params={"account": ACCOUNT, "ttl": ttl},
+            prepare=_forgetful_redis if level.experiment == "node-restarts-empty" else _both,
+        )
+        verdicts.append(await lab.judge(experiment, arm))
+        if verdicts[-1].status != "HELD":
+            break
+    return Climb(name, tuple(verdicts))
+
+
+async def _both(run: Run) -> None:
+    """A Redis and a PostgreSQL, whichever the candidate's parameters ask for."""
+    await on_redis(run)
+    await on_postgres(run)
+
+
+async def _forgetful_redis(run: Run) -> None:
+    await _both(run)
+    run.nodes = [await own_redis(run, "node1")]
+    run.urls["redis"] = run.nodes[0].url

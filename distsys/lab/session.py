@@ -1,0 +1,238 @@
+"""The lab a notebook opens: servers, workers and verdicts, and nothing left of them when it is closed or its kernel dies."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import statistics
+import time
+from dataclasses import replace
+from typing import Any, Literal
+
+from distsys.lab import experiments
+from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, new_prefix
+from distsys.lab.history import Finding, History
+from distsys.lab.ladder import Climb, climb
+from distsys.lab.processes import Processes
+from distsys.lab.servers import Server, Servers, ServerUnavailable
+from distsys.lab.verdict import Verdict, Verdicts
+
+Profile = Literal["quick", "full"]
+RUNS = {"quick": 1, "full": 5}  # of each arm: the script fixes the interleaving, so more runs look for luck
+
+
+class Lab:
+    """`lab = await Lab.open()`; evaluate `lab` for its servers; `await lab.test(MyLock, "slow-holder")`; `await lab.close()`."""
+
+    def __init__(self, processes: Processes, servers: Servers, profile: Profile, seed: int, workers: int) -> None:
+        self.processes, self.servers = processes, servers
+        self.profile, self.seed, self.workers = profile, seed, workers
+        self.prefix = new_prefix()
+        self.verdicts: list[Verdict] = []
+        self._number = 0
+        self._schema: str | None = None
+        self._closed = False
+
+    @classmethod
+    async def open(
+        cls,
+        *,
+        redis_url: str = "",
+        pg_dsn: str = "",
+        profile: Profile = "quick",
+        seed: int = 7,
+        workers: int = 4,
+        backend: str | None = None,
+    ) -> Lab:
+        """Starts a Redis or Valkey and a PostgreSQL, or uses those that the URLs name. Raises ServerUnavailable."""
+        if profile not in RUNS:
+            raise ValueError(f"profile={profile!r}: 'quick' runs each arm once, 'full' five times")
+        if not 2 <= workers <= 64:
+            raise ValueError(f"workers={workers}: between 2, for there to be a race, and 64")
+        processes = await Processes.start()
+        try:
+            servers = Servers(processes, redis_url=redis_url, pg_dsn=pg_dsn, backend=backend)
+            lab = cls(processes, servers, profile, seed, workers)
+            await asyncio.gather(servers.redis(), lab.dsn())
+            return lab
+        except BaseException:
+            await processes.aclose()
+            raise
+
+    async def __aenter__(self) -> Lab:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends every process and removes what was written to servers that are not ours. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._sweep()
+            await self.servers.aclose()
+        finally:
+            await self.processes.aclose()
+
+    # ---- experiments
+
+    async def run(
+        self, experiment: str | Experiment, *, runs: int | None = None, seed: int | None = None
+    ) -> Verdicts:
+        """All arms of an experiment, each with the verdict expected of it."""
+        chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
+        verdicts = [await self.judge(chosen, arm, runs, seed) for arm in chosen.arms]
+        self.verdicts += verdicts
+        return Verdicts(verdicts)
+
+    async def test(
+        self,
+        candidate: Any,
+        experiment: str | Experiment,
+        *,
+        expected: Expected | None = None,
+        runs: int | None = None,
+        seed: int | None = None,
+        name: str = "",
+        **params: Any,
+    ) -> Verdict:
+        """One candidate of yours under an experiment's workload, faults and check. `params` go to the workload."""
+        chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
+        arm = Arm(name=name or _label(candidate), candidate=candidate, expected=expected, params=params)
+        verdict = await self.judge(chosen, arm, runs, seed)
+        self.verdicts.append(verdict)
+        return verdict
+
+    async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
+        """Climbs the ladder of faults with a lock of yours and stops at the first level it fails."""
+        return await climb(self, candidate, ttl=ttl, upto=upto)
+
+    def summary(self) -> str:
+        """A line per verdict so far, in words only: the same on every machine."""
+        return Verdicts(self.verdicts).summary()
+
+    async def judge(
+        self, experiment: Experiment, arm: Arm, runs: int | None = None, seed: int | None = None
+    ) -> Verdict:
+        """Runs one arm `runs` times; one violation is enough."""
+        if self._closed:
+            raise RuntimeError("this lab is closed: open another with `await Lab.open()`")
+        seed, runs = self.seed if seed is None else seed, runs or RUNS[self.profile]
+        found: list[tuple[Finding, History]] = []
+        began = time.monotonic()
+        for i in range(runs):
+            found.append(await self._once(experiment, arm, seed + i))
+        histories = [history for _, history in found]
+        return Verdict.of(
+            [(history, finding) for finding, history in found],
+            title=arm.name,
+            claim=experiment.claim,
+            expected=arm.expected,
+            seed=seed,
+            params={"experiment": experiment.name, "ttl": experiment.ttl, **experiment.params, **arm.params},
+            servers={s.name: str(s) for s in self.servers.running.values()},
+            replay=f"distsys run {experiment.name} --seed {seed} --runs {runs}",
+            stats={"seconds": round(time.monotonic() - began, 2), **_latencies(histories)},
+        )
+
+    async def _once(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Finding, History]:
+        self._number += 1
+        async with Run(self, experiment, arm, seed, self._number) as run:
+            try:
+                await (arm.prepare or experiment.prepare)(run)
+                await experiment.script(run)
+                stuck = await run.finish()
+            except ServerUnavailable as error:
+                return Finding("INCONCLUSIVE", f"not run: {error}"), run.history()
+            except Stalled as error:
+                return Finding("INCONCLUSIVE", "; ".join([str(error), *run.crashes()])), run.history()
+            facts = await experiment.final(run) if experiment.final else {}
+            history = run.history(**facts)
+            finding, crashes = experiment.check(history), run.crashes()
+            if finding.status == "INCONCLUSIVE" and (crashes or stuck):
+                finding = replace(finding, summary="; ".join([finding.summary, *crashes, *(f"{s} never ended" for s in stuck)]))
+            elif finding.status == "HELD" and crashes and not any(f.kind == "server" for f in history.faults):
+                finding = Finding("INCONCLUSIVE", f"{crashes[0]} (else: {finding.summary})")
+            return finding, history
+
+    # ---- servers
+
+    async def redis_url(self) -> str:
+        return (await self.servers.redis()).url
+
+    async def dsn(self) -> str:
+        """Of PostgreSQL, with a schema of this lab's own first in its search path."""
+        import psycopg
+        from psycopg.conninfo import make_conninfo
+
+        server = await self.servers.postgres()
+        if self._schema is None:
+            self._schema = self.prefix.replace(":", "_").replace("-", "_")
+            async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as conn:
+                await conn.execute(f'CREATE SCHEMA IF NOT EXISTS "{self._schema}"')
+                await conn.execute(
+                    f'CREATE TABLE IF NOT EXISTS "{self._schema}".accounts '
+                    "(name text PRIMARY KEY, balance bigint NOT NULL, fence_token bigint)"
+                )
+        return make_conninfo(server.url, options=f"-csearch_path={self._schema},public")
+
+    async def _sweep(self) -> None:
+        """On servers that outlive the lab: its keys and its schema."""
+        for server in self.servers.running.values():
+            if server.origin != "url":
+                continue
+            if server.kind == "redis":
+                import redis.asyncio
+
+                async with redis.asyncio.Redis.from_url(server.url) as client:
+                    keys = [key async for key in client.scan_iter(f"*{self.prefix}*", count=1000)]
+                    if keys:
+                        await client.delete(*keys)
+            elif server.kind == "postgres" and self._schema:
+                import psycopg
+
+                async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as conn:
+                    await conn.execute(f'DROP SCHEMA IF EXISTS "{self._schema}" CASCADE')
+
+    def __str__(self) -> str:
+        return "\n".join(f"{s.name}: {s} at {_address(s)}" for s in self.servers.running.values())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><b>{html.escape(s.name)}</b></td><td>{html.escape(s.version)}</td><td>{html.escape(_ORIGINS[s.origin])}"
+            f"</td><td><code>{html.escape(_address(s))}</code></td></tr>"
+            for s in self.servers.running.values()
+        )
+        return (
+            "<table><thead><tr><th>server</th><th>version</th><th>from</th><th>address</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>"
+        )
+
+
+_ORIGINS = {
+    "embedded": "a wheel, started for this lab",
+    "system": "this machine's installation, started for this lab",
+    "docker": "a container, started for this lab",
+    "url": "your URL: the lab can't kill or pause it",
+}
+
+
+def _address(server: Server) -> str:
+    return f"{server.host}:{server.port}" if server.port else server.url.rpartition("@")[2]
+
+
+def _label(candidate: Any) -> str:
+    return getattr(candidate, "__name__", None) or repr(candidate)
+
+
+def _latencies(histories: list[History]) -> dict[str, Any]:
+    """Of successful acquires, in seconds."""
+    granted = (op for history in histories for op in history.where("acquire", status="ok"))
+    took = sorted(op.returned - op.called for op in granted if op.returned is not None)
+    if not took:
+        return {}
+    return {"acquires": len(took), "p50": statistics.median(took), "p99": took[min(len(took) - 1, int(0.99 * len(took)))]}

@@ -1,0 +1,156 @@
+"""What checks, story and timeline read out of a history: who held, who waited, who was kept from running."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from distsys.lab.history import History, Op
+
+DEATHS = ("killed", "crashed", "exited")  # faults after which a process holds nothing
+RECOVERIES = ("resumed", "released", "restarted", "healed")  # "faults" that end one
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of one process's time: holding the lock, or (held=False) doing something else."""
+
+    process: str
+    start: float
+    end: float
+    op: Op
+    held: bool = True
+    lease_end: float | None = None  # when the server may forget the holder, if the history says so
+
+
+def holds(history: History) -> list[Span]:
+    """Who believed to hold the lock, and when: from the grant's arrival until the holder lets go, is told, or dies.
+
+    A stopped process goes on holding: nobody told it. But one that, once it runs again, does nothing but learn that it
+    lost the lock held until it was stopped. Values may say more: "acquire" {"ttl": 2.0, "lock": "a",
+    "shared": True}, "release" {"lock": "a"} where there are several locks, "extend" 2.0 (its new ttl).
+    """
+    by_process: dict[str, list[Op]] = defaultdict(list)
+    for op in history:
+        by_process[op.process].append(op)
+    found = []
+    for process, ops in by_process.items():
+        deaths = [f.at for f in history.faults if f.kind in DEATHS and is_of(process, f.target)]
+        for i, op in enumerate(ops):
+            if op.name != "acquire" or op.status != "ok":
+                continue
+            end = min((t for t in deaths if t >= op.end), default=history.end)
+            lease = op.end + ttl if (ttl := _ttl(op)) is not None else None
+            for before, later in pairwise(ops[i:]):
+                if later.called >= end:
+                    break
+                if later.called < op.end:
+                    continue
+                if later.name == "extend" and later.status == "ok" and (ttl := _ttl(later)) is not None:
+                    lease = later.end + ttl
+                again = later.name == "acquire" and later.status == "ok"
+                if (again or later.name in ("release", "lost")) and said(later, "lock") in (None, said(op, "lock")):
+                    end = later.end if again else later.called
+                    told = later.name == "lost" or (later.name == "release" and later.status != "ok")
+                    stops = [f.at for f in history.faults if f.kind == "stopped" and is_of(process, f.target)]
+                    end = min((t for t in stops if told and before.end <= t < end), default=end)
+                    break
+            found.append(Span(process, op.end, max(end, op.end), op, lease_end=lease))
+    return sorted(found, key=lambda span: span.start)
+
+
+def meetings(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
+    """Pairs (earlier, later) of different processes that overlap in time, over the same lock."""
+    active: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.start, -s.end)):
+        active = [other for other in active if other.end > span.start]
+        for other in active:
+            if other.process != span.process and said(other.op, "lock") == said(span.op, "lock"):
+                yield other, span
+        active.append(span)
+
+
+def conflicts(history: History) -> list[tuple[Span, Span]]:
+    """Pairs of holders at once; two shared holders are none."""
+    return [(a, b) for a, b in meetings(holds(history)) if not (said(a.op, "shared") and said(b.op, "shared"))]
+
+
+def expired(history: History) -> list[Span]:
+    """The holds that outlived their lease, evidently: another was granted the lock after its end, or the holder was dead.
+
+    The end by the clock alone would be no evidence: a renewal that nobody recorded may have moved it.
+    """
+    taken = [a for a, b in conflicts(history) if a.lease_end is not None and b.start >= a.lease_end]
+    dead = [f for f in history.faults if f.kind in DEATHS]
+    left = [h for h in holds(history) if any(is_of(h.process, f.target) and f.at == h.end for f in dead)]
+    return [*taken, *(h for h in left if h.lease_end is not None and h.end < h.lease_end <= history.end)]
+
+
+def waits(history: History) -> list[Op]:
+    """The acquisitions asked for while another process held the lock: where there are none, no lock was tested."""
+    asking = [
+        Span(op.process, op.called, history.end if op.returned is None else op.returned, op, held=False)
+        for op in history.where("acquire")
+    ]
+    met = {
+        id(span.op): span.op
+        for a, b in meetings([*holds(history), *asking])
+        for span in (a, b)
+        if a.held != b.held and not span.held and not (said(a.op, "shared") and said(b.op, "shared"))
+    }
+    return sorted(met.values(), key=lambda op: op.called)
+
+
+def pauses(history: History) -> list[tuple[str, str, float, float]]:
+    """(process, "stopped" or "held", from, to): each interval in which a worker was kept from running."""
+    found = []
+    for f in history.faults:
+        if ending := {"stopped": "resumed", "held": "released"}.get(f.kind):
+            after = [g for g in history.faults if g.at >= f.at and g.target == f.target and g.kind in (ending, *DEATHS)]
+            found.append((f.target, f.kind, f.at, min((g.at for g in after), default=history.end)))
+    return found
+
+
+def is_of(process: str, target: str) -> bool:
+    """A fault hits a process and with it every task in it ("w1" and "w1.a")."""
+    return process == target or process.startswith(target + ".")
+
+
+def said(op: Op, key: str) -> Any:
+    return op.value.get(key) if isinstance(op.value, dict) else None
+
+
+def _ttl(op: Op) -> float | None:
+    ttl = op.value if op.name == "extend" and not isinstance(op.value, dict) else said(op, "ttl")
+    return float(ttl) if isinstance(ttl, (int, float)) else None
+
+
+# --- Words
+
+
+def at(history: History, t: float, unit: str = " s") -> str:
+    """A moment as the reader sees it: seconds since the start, as fine as the run is short."""
+    length = history.end - history.started
+    return f"{t - history.started:.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
+
+
+def lasting(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def labels(history: History) -> dict[int | None, str]:
+    """Fencing tokens have 16 digits, and only their order matters: the smallest in this history is #1."""
+    return {token: f"#{n}" for n, token in enumerate(sorted({op.token for op in history if op.token is not None}), 1)}
+
+
+def named(op: Op, label: dict[int | None, str]) -> str:
+    return f"{op.process} ({label[op.token]})" if op.token is not None else op.process

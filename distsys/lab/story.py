@@ -1,0 +1,183 @@
+"""The history in three to five sentences computed from it: what led to the counterexample, or what was survived."""
+
+from __future__ import annotations
+
+from distsys.lab.history import Fault, Finding, History, Op
+from distsys.lab.spans import (
+    DEATHS,
+    RECOVERIES,
+    Span,
+    at,
+    conflicts,
+    count,
+    expired,
+    holds,
+    is_of,
+    labels,
+    lasting,
+    pauses,
+    waits,
+)
+
+LIMIT = 5
+WORDS = {"stopped": "paused", "held": "held back"}  # for a fault's kind, of a process
+
+
+def story(history: History, finding: Finding) -> list[str]:
+    told = _counterexample(history, finding) if finding.status == "VIOLATED" else []
+    more = _overview(history, finding) if len(told) < 3 else []
+    return [*told, *(text for text in more if text not in told)][:LIMIT]
+
+
+def what(fault: Fault) -> str:
+    """ "w1 paused (before-write)", "redis killed"."""
+    if fault.kind == "server":
+        return f"{fault.target} {fault.detail}"
+    return f"{fault.target} {WORDS.get(fault.kind, fault.kind)}{f' ({fault.detail})' if fault.detail else ''}"
+
+
+def involved(history: History, finding: Finding) -> list[Span]:
+    """The holds in which the counterexample took place, at most three."""
+    found = []
+    for hold in holds(history):
+        mine = [op for op in finding.witness if op.process == hold.process]
+        if any(op == hold.op or hold.start <= op.called < hold.end for op in mine):
+            found.append(hold)
+    return found[:3]
+
+
+def key_ops(history: History, finding: Finding) -> list[Op]:
+    """What the picture names and the story tells: the writes, and a release that came while another held."""
+    return [*_key_writes(history, finding), *_late_releases(history, finding)]
+
+
+def _late_releases(history: History, finding: Finding) -> list[Op]:
+    """Releases that returned inside the first hold of a counterexample, before the second: they may have opened the door."""
+    spans = involved(history, finding)
+    if len(spans) < 2 or finding.status != "VIOLATED":
+        return []
+    first, second = spans[:2]
+    return [
+        op
+        for op in history.where("release")
+        if op.process not in (first.process, second.process) and first.start < op.end < second.start
+    ][-1:]
+
+
+def _key_writes(history: History, finding: Finding) -> list[Op]:
+    """The writes of the counterexample; where it has none, the last two made by those who held at once."""
+    told = [op for op in finding.witness if op.name == "write"]
+    spans = involved(history, finding)
+    if told or len(spans) < 2 or finding.status != "VIOLATED":
+        return told
+    both = max(span.start for span in spans)
+    done = [op for op in history.where("write") if op.status != "fail" and op.end >= both]
+    inside = [op for op in done if any(op.process == s.process and s.start <= op.called < s.end for s in spans)]
+    return sorted(inside, key=lambda op: op.end)[-2:]
+
+
+def _counterexample(history: History, finding: Finding) -> list[str]:
+    label, spans, acts = labels(history), involved(history, finding), {op.process for op in finding.witness}
+    times = [t for op in finding.witness for t in (op.called, op.end)] + [hold.start for hold in spans]
+    begin, until = min(times, default=history.started), max(times, default=history.end)
+    clashes, late = conflicts(history), expired(history)
+    told: list[tuple[float, int, str]] = []  # when, how dispensable, the sentence
+    for hold in spans:
+        token = f" ({'token ' if hold is spans[0] else ''}{label[hold.op.token]})" if hold.op.token is not None else ""
+        other = next((a.process for a, b in clashes if b == hold), None)
+        still = f" while {other} still held the lock" if other else ""
+        told.append((hold.start, 0, f"t={at(history, hold.start)}: {hold.process} acquired{token}{still}."))
+        if hold.lease_end is not None and hold in late:
+            kept = [k for who, k, a, b in pauses(history) if is_of(hold.process, who) and a <= hold.lease_end < b]
+            why = f" while it was {WORDS[kept[0]]}" if kept else ""
+            told.append((hold.lease_end, 0, f"{hold.process}'s lease ended at {at(history, hold.lease_end)}{why}."))
+    for who, kind, a, b in pauses(history):
+        if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
+            told.append((a, 2, f"{who} was {WORDS[kind]} at {at(history, a)}, for {lasting(b - a)}."))
+    told += [(fault.at, 1, f"t={at(history, fault.at)}: {what(fault)}.") for fault in _other_faults(history)]
+    for op in finding.witness:
+        if op.name == "read":
+            told.append((op.end, 3, f"{op.process} read {op.value!r} at {at(history, op.end)}."))
+        elif op.name == "acquire" and op.status != "ok":
+            end = history.end if op.returned is None else op.returned
+            how = "was refused" if op.status == "fail" else "still had no answer"
+            told.append((end, 0, f"{op.process} asked at {at(history, op.called)} and {how} at {at(history, end)}."))
+    told += [(op.end, 0, text) for op, text in _writes(history, finding, spans)]
+    for op in _late_releases(history, finding):
+        told.append(
+            (op.end, 0, f"{op.process}'s release came at {at(history, op.end)}, while {spans[0].process} held.")
+        )
+    for one, two in clashes[:1]:
+        if one.op in finding.witness and two.op in finding.witness:
+            end = min(one.end, two.end)
+            told.append((end, 3, f"For {lasting(end - two.start)}, until {at(history, end)}, both were inside."))
+    best = sorted(told, key=lambda item: (item[1], item[0]))[:LIMIT]
+    return [text for *_, text in sorted(best)]
+
+
+def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple[Op, str]]:
+    done = [op for op in history.where("write") if op.status != "fail"]
+    told = _key_writes(history, finding)
+    found = []
+    for op in told:
+        before = [w for w in done if w.process != op.process and w.end < op.end]
+        over = before[-1] if before and op is told[-1] and len(told) > 1 else None
+        late = any(s.process == op.process and s.lease_end is not None and s.lease_end < op.called for s in spans)
+        text = f"{op.process} {'still ' if late else ''}wrote {op.value!r} at {at(history, op.end)}"
+        if over:
+            newer = over.token is not None and op.token is not None and op.token < over.token
+            text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
+            text += ": one update is lost" if over.value == op.value else ""
+        found.append((op, text + ("." if op.status == "ok" else ", perhaps.")))
+    return found
+
+
+def _other_faults(history: History) -> list[Fault]:
+    return [f for f in history.faults if f.kind not in (*RECOVERIES, "stopped", "held")]
+
+
+def _overview(history: History, finding: Finding) -> list[str]:
+    gone = expired(history)
+    held, asked, met, label = holds(history), history.where("acquire"), waits(history), labels(history)
+    told: list[str] = []
+    if asked:
+        one = ", never two at once" if held and not conflicts(history) else ""
+        text = (
+            f"{count(len({h.process for h in held}), 'process', 'processes')} acquired {count(len(held), 'time')}{one}"
+        )
+        told.append(
+            text + (f"; {len(met):,} of {count(len(asked), 'request')} came while another held." if met else ".")
+        )
+    else:
+        by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
+        text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"
+        told.append(f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome.")
+    for who, kind, a, b in pauses(history)[:2]:
+        mine = any(is_of(h.process, who) and h.start <= a <= h.end for h in held)
+        inside = " while it held the lock" if mine else ""
+        told.append(f"{who} was {WORDS[kind]} at {at(history, a)} for {lasting(b - a)}{inside}{_next(held, a)}.")
+    for fault in _other_faults(history)[:2]:
+        lease = next((h.lease_end for h in gone if is_of(h.process, fault.target) and h.end == fault.at), None)
+        until = f", its lease ran until {at(history, lease)}" if lease and fault.kind in DEATHS else ""
+        told.append(f"t={at(history, fault.at)}: {what(fault)}{until}{_next(held, fault.at)}.")
+    for op in history.where("write", status="fail")[:1]:
+        token = f" under {label[op.token]}" if op.token is not None else ""
+        told.append(f"{op.process}'s write of {op.value!r}{token} was refused at {at(history, op.end)}.")
+    lost = history.where("lost")[:1]
+    told += [f"{op.process} was told at {at(history, op.called)} that its lease was over." for op in lost]
+    if "final" in history.facts and (sure := history.where("write", status="ok")):
+        writes = count(len(sure), "write")
+        told.append(
+            f"The counter went from {history.facts.get('initial', 0)!r} to {history.facts['final']!r} in {writes}."
+        )
+    if answered := [op for op in met if op.returned is not None]:
+        slow = max(answered, key=lambda op: op.end - op.called)
+        told.append(f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}.")
+    if finding.status == "INCONCLUSIVE":
+        told.insert(0, "The danger was not reached, so this shows nothing either way.")
+    return told
+
+
+def _next(held: list[Span], t: float) -> str:
+    after = next((h for h in held if h.start > t), None)
+    return f"; {after.process} acquired {lasting(after.start - t)} later" if after else ""

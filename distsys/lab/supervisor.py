@@ -1,0 +1,220 @@
+"""The one process that owns every server and worker of a lab, so that nothing outlives the notebook that opened it.
+
+It runs in a session of its own, so the stop button's SIGINT reaches neither it nor its children, and it holds one end
+of a socket: when the notebook is gone, however it went, the socket reads EOF; then everything is ended and the run
+folder removed. It has one thread, because it forks workers out of itself, the drivers already imported: each takes
+milliseconds. If it is killed itself, Linux ends its children, and the next lab to start removes what is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from distsys.lab import run_folder
+
+PRELOAD = ("asyncio", "redis.asyncio", "psycopg", "psycopg_pool", "cloudpickle", "distsys.lab.worker")
+IDLE = 0.1  # seconds without a request before the next of these is imported: servers asked for at once come first
+FRAME = struct.Struct(">II")  # in front of a worker's work: the lengths of its header (JSON) and of its payload
+
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Supervisor:
+    def __init__(self, control: socket.socket, folder: Path) -> None:
+        self.control, self.folder = control, folder
+        self.endings: dict[int, int] = {}  # of each child that runs, the signal that ends it
+        self.todo = list(PRELOAD)
+        self.fds: list[int] = []  # received and not yet used: one per fork request, in their order
+        self.buffer = b""
+        self.woken, self.wake = socket.socketpair()
+        self.woken.setblocking(False)
+        self.wake.setblocking(False)
+        signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # its number on the wakeup descriptor is all we need
+        self.selector = selectors.DefaultSelector()  # each handler answers whether to go on
+        self.selector.register(control, selectors.EVENT_READ, self._read)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda: bool(self.woken.recv(4096)))
+        if hasattr(os, "pidfd_open"):  # a notebook's own forks keep its end of our socket open: watch the process too
+            self.selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, lambda: False)
+        if _libc:
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves behind becomes ours, to be ended too
+
+    def serve(self) -> None:
+        going = True
+        while going:
+            ready = self.selector.select(IDLE if self.todo else None)
+            for key, _ in ready:
+                going = key.data() and going
+            self._reap()
+            if not ready and self.todo:
+                self._preload(1)
+
+    def close(self) -> None:
+        for sig in _ENDS:
+            signal.signal(sig, signal.SIG_IGN)
+        me = psutil.Process()
+
+        def alive() -> list[psutil.Process]:
+            self._reap()
+            return [process for process in run_folder.tree([me]) if process != me]
+
+        run_folder.end(alive, dict(self.endings))
+        run_folder.remove(self.folder)
+
+    def tell(self, **message: Any) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # nobody to tell any more; the EOF comes next
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+
+    def _read(self) -> bool:
+        try:
+            data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 64)
+        except ConnectionResetError:  # gone, with words of ours unread
+            return False
+        self.fds += fds
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for request in map(json.loads, lines):
+            try:
+                answer = self._answer(request)
+            except OSError as error:  # no more processes, no more memory: the caller's to know, not ours to die of
+                answer = {"error": str(error)}
+            self.tell(id=request["id"], **answer)
+        return bool(data)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["op"] == "hello":
+            return {}
+        work = self.fds.pop(0) if request["op"] == "fork" else None
+        try:
+            if work is not None:
+                self._preload(len(self.todo))
+            pid = os.fork()
+            if not pid:
+                self._become(request, work)
+        finally:
+            if work is not None:
+                os.close(work)
+        self.endings[pid] = request["ending"]
+        run_folder.record(self.folder, pid, request["ending"])
+        return {"pid": pid}
+
+    def _reap(self) -> None:
+        """Reports every change of state: to a child that stops at a checkpoint somebody is waiting."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid not in self.endings:
+                continue  # left behind by a child, and adopted
+            if os.WIFSTOPPED(status):
+                self.tell(pid=pid, state="stopped")
+            elif os.WIFCONTINUED(status):
+                self.tell(pid=pid, state="running")
+            else:
+                del self.endings[pid]
+                self.tell(pid=pid, state="exited", code=os.waitstatus_to_exitcode(status))
+
+    def _preload(self, count: int) -> None:
+        for name in [self.todo.pop(0) for _ in range(count)]:
+            try:
+                importlib.import_module(name)
+            except Exception:  # noqa: BLE001 (not installed or broken: the worker that needs it says so, servers go on)
+                traceback.print_exc()
+        gc.freeze()  # what is here now stays shared with the workers
+
+    def _become(self, request: dict[str, Any], work: int | None) -> NoReturn:
+        """In the child: the server or the worker; whatever happens, it never returns into the supervisor's own code."""
+        code = 1
+        try:
+            os.setsid()
+            if _libc:
+                _libc.prctl(_PR_SET_PDEATHSIG, request["ending"], 0, 0, 0)  # the supervisor's end is its end
+            signal.set_wakeup_fd(-1)
+            for sig in (*_ENDS, signal.SIGCHLD):
+                signal.signal(sig, signal.SIG_DFL)
+            log = os.open(self.folder / f"{request['name']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
+                os.dup2(source, target)
+            if work is None:
+                _execute(**request)
+            _work(work)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:  # noqa: BLE001 (into its log; anything that escaped would run the supervisor's code twice)
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _execute(argv: list[str], env: dict[str, str], cwd: str, uid: int | None, **_: Any) -> NoReturn:
+    for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a new program would inherit that
+        signal.signal(sig, signal.SIG_DFL)
+    os.chdir(cwd)
+    if uid is not None:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+    os.execvpe(argv[0], argv, os.environ | env)
+
+
+def _work(descriptor: int) -> None:
+    os.dup2(descriptor, 3, inheritable=False)
+    for other in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 (numbers, not paths)
+        if other > 3:
+            with suppress(OSError):  # the one the listing itself used
+                os.close(other)
+    sock = socket.socket(fileno=3)
+    sizes = FRAME.unpack(_exactly(sock, FRAME.size))
+    header, payload = json.loads(_exactly(sock, sizes[0])), _exactly(sock, sizes[1])
+    sys.path[:] = header["path"]
+    importlib.invalidate_caches()
+    os.chdir(header["cwd"])
+    module, function = header["target"].split(":")
+    getattr(importlib.import_module(module), function)(payload, sock)
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        if not (chunk := sock.recv(size - len(data))):
+            raise EOFError("the notebook went away before it had sent the work")
+        data += chunk
+    return bytes(data)
+
+
+def main(control: int, lock: int, folder: str) -> NoReturn:
+    for descriptor in (control, lock):
+        os.set_inheritable(descriptor, False)  # a server that held them would outlive both of their meanings
+    for sig in _ENDS:
+        signal.signal(sig, lambda *_: sys.exit())
+    supervisor = Supervisor(socket.socket(fileno=control), Path(folder))
+    try:
+        run_folder.sweep()
+        supervisor.serve()
+    except Exception:  # noqa: BLE001 (told to the notebook, because the log goes with the folder)
+        supervisor.tell(crash=traceback.format_exc())
+    finally:
+        supervisor.close()
+        os._exit(0)

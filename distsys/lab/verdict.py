@@ -1,0 +1,259 @@
+"""The verdict: one object, five faces. A line of text, an HTML card, to_dict(), assert_expected(), plot()."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from html import escape as _escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from distsys.lab.history import Fault, Finding, History, Op
+from distsys.lab.spans import count, lasting
+from distsys.lab.story import story
+from distsys.lab.svg import ALARM, AMBER, GREEN, LINE, MARGIN, PAPER, RED, WIDTH, box, document, put, width_of, wrap
+from distsys.lab.timeline import figure, timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Status = Literal["HELD", "VIOLATED", "INCONCLUSIVE"]
+MARK = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
+COLOUR = {"HELD": GREEN, "VIOLATED": RED, "INCONCLUSIVE": AMBER}
+ICON = {"HELD": "M0 5l4 4 8-9", "VIOLATED": "M1 0l9 9m0-9l-9 9", "INCONCLUSIVE": ""}
+ROWS = 12  # of the table of violations; the rest is counted
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one arm of an experiment showed. HELD says that no violation was found in so many runs, never more."""
+
+    title: str  # the arm: "SET NX with a TTL, no renewal"
+    claim: str  # the experiment's
+    status: Status
+    expected: Literal["HELD", "VIOLATED"] | None  # None: the reader's own candidate, of which nothing is expected
+    summary: str
+    history: History  # of the run that decided
+    finding: Finding
+    runs: int = 1
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+    servers: dict[str, str] = field(default_factory=dict)  # name -> "Valkey 9.1.2, embedded"
+    replay: str = ""  # the line that runs it again
+    stats: dict[str, Any] = field(default_factory=dict)  # p50, p99 in seconds; violated_runs, throughput, ...
+
+    @classmethod
+    def of(cls, results: Sequence[tuple[History, Finding]], *, expected: Any = None, **more: Any) -> Verdict:
+        """One verdict on several runs: one that broke the promise decides; one that shows nothing leaves it open."""
+        if not results:
+            raise ValueError("a verdict needs the result of at least one run")
+        order = ("VIOLATED", "INCONCLUSIVE", "HELD")
+        history, finding = min(results, key=lambda result: order.index(result[1].status))
+        broken = {"violated_runs": sum(found.status == "VIOLATED" for _, found in results)}
+        more = {"claim": "", **more, "stats": {**broken, **more.get("stats", {})}, "runs": len(results)}
+        status, summary = finding.status, finding.summary
+        return cls(status=status, summary=summary, expected=expected, history=history, finding=finding, **more)
+
+    @property
+    def as_expected(self) -> bool:
+        return self.expected in (None, self.status)
+
+    @property
+    def badge(self) -> str:
+        return f"{MARK[self.status]} {self.status} - {self.headline}"
+
+    @property
+    def headline(self) -> str:
+        """HELD is never more than: no violation found in so many runs."""
+        if self.status == "HELD":
+            return f"no violation found in {count(self.runs, 'run')}"
+        seen = self.stats.get("violated_runs")
+        often = (
+            f", in {seen:,} of {count(self.runs, 'run')}"
+            if self.runs > 1 and seen and self.status == "VIOLATED"
+            else ""
+        )
+        return self.summary + often
+
+    def __str__(self) -> str:
+        note = f" (expected: {self.expected.lower()})" if self.expected else ""
+        return f"{self.title}: {self.badge}{note if self.as_expected else note.upper()}"
+
+    __repr__ = __str__
+
+    def assert_expected(self) -> Verdict:
+        if not self.as_expected:
+            raise AssertionError("\n".join([str(self), *story(self.history, self.finding), self.replay]).rstrip())
+        return self
+
+    def plot(self) -> Figure:
+        return figure(self.history, self.finding)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON knows it; what JSON does not know becomes its repr."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Verdict:
+        past, found = d["history"], d["finding"]
+        ops, faults = tuple(Op(**op) for op in past["ops"]), tuple(Fault(**f) for f in past["faults"])
+        history = History(**{**past, "ops": ops, "faults": faults})
+        rows, witness = tuple(tuple(row) for row in found["violations"]), tuple(Op(**op) for op in found["witness"])
+        return cls(**{**d, "history": history, "finding": Finding(found["status"], found["summary"], witness, rows)})
+
+    def svg(self) -> str:
+        """The card: badge, timeline and story in one picture."""
+        out, y, wide = [], 14.0, WIDTH - 2 * MARGIN
+        if not self.as_expected:
+            out += [f'<path d="M0 0H{WIDTH}V32H0Z" fill="{ALARM}"/>', put(MARGIN, 21, self._alarm(), "b")]
+            y += 32
+        for line in wrap(self.title, wide, 16, lines=2, bold=True):
+            y += 20
+            out.append(put(MARGIN, y - 4, line, "b", "font-size:16px"))
+        for line in wrap(self.claim, wide, lines=2):
+            y += 18
+            out.append(put(MARGIN, y - 2, line, "s", "font-size:13px"))
+        y += 12
+        pill = width_of(self.status, 14, bold=True) + 40
+        colour = COLOUR[self.status]
+        out.append(f'<g fill="{colour}">{box(MARGIN, y, pill, 28, "", 5)}</g>')
+        sign = f'<path d="{ICON[self.status]}" fill="none" stroke="{PAPER}" stroke-width="2.5"/>'
+        out.append(f'<g transform="translate({MARGIN + 11} {y + 9.5})">{sign}</g>' if ICON[self.status] else "")
+        white = f"font-size:14px;fill:{PAPER}"
+        out.append(put(MARGIN + 11, y + 19, "" if ICON[self.status] else "?", "b", white))
+        out.append(put(MARGIN + 30, y + 19, self.status, "b", white))
+        x = MARGIN + pill + 10
+        for line in wrap(self.headline, WIDTH - MARGIN - x, 14, lines=3, bold=True):
+            out.append(put(x, y + 19, line, "b", f"font-size:14px;fill:{colour}"))
+            y += 20
+        small = [f"expected: {self.expected.lower()}"] if self.expected and self.as_expected else []
+        small += [self.summary] if self.status == "HELD" else []
+        for line in wrap(" · ".join(small), WIDTH - MARGIN - x, 11, lines=2):
+            y += 15
+            out.append(put(x, y, line, "s"))
+        y += 24
+        body, height = timeline(self.history, self.finding)
+        out.append(f'<g transform="translate(0 {y:.0f})">{body}</g>')
+        y += height + 6
+        for sentence in story(self.history, self.finding):
+            for n, line in enumerate(wrap(sentence, wide - 14, lines=2)):
+                y += 19
+                out += [] if n else [f'<circle cx="{MARGIN + 3}" cy="{y - 4.5}" r="2.5" fill="{colour}"/>']
+                out.append(put(MARGIN + 14, y, line))
+        facts = [count(self.runs, "run"), f"seed {self.seed}", *self.servers.values()]
+        for line in wrap(" · ".join(facts), wide, 11, lines=2):
+            y += 20
+            out.append(put(MARGIN, y + 4, line, "s"))
+        y += 18
+        edge = f'stroke="{LINE}"' if self.as_expected else f'stroke="{RED}" stroke-width="5"'
+        frame = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1:.0f}" fill="none" {edge}/>'
+        return document("".join(out) + frame, y, str(self))
+
+    def _alarm(self) -> str:
+        return f"NOT AS EXPECTED: this arm should be {self.expected}, and it is {self.status}"
+
+    def _repr_html_(self) -> str:
+        alarm = "" if self.as_expected else f"{self._alarm()}. "
+        alt = f"{alarm}{self.title}: {self.badge}. {' '.join(story(self.history, self.finding))}"
+        data = base64.b64encode(self.svg().encode()).decode()
+        picture = (
+            f'<img width="{WIDTH}" style="max-width:100%" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+        )
+        return f"<div>{picture}{self._violations()}{self._details()}</div>"
+
+    def _violations(self) -> str:
+        rows = self.finding.violations
+        if not rows:
+            return ""
+        head = ("when", "who", "what") if all(len(row) == 3 for row in rows) else ()
+        more = f"<p>+{len(rows) - ROWS:,} more</p>" if len(rows) > ROWS else ""
+        return _table(head, rows[:ROWS]) + more
+
+    def _details(self) -> str:
+        facts = {"claim": self.claim, "runs": self.runs, "seed": self.seed, **self.servers, **self.params}
+        facts |= {key.replace("_", " "): _number(key, value) for key, value in self.stats.items()}
+        rows = [(str(key), str(value)) for key, value in facts.items() if value != ""]
+        replay = f"<p>Run it again:</p><pre>{escape(self.replay)}</pre>" if self.replay else ""
+        return f"<details><summary>seed, versions, parameters</summary>{_table((), rows)}{replay}</details>"
+
+
+class Verdicts(list[Verdict]):
+    """Several arms of one experiment, side by side."""
+
+    def summary(self) -> str:
+        """Words only: neither counts nor times, so that it is the same in every run."""
+        return "\n".join(f"{v.title}: {v.status}{_expectation(v)}" for v in self)
+
+    def assert_expected(self) -> Verdicts:
+        for verdict in self:
+            verdict.assert_expected()
+        return self
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [verdict.to_dict() for verdict in self]
+
+    def __str__(self) -> str:
+        return "\n".join(str(verdict) for verdict in self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        keys = [key for key in ("p50", "p99", "throughput", "round_trips") if any(key in v.stats for v in self)]
+        head = ("arm", "verdict", "expected", "runs", *(key.replace("_", " ") for key in keys), "violations")
+        rows = []
+        for v in self:
+            verdict = f"{MARK[v.status]} {v.status}{'' if v.as_expected else ', NOT AS EXPECTED'}"
+            stats = [_number(key, v.stats.get(key, "")) for key in keys]
+            rows.append(
+                (v.title, verdict, (v.expected or "").lower(), str(v.runs), *stats, f"{len(v.finding.violations):,}")
+            )
+        cards = []
+        for v in self:
+            unfold = " open" if len(self) < 3 or not v.as_expected or v is self._first_violated() else ""
+            cards.append(
+                f"<details{unfold}><summary>{escape(v.title)}: {escape(v.badge)}</summary>{v._repr_html_()}</details>"
+            )
+        return f"<div>{_table(head, rows)}{''.join(cards)}</div>"
+
+    def _first_violated(self) -> Verdict | None:
+        return next((v for v in self if v.status == "VIOLATED"), None)
+
+
+def escape(text: str) -> str:
+    return _escape(text.encode("utf-8", "replace").decode())  # a lone surrogate is no UTF-8, and no page could hold it
+
+
+def _expectation(v: Verdict) -> str:
+    if v.expected is None:
+        return ""
+    return " (as expected)" if v.as_expected else f" (NOT as expected: {v.expected})"
+
+
+def _number(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if key in ("p50", "p99", "seconds"):
+        return lasting(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str], tag: str) -> str:
+        plain = f'<{tag} align="left" style="text-align:left;padding:2px 12px 2px 0'
+        return "".join(f'{plain}{";white-space:nowrap" * (len(c) < 30)}">{escape(c)}</{tag}>' for c in row)
+
+    top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table>{top}<tbody>{body}</tbody></table>"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    simple = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if simple else repr(value)

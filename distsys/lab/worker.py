@@ -1,0 +1,325 @@
+"""Inside a worker process: the candidate under test, the work it guards, and a record of both that survives SIGKILL.
+
+A worker is a fork of the supervisor. It tells its controller each call before it makes it and again after (`Worker.op`),
+and obeys at named points (`checkpoint`): stop itself with SIGSTOP, be killed, hold while its event loop runs on, or block
+its event loop. All of it travels over one socket, as JSON lines; never through the servers under test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from distsys.errors import Rejected
+
+_current: Worker | None = None
+task_name: ContextVar[str] = ContextVar("distsys_lab_task", default="")
+
+Workload = Callable[..., Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is forked for; it travels by cloudpickle, so a class from a notebook cell can be a candidate."""
+
+    name: str
+    seed: int
+    workload: Workload
+    candidate: Any
+    urls: dict[str, Any]  # "redis", "bank", "dsn": str; "nodes": list[str]
+    resource: str  # the name of the lock, unique to the run
+    ttl: float
+    patience: float  # an acquire that takes longer is reported as "waiting"
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+class NotGranted(Rejected):
+    """The candidate's acquire() answered False."""
+
+
+async def checkpoint(point: str) -> None:
+    """A named point in a candidate or workload, where a fault can strike exactly. Outside a worker it does nothing."""
+    if _current is not None:
+        await _current.checkpoint(point)
+
+
+def main(payload: bytes, sock: socket.socket) -> None:
+    """Runs the job in `payload` and reports on `sock`; the supervisor calls it in the fork."""
+    import cloudpickle
+
+    sock.setblocking(True)
+    job: Job = cloudpickle.loads(payload)
+    asyncio.run(_work(job, sock))
+
+
+async def _work(job: Job, sock: socket.socket) -> None:
+    global _current
+    async with contextlib.AsyncExitStack() as stack:
+        worker = _current = Worker(job, sock, stack)
+        worker.listen()
+        try:
+            await worker.prepare()
+            worker.send(e="ready")
+            await worker.went.wait()
+            await job.workload(worker, job.candidate, **job.params)
+        except Exception as error:
+            worker.send(e="crash", detail=f"{type(error).__name__}: {error}")
+        else:
+            worker.send(e="done")
+
+
+@dataclass
+class Call:
+    """One op while it runs; what the body learns goes into the record."""
+
+    value: Any = None
+    token: int | None = None
+
+
+class Worker:
+    """What a workload and the builder of candidates get: clients, the record, and the points where faults strike."""
+
+    def __init__(self, job: Job, sock: socket.socket, stack: contextlib.AsyncExitStack) -> None:
+        self.job, self.name, self.ttl, self.resource = job, job.name, job.ttl, job.resource
+        self.rng = random.Random(f"{job.seed}:{job.name}")
+        self.went = asyncio.Event()
+        self._sock, self._stack = sock, stack
+        self._armed: dict[str, str] = {}
+        self._released: dict[str, asyncio.Event] = {}
+        self._inbox = b""
+        self._ids = 0
+        self._clients: dict[str, Any] = {}
+        self.tasks: dict[str, asyncio.Task[Any]] = {}
+        self.leased = False  # whether the candidate was given a ttl
+
+    # ---- the record
+
+    def send(self, **event: Any) -> None:
+        self._sock.sendall(json.dumps({**event, "t": time.monotonic()}, default=repr).encode() + b"\n")
+
+    @contextlib.asynccontextmanager
+    async def op(self, name: str, value: Any = None, *, token: int | None = None) -> AsyncIterator[Call]:
+        """Records one call: announced before, completed after. Rejected is "fail", any other error "info"."""
+        self._ids += 1
+        head = {"id": self._ids, "name": name, "task": task_name.get() or None}
+        self.send(e="call", **head, value=value, token=token)
+        call, timer = Call(value, token), self._patience(head)
+        try:
+            yield call
+        except BaseException as error:
+            outcome = "fail" if isinstance(error, Rejected) else "info"
+            self.send(e=outcome, **head, detail=f"{type(error).__name__}: {error}", value=call.value, token=call.token)
+            raise
+        else:
+            self.send(e="ok", **head, value=call.value, token=call.token)
+        finally:
+            timer.cancel()
+
+    def _patience(self, head: dict[str, Any]) -> asyncio.Task[None]:
+        # Ten short naps instead of a long one: a starved process must have run ten times before it says it waits.
+        async def nap() -> None:
+            for _ in range(10):
+                await asyncio.sleep(self.job.patience / 10)
+            self.send(e="waiting", **head)
+
+        return asyncio.get_running_loop().create_task(nap())
+
+    # ---- faults
+
+    async def checkpoint(self, point: str) -> None:
+        action = self._armed.pop(point, None)
+        if action is None:
+            return
+        self.send(e="at", point=point, action=action)
+        if action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "hold":
+            await self._event(point).wait()
+        elif action == "block":
+            while not self._event(point).is_set():
+                self._read()
+
+    def _event(self, point: str) -> asyncio.Event:
+        return self._released.setdefault(point, asyncio.Event())
+
+    def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._sock, self._read)
+        self._stack.callback(loop.remove_reader, self._sock)
+
+    def _read(self) -> None:
+        data = self._sock.recv(65536)
+        if not data:
+            os._exit(0)  # the controller is gone
+        *lines, self._inbox = (self._inbox + data).split(b"\n")
+        for line in lines:
+            self._obey(**json.loads(line))
+
+    def _obey(self, do: str, point: str = "", action: str = "") -> None:
+        if do == "arm":
+            self._armed[point] = action
+        elif do == "go":
+            self.went.set()
+        elif do == "release":
+            self._event(point).set()
+        elif do == "cancel":
+            self.tasks[point].cancel()
+
+    # ---- clients and candidates
+
+    async def prepare(self) -> None:
+        """Connects before the start, so that no run is decided by who connects faster."""
+        if "redis" in self.job.urls:
+            await (await self.client("redis")).ping()
+        if "dsn" in self.job.urls:
+            await self.client("conn")
+
+    async def client(self, kind: str) -> Any:
+        if kind not in self._clients:
+            self._clients[kind] = await getattr(self, f"_make_{kind}")()
+        return self._clients[kind]
+
+    async def _make_redis(self, which: str = "redis") -> Any:
+        return await self._stack.enter_async_context(_redis_client(self.job.urls[which]))
+
+    async def _make_bank(self) -> Any:
+        return await self._make_redis("bank" if "bank" in self.job.urls else "redis")
+
+    async def _make_redis_sync(self) -> Any:
+        import redis
+
+        return self._stack.enter_context(redis.Redis.from_url(self.job.urls["redis"]))
+
+    async def _make_clients(self) -> Any:
+        nodes = [_redis_client(url) for url in self.job.urls["nodes"]]
+        return [await self._stack.enter_async_context(node) for node in nodes]
+
+    async def _make_conn(self) -> Any:
+        import psycopg
+
+        connection = await psycopg.AsyncConnection.connect(self.job.urls["dsn"], autocommit=True)
+        return await self._stack.enter_async_context(connection)
+
+    async def _make_pool(self) -> Any:
+        from psycopg_pool import AsyncConnectionPool
+
+        size = self.job.params.get("pool_size", 2)
+        pool = AsyncConnectionPool(
+            self.job.urls["dsn"], min_size=size, max_size=size, open=False, kwargs={"autocommit": True}
+        )
+        return await self._stack.enter_async_context(pool)
+
+    async def build(self, candidate: Any, **extra: Any) -> Any:
+        """Calls the candidate with what its parameters name: redis, redis_sync, clients, conn, pool, dsn, url, name, ttl."""
+        wanted = inspect.signature(candidate).parameters
+        arguments = {}
+        for name, parameter in wanted.items():
+            kind = _ALIASES.get(name, name)
+            if kind == "redis" and looks_sync(candidate):
+                kind = "redis_sync"
+            if name in extra:
+                arguments[name] = extra[name]
+            elif kind in ("name", "ttl", "dsn", "url"):
+                here = {"name": self.resource, "ttl": self.ttl, "dsn": self.job.urls.get("dsn"), "url": self.job.urls.get("redis")}
+                arguments[name] = here[kind]
+                self.leased = self.leased or kind == "ttl"
+            elif hasattr(self, f"_make_{kind}"):
+                arguments[name] = await self.client(kind)
+            elif parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
+                raise TypeError(
+                    f"{_label(candidate)} asks for {name!r}; the lab can give redis, redis_sync, clients, conn, pool, dsn, "
+                    "url, name, ttl: wrap it in a function of those"
+                )
+        positional = [arguments.pop(n) for n, p in wanted.items() if p.kind is p.POSITIONAL_ONLY and n in arguments]
+        return candidate(*positional, **arguments)
+
+
+_ALIASES = {
+    "redis_client": "redis", "client": "redis", "r": "redis", "rds": "redis",
+    "redis_clients": "clients", "nodes": "clients", "masters": "clients",
+    "connection": "conn", "db": "conn", "conn_or_pool": "pool", "redis_url": "url",
+    "key": "name", "lock_name": "name", "resource": "name", "lock_key": "name",
+    "ttl_seconds": "ttl", "expire": "ttl", "lease": "ttl",
+}  # fmt: skip
+
+
+def _redis_client(url: str) -> Any:
+    """The client as most programs make it, with the retries that Redis.from_url leaves out."""
+    import redis.asyncio
+
+    return redis.asyncio.Redis(**redis.asyncio.connection.parse_url(url))
+
+
+def looks_sync(candidate: Any) -> bool:
+    """Whether the candidate is a class with a blocking interface: `with`, or a plain acquire()."""
+    if hasattr(candidate, "__aenter__"):
+        return False
+    acquire = getattr(candidate, "acquire", None)
+    if acquire is not None:
+        return not inspect.iscoroutinefunction(acquire)
+    return hasattr(candidate, "__enter__")
+
+
+def _label(candidate: Any) -> str:
+    return getattr(candidate, "__qualname__", repr(candidate))
+
+
+class Guard:
+    """Any lock seen as enter and exit: `async with`, `with`, or acquire/release, blocking ones on a thread of their own."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self._call: Callable[..., Awaitable[Any]] = _plain
+        if hasattr(lock, "__aenter__"):
+            self._enter, self._exit = lock.__aenter__, lock.__aexit__
+        elif hasattr(lock, "acquire") and hasattr(lock, "release"):
+            self._enter, self._exit = self._acquire, self._release
+            if not inspect.iscoroutinefunction(lock.acquire):
+                self._call = partial(_threaded, ThreadPoolExecutor(1))  # one thread: locks may keep state per thread
+        elif hasattr(lock, "__enter__"):
+            self._enter, self._exit = lock.__enter__, lock.__exit__
+            self._call = partial(_threaded, ThreadPoolExecutor(1))
+        else:
+            raise TypeError(f"{lock!r} is no lock: it needs `async with`, `with`, or acquire() and release()")
+
+    async def enter(self) -> Any:
+        granted = await self._call(self._enter)
+        if granted is False:
+            raise NotGranted()
+        return granted
+
+    async def exit(self, error: BaseException | None) -> None:
+        await self._call(self._exit, type(error) if error else None, error, None)
+
+    def _acquire(self) -> Any:
+        return self.lock.acquire()
+
+    def _release(self, *_: Any) -> Any:
+        return self.lock.release()
+
+
+async def _plain(call: Callable[..., Any], *args: Any) -> Any:
+    answer = call(*args)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _threaded(thread: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(thread, call, *args)

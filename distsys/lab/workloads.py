@@ -1,0 +1,144 @@
+"""The guarded work of the lock experiments: read a balance, think, write it back one higher.
+
+It is the smallest work that a broken lock damages visibly: when two workers are inside at once, one increment is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from distsys.errors import LockLost, Rejected
+from distsys.lab.worker import Guard, Worker, task_name
+from distsys.locks.fencing import fenced_set, fenced_update
+
+
+class RedisAccount:
+    """A balance in Redis, written without a look at tokens."""
+
+    def __init__(self, redis: Any, key: str) -> None:
+        self.redis, self.key = redis, f"{{{key}}}:balance"
+
+    @classmethod
+    async def open(cls, worker: Worker) -> RedisAccount:
+        return cls(await worker.client("bank"), worker.resource)
+
+    async def read(self) -> int:
+        return int(await self.redis.get(self.key) or 0)
+
+    async def write(self, balance: int, token: int | None) -> None:
+        await self.redis.set(self.key, balance)
+
+
+class FencedRedisAccount(RedisAccount):
+    """The same balance behind a fence: a token older than the newest seen is refused."""
+
+    async def write(self, balance: int, token: int | None) -> None:
+        if token is None:
+            raise TypeError("this lock hands out no fencing token, and the account asks for one")
+        await fenced_set(self.redis, self.key, balance, token=token)
+
+
+class FairRedisAccount(FencedRedisAccount):
+    """Fenced for a lock that hands out tokens, plain for one that does not: what the ladder asks of your lock."""
+
+    async def write(self, balance: int, token: int | None) -> None:
+        await (RedisAccount.write if token is None else FencedRedisAccount.write)(self, balance, token)
+
+
+class PostgresAccount:
+    """A balance in a table; `accounts(name, balance, fence_token)` of the lab's own schema."""
+
+    def __init__(self, conn: Any, name: str) -> None:
+        self.conn, self.name = conn, name
+
+    @classmethod
+    async def open(cls, worker: Worker) -> PostgresAccount:
+        return cls(await worker.client("conn"), worker.resource)
+
+    async def read(self) -> int:
+        cursor = await self.conn.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
+        return int((await cursor.fetchone())[0])
+
+    async def write(self, balance: int, token: int | None) -> None:
+        await self.conn.execute("UPDATE accounts SET balance = %s WHERE name = %s", (balance, self.name))
+
+
+class FencedPostgresAccount(PostgresAccount):
+    async def write(self, balance: int, token: int | None) -> None:
+        if token is None:
+            raise TypeError("this lock hands out no fencing token, and the account asks for one")
+        await fenced_update(self.conn, "accounts", {"balance": balance}, where={"name": self.name}, token=token)
+
+
+ACCOUNTS: dict[str, type[RedisAccount] | type[PostgresAccount]] = {
+    "redis": RedisAccount,
+    "redis, fenced": FencedRedisAccount,
+    "redis, fenced where it can be": FairRedisAccount,
+    "postgres": PostgresAccount,
+    "postgres, fenced": FencedPostgresAccount,
+}
+
+
+async def increments(
+    worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis", pool_size: int = 2
+) -> None:
+    """`rounds` times: build the lock anew, enter, read, write one more, leave."""
+    ledger = await ACCOUNTS[account].open(worker)
+    for _ in range(rounds):
+        await increment(worker, await worker.build(candidate), ledger)
+
+
+async def increments_by_tasks(
+    worker: Worker, candidate: Any, *, tasks: str, account: str = "redis", pool_size: int = 2
+) -> None:
+    """One lock object (or pool) shared by several tasks of one process, each started at its own checkpoint."""
+    ledger = await ACCOUNTS[account].open(worker)
+    lock = await worker.build(candidate)
+
+    async def one(name: str) -> None:
+        task_name.set(f"{worker.name}.{name}")
+        await worker.checkpoint(f"start-{name}")
+        await increment(worker, lock, ledger, prefix=f"{name}-")
+
+    for name in tasks:
+        worker.tasks[name] = asyncio.create_task(one(name))
+    await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
+
+
+async def increment(worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, prefix: str = "") -> None:
+    """One critical section, with the points "acquiring", "before-write" and "before-release" where a fault can strike."""
+    guard, failure = Guard(lock), None
+    await worker.checkpoint(f"{prefix}acquiring")
+    try:
+        async with worker.op("acquire", {"ttl": worker.ttl} if worker.leased else None) as call:
+            lease = await guard.enter()
+            call.token = token_of(lease, lock)
+    except Rejected:
+        return  # on the record as failed
+    try:
+        async with worker.op("read") as call:
+            call.value = await ledger.read()
+        balance, token = call.value + 1, token_of(lease, lock)
+        await worker.checkpoint(f"{prefix}before-write")
+        async with worker.op("write", balance, token=token):
+            await ledger.write(balance, token)
+        await worker.checkpoint(f"{prefix}before-release")
+    except BaseException as error:
+        failure = error
+    try:
+        async with worker.op("release"):
+            await guard.exit(failure)
+    except LockLost:
+        return  # on the record: the holder was told
+    if failure is not None and not isinstance(failure, Rejected):
+        raise failure
+
+
+def token_of(lease: Any, lock: Any) -> int | None:
+    """The fencing token, from wherever a lock keeps one: the lease, the lock, or what acquire() returned."""
+    for source in (lease, lock):
+        token = getattr(source, "token", getattr(source, "fencing_token", None))
+        if isinstance(token, int) and not isinstance(token, bool):
+            return token
+    return lease if isinstance(lease, int) and not isinstance(lease, bool) else None

@@ -1,0 +1,468 @@
+"""Advisory lock: PostgreSQL holds it for one transaction or one session, and takes it back when that ends.
+
+Promise  one holder per key, or any number of shared ones, while its transaction or session lives; waiters queue in the
+         server in order of arrival, and never poll; a connection that dies cancels the body and raises LockLost.
+Not      a fence: a client cut off by the network learns of it by TCP keepalive (keepalives_idle and tcp_user_timeout in
+         the DSN), and the server may free the lock before; safe across a failover, which forgets every lock; fresh in
+         REPEATABLE READ, where a transaction lock is waited for *after* the snapshot was taken.
+Units    seconds, float. A name becomes a signed 64-bit id; two int4 are a second key space, apart from the first.
+Errors   LockNotAcquired after `timeout`, LockDeadlock, LockLost; psycopg.Error passes through.
+Source   PostgreSQL documentation, 13.3.5 "Advisory Locks" and 9.28.10; its src/backend/storage/lmgr/README.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from types import EllipsisType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import psycopg
+from psycopg import AsyncConnection, generators
+from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, error_from_result
+from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
+from psycopg.rows import kwargs_row, tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from distsys.clock import elapsed
+from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired
+from distsys.locks.lease import check_name, check_timeout
+
+Key = int | tuple[int, int]
+MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
+BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
+IN_TRANSACTION = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+ROLL_BACK = b"ROLLBACK TO distsys_lock; RELEASE distsys_lock"
+
+_session_keys: WeakKeyDictionary[AsyncConnection[Any], set[Key]] = WeakKeyDictionary()
+
+
+def lock_id(name: str) -> int:
+    """The signed 64-bit id of a name: the first 8 bytes of its SHA-256, big-endian; the same on every machine.
+
+    In SQL: `('x' || left(encode(sha256(convert_to(name, 'UTF8')), 'hex'), 16))::bit(64)::bigint`. Among n names two
+    share an id with odds of about n^2 / 2^65, one in 37 million for a million names; such two only wait for each other.
+    """
+    return int.from_bytes(hashlib.sha256(check_name(name).encode()).digest()[:8], "big", signed=True)
+
+
+def lock_key(name: str | Key) -> Key:
+    """The key of a str (its lock_id), of an int (the same 64-bit space) or of two int4 (a space of their own)."""
+    if isinstance(name, str):
+        return lock_id(name)
+    parts, bits = (name, 32) if isinstance(name, tuple) else ((name,), 64)
+    if len(parts) != 64 // bits or not all(type(part) is int for part in parts):
+        raise TypeError(f"name={name!r} names no lock: give a str, an int, or a tuple of two ints")
+    if not all(-(1 << bits - 1) <= part < 1 << bits - 1 for part in parts):
+        raise ValueError(f"name={name!r} does not fit into signed {bits} bits: give its str, which is hashed")
+    return name
+
+
+class Hold:
+    """One hold of a lock, on `connection`."""
+
+    def __init__(self, lock: AdvisoryLock, connection: AsyncConnection[Any]) -> None:
+        self.lock, self.connection = lock, connection
+        self._exits = AsyncExitStack()
+        self._backend_pid = 0  # of the session that holds the lock
+        self._task: asyncio.Task[Any] | None = None
+        self._body = self._cancelled = False  # is there a body to cancel; did we
+        self._fd = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._lost = ""  # why
+        self._cause: BaseException | None = None
+
+    @property
+    def lost(self) -> bool:
+        """True once the connection has died. Not watched: a transaction without a block, which fails by itself then."""
+        return bool(self._lost)
+
+    async def release(self) -> None:
+        """Unlocks a session hold from acquire(); what is not committed is rolled back. LockLost if it was lost."""
+        if self.lock.scope == "transaction":
+            raise RuntimeError(f"{self.lock} ends with its transaction: commit or roll back, or use scope='session'")
+        self.lock._holds.pop(self._task, None)
+        await self._leave(None)
+
+    # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
+
+    def _watch(self, *, body: bool) -> None:
+        self._loop, self._task, self._body = asyncio.get_running_loop(), asyncio.current_task(), body
+        self._cancelling = self._task.cancelling() if self._task else 0
+        self._fd = os.dup(self.connection.pgconn.socket)
+        self._loop.add_reader(self._fd, self._readable)
+        self.lock._holds[self._task] = self
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+        self._timer, self._fd = None, -1
+
+    def _readable(self) -> None:
+        pgconn = self.connection.pgconn
+        if self.connection.lock.locked() or pgconn.pipeline_status != PipelineStatus.OFF:
+            # psycopg reads, and will meet the end by itself. A slow COPY leaves data unread for long: don't spin on it.
+            self._loop.remove_reader(self._fd)
+            self._timer = self._loop.call_later(BUSY, self._loop.add_reader, self._fd, self._readable)
+            return
+        try:
+            pgconn.consume_input()
+            while notify := pgconn.notifies():  # what is read here psycopg would not see any more
+                if pgconn.notify_handler:
+                    pgconn.notify_handler(notify)
+        except psycopg.OperationalError as error:
+            self._lost, self._cause = "its connection died", error
+            self._unwatch()
+            if self._body and self._task:
+                self._cancelled = self._task.cancel()
+
+    # ---- the end
+
+    async def _leave(self, error: BaseException | None) -> bool:
+        """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
+        self._unwatch()
+        own, handled = error, False
+        if self._cancelled and self._task and self._task.uncancel() <= self._cancelling:
+            own = None if isinstance(error, asyncio.CancelledError) else error
+        try:
+            details = (type(error), error, error.__traceback__) if error else (None, None, None)
+            handled = bool(await self._exits.__aexit__(*details))
+        except psycopg.OperationalError as failure:
+            if not self.connection.closed:
+                raise
+            self._lost, self._cause = self._lost or "its connection died", self._cause or failure
+        if self._lost:
+            loss = LockLost(f"{self.lock} was lost, and may be another's since: {self._lost}", name=self.lock.name)
+            if own is None:
+                raise loss from self._cause
+            own.add_note(str(loss))
+        return handled
+
+    async def _unlock(self, _: object, error: BaseException | None, __: object) -> None:
+        """The end of a session hold. What is not proved unlocked is closed, which unlocks it: no pool ever gets it."""
+        conn, unlocked = self.connection, False
+        try:
+            try:  # before the next holder comes, our work is visible or gone
+                if conn.pgconn.transaction_status in IN_TRANSACTION:
+                    await (conn.commit() if self._body and error is None else conn.rollback())
+            finally:
+                async with conn.lock:
+                    if conn.pgconn.transaction_status == TransactionStatus.IDLE:
+                        unlock = f"SELECT {self.lock._calls('pg_advisory_unlock')[0]}"
+                        unlocked = await _run(conn, f"{unlock} WHERE pg_backend_pid() = {self._backend_pid}") == [b"t"]
+            if not unlocked:
+                self._lost = self._lost or "at its end this session did not hold it any more, or was another one"
+        finally:
+            if not unlocked:
+                conn.pgconn.finish()
+
+
+class AdvisoryLock:
+    """`async with AdvisoryLock(pool, "invoice:42") as hold: await hold.connection.execute(...)`
+
+    conn_or_pool  a psycopg AsyncConnection; or an AsyncConnectionPool, of which each hold and each waiter takes one
+                  connection for itself (give locks a pool of their own, or waiters can starve the holder's work)
+    name          a str (see lock_id), an int, or two ints
+    scope         "transaction": until commit or rollback. With a pool the block is the transaction; with a connection
+                  it is the caller's, outlasts the block, and asking again inside it is free.
+                  "session": until the end of the block; a transaction which the body left open is committed before
+                  (rolled back if it failed). Postgres grants a session again what it holds, so a second hold of a key
+                  on one connection is refused.
+    shared        any number of shared holders, or one exclusive
+    timeout       how long to wait: None for ever, 0 one try; then LockNotAcquired, and the transaction is still usable
+    proxy         "session": the connection goes through a proxy that is known to pool whole sessions
+
+    A cancelled wait leaves nothing held; only a transaction lock granted at that moment stays, until its transaction
+    ends. Tasks may share one object with a pool, each has its own hold. Not re-entrant: a task that acquires it again
+    is told so at once.
+    """
+
+    def __init__(
+        self,
+        conn_or_pool: AsyncConnection[Any] | AsyncConnectionPool[Any],
+        name: str | Key,
+        *,
+        scope: Literal["transaction", "session"] = "transaction",
+        shared: bool = False,
+        timeout: float | None = None,
+        proxy: Literal["session"] | None = None,
+    ) -> None:
+        source: object = conn_or_pool
+        if not isinstance(source, (AsyncConnection, AsyncConnectionPool)):
+            raise TypeError(f"conn_or_pool={source!r}: pass a psycopg AsyncConnection or an AsyncConnectionPool")
+        if scope not in ("transaction", "session"):
+            raise ValueError(f"scope={scope!r}: 'transaction' or 'session'")
+        if proxy not in (None, "session"):
+            raise ValueError(f"proxy={proxy!r}: 'session' if it pools sessions, else None and scope='transaction'")
+        self.keys: tuple[Key, ...] = (lock_key(name),)
+        self.name: object = name
+        self.source, self.scope, self.shared, self.proxy = conn_or_pool, scope, shared, proxy
+        self.timeout = _check_timeout(timeout)
+        self._holds: dict[asyncio.Task[Any] | None, Hold] = {}
+
+    def __str__(self) -> str:
+        shown = repr(self.name)
+        return f"advisory lock {shown if len(shown) <= 100 else shown[:100] + '...'}"
+
+    async def __aenter__(self) -> Hold:
+        return await self._take(self.timeout, body=True)
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool | None:
+        hold = self._held()
+        self._holds.pop(hold._task, None)
+        return await hold._leave(error)
+
+    async def acquire(self, timeout: float | EllipsisType | None = ...) -> Hold:
+        """Waits for the lock; `timeout` instead of the lock's own. A session hold has to be released."""
+        if self.scope == "transaction" and isinstance(self.source, AsyncConnectionPool):
+            raise RuntimeError(f"{self}: with a pool the block is the transaction, so use `async with`")
+        wait = self.timeout if isinstance(timeout, EllipsisType) else _check_timeout(timeout)
+        return await self._take(wait, body=False)
+
+    async def try_acquire(self) -> Hold | None:
+        """One try: the hold, or None when others hold the lock."""
+        try:
+            return await self.acquire(0)
+        except LockNotAcquired:
+            return None
+
+    async def release(self) -> None:
+        """Releases the session hold of this task, see Hold.release."""
+        await self._held().release()
+
+    def _held(self) -> Hold:
+        """The hold of this task; else the only one there is, for a fixture or exit stack that another task closes."""
+        holds = self._holds
+        hold = holds.get(asyncio.current_task()) or (next(iter(holds.values())) if len(holds) == 1 else None)
+        if hold is None:
+            raise RuntimeError(f"this task does not hold {self}: acquire it first")
+        return hold
+
+    # ---- acquire
+
+    async def _take(self, timeout: float | None, *, body: bool) -> Hold:
+        if asyncio.current_task() in self._holds:
+            raise RuntimeError(f"this task already holds {self}: it is not re-entrant, pass the hold on instead")
+        started = elapsed()
+        async with AsyncExitStack() as exits:  # whatever fails from here on, the connection goes back as it came
+            hold = Hold(self, await self._connection(exits, timeout))
+            if hold.connection.pgconn.pipeline_status != PipelineStatus.OFF:
+                raise RuntimeError(f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`")
+            lock = self._lock_session if self.scope == "session" else self._lock_transaction
+            try:
+                if not await lock(hold, timeout and max(0.001, started + timeout - elapsed())):
+                    raise self._refusal(started)
+            except (LockNotAvailable, QueryCanceled, DeadlockDetected) as error:
+                raise self._refusal(started, error) from error
+            if self.scope == "session":
+                exits.push_async_exit(hold._unlock)
+            if self.scope == "session" or body:
+                hold._watch(body=body)
+            hold._exits = exits.pop_all()
+        return hold
+
+    async def _connection(self, exits: AsyncExitStack, timeout: float | None) -> AsyncConnection[Any]:
+        source, key = self.source, self.keys[0]
+        if isinstance(source, AsyncConnection):
+            if self.scope == "session":
+                keys = _session_keys.setdefault(source, set())
+                if key in keys:
+                    raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
+                keys.add(key)
+                exits.callback(keys.discard, key)
+            return source
+        conn: AsyncConnection[Any]
+        try:
+            if self.scope == "session":
+                conn = await source.getconn(timeout or None)
+                exits.push_async_callback(source.putconn, conn)
+                return conn
+            conn = await exits.enter_async_context(source.connection(timeout or None))
+        except PoolTimeout as error:
+            raise LockNotAcquired(f"{self}: the pool has no connection free ({error}); raise its max_size") from error
+        await exits.enter_async_context(conn.transaction())
+        return conn
+
+    async def _lock_session(self, hold: Hold, timeout: float | None) -> bool:
+        """One round trip, which begins no transaction."""
+        conn = hold.connection
+        async with conn.lock:
+            if conn.pgconn.transaction_status in IN_TRANSACTION:
+                raise RuntimeError(f"{self}: this connection is in a transaction; commit, or use scope='transaction'")
+            # A proxy tells its clients a pid of its own making. Then no row comes back, and the lock is not even tried.
+            where = "" if self.proxy else f" WHERE pg_backend_pid() = {conn.pgconn.backend_pid}"
+            # Two statements in one message are one transaction, and SET LOCAL ends with it.
+            limit = f"SET LOCAL lock_timeout = {math.ceil(timeout * 1000)}; " if timeout else ""
+            call = self._calls("pg_try_advisory_lock" if timeout == 0 else "pg_advisory_lock")[0]
+            try:
+                row = await _run(conn, f"{limit}SELECT pg_backend_pid(), {call}{where}")
+            except BaseException as error:
+                await self._undo(conn, error)
+                raise
+        if row is None:
+            raise RuntimeError(
+                f"{self}: scope='session' is refused, for the server's process is not the one we were told of when we "
+                "connected. A proxy in between may run our next statement in another session and give others this one, "
+                "locked. Use scope='transaction', or connect directly, or say proxy='session' if it pools sessions"
+            )
+        hold._backend_pid = int(row[0] or 0)
+        return row[1] != b"f"
+
+    async def _undo(self, conn: AsyncConnection[Any], error: BaseException) -> None:
+        """A grant may race the timeout or the cancel: then Postgres reports the error and keeps the lock all the same.
+
+        Each key has at most one hold on a connection, so what pg_locks shows of ours can only be that grant.
+        """
+        high, low, space = _oids(self.keys[0])
+        mode, undone = "ShareLock" if self.shared else "ExclusiveLock", False
+        try:
+            if conn.pgconn.status == ConnStatus.OK:
+                (unlock,) = self._calls("pg_advisory_unlock")
+                ours = f"pid = pg_backend_pid() AND granted AND locktype = 'advisory' AND mode = '{mode}'"
+                key = f"(classid, objid, objsubid) = ({high}, {low}, {space})"
+                await _run(conn, f"SELECT {unlock} FROM pg_locks WHERE {ours} AND {key}")  # noqa: S608 numbers only
+            undone = True
+        except psycopg.Error as failure:
+            error.add_note(f"the connection is closed: it could not say whether {self} was granted ({failure})")
+        finally:
+            if not undone:
+                conn.pgconn.finish()
+
+    async def _lock_transaction(self, hold: Hold, timeout: float | None) -> bool:
+        """One round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""
+        conn, got = hold.connection, True
+        if conn.autocommit and conn.pgconn.transaction_status == TransactionStatus.IDLE:
+            raise RuntimeError(
+                f"{self}: in autocommit and outside a transaction it would be gone at once; acquire it inside "
+                "`async with conn.transaction()`, or use scope='session'"
+            )
+        cursor = conn.cursor(row_factory=tuple_row)  # its first statement begins the transaction as the connection says
+        keep = limit = restore = ""
+        if timeout:
+            left = f"{math.ceil(timeout * 1000)} - 1000 * extract(epoch FROM clock_timestamp() - statement_timestamp())"
+            keep = "SELECT set_config('distsys.lock_timeout', current_setting('lock_timeout'), true);"
+            limit = f"SELECT set_config('lock_timeout', greatest(1, ceil({left}))::int::text, true);"
+            restore = "SELECT set_config('lock_timeout', current_setting('distsys.lock_timeout'), true);"
+        locks = "".join(f"{limit} SELECT {call};" for call in self._calls("pg_advisory_xact_lock"))
+        tries = " AND ".join(self._calls("pg_try_advisory_xact_lock"))
+        try:
+            if timeout == 0:
+                await cursor.execute(f"SAVEPOINT distsys_lock; SELECT {tries}".encode(), prepare=False)
+                got = bool(cursor.nextset()) and await cursor.fetchone() == (True,)
+                await cursor.execute(b"RELEASE distsys_lock" if got else ROLL_BACK, prepare=False)
+            else:
+                message = f"SAVEPOINT distsys_lock; {keep}{locks}{restore} RELEASE distsys_lock"
+                await cursor.execute(message.encode(), prepare=False)
+        except (LockNotAvailable, QueryCanceled, DeadlockDetected, asyncio.CancelledError) as error:
+            if conn.pgconn.transaction_status == TransactionStatus.INERROR and not conn.lock.locked():
+                try:
+                    await cursor.execute(ROLL_BACK, prepare=False)
+                except psycopg.Error as failure:
+                    error.add_note(f"the transaction stays aborted: {failure}")
+            raise
+        return got
+
+    def _calls(self, function: str) -> list[str]:
+        keys = (f"'{k[0]}'::int, '{k[1]}'::int" if isinstance(k, tuple) else f"'{k}'::bigint" for k in self.keys)
+        return [f"{function}{'_shared' if self.shared else ''}({key})" for key in keys]
+
+    def _refusal(self, started: float, error: psycopg.Error | None = None) -> DistsysError:
+        if isinstance(error, DeadlockDetected):
+            return LockDeadlock(f"{self}: {error}; take locks in one order, as advisory_locks() does", name=self.name)
+        waited, said = elapsed() - started, f" ({error.diag.message_primary})" if error else ""
+        message = f"{self} was not obtained in {waited:.3g} s{said}; held_advisory_locks() shows who holds it"
+        return LockNotAcquired(message, name=self.name, waited=waited)
+
+
+def advisory_locks(
+    conn_or_pool: AsyncConnection[Any] | AsyncConnectionPool[Any],
+    *names: str | Key,
+    shared: bool = False,
+    timeout: float | None = None,
+) -> AdvisoryLock:
+    """Several locks for one transaction, all or none, in one round trip; `timeout` bounds the whole wait.
+
+    They are taken in the order of (key space, id), each once, so that no two such calls can deadlock with each other.
+    """
+    if not names:
+        raise ValueError("advisory_locks() without names would lock nothing: give at least one")
+    lock = AdvisoryLock(conn_or_pool, names[0], shared=shared, timeout=timeout)
+    lock.keys, lock.name = tuple(sorted({lock_key(name) for name in names}, key=_order)), names
+    return lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisoryLockState:
+    """A session that holds an advisory lock, or waits for it."""
+
+    key: Key
+    name: str | Key | None  # as `names` told; an id does not give its name back
+    pid: int | None  # None: a prepared transaction
+    application_name: str
+    mode: Literal["shared", "exclusive"]
+    granted: bool
+    waiting_since: datetime | None  # the server remembers it only for those who wait
+    blocked_by: list[int]  # pids of the holders, and of those ahead in the queue
+
+
+async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | Key] = ()) -> list[AdvisoryLockState]:
+    """Who holds, who waits for the advisory locks of this database: by key, holders first. `names` label the keys."""
+    labels = {lock_key(name): name for name in names}
+
+    def state(high: int, low: int, space: int, **facts: Any) -> AdvisoryLockState:
+        key: Key = (_signed(high, 32), _signed(low, 32)) if space == 2 else _signed(high << 32 | low, 64)
+        return AdvisoryLockState(key=key, name=labels.get(key), **facts)
+
+    async with conn.transaction(), conn.cursor(row_factory=kwargs_row(state)) as cursor:
+        await cursor.execute(
+            """
+            SELECT classid::bigint AS high, objid::bigint AS low, objsubid AS space, pid, granted,
+              waitstart AS waiting_since, coalesce(application_name, '') AS application_name,
+              CASE mode WHEN 'ShareLock' THEN 'shared' ELSE 'exclusive' END AS mode,
+              CASE WHEN granted THEN '{}' ELSE pg_blocking_pids(pid) END AS blocked_by
+            FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
+            WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            ORDER BY granted DESC, waitstart
+            """
+        )
+        return sorted(await cursor.fetchall(), key=lambda state: _order(state.key))
+
+
+async def _run(conn: AsyncConnection[Any], sql: str) -> list[bytes | None] | None:
+    """One message, with conn.lock held, beside psycopg's implicit transactions; the first row of its last result."""
+    conn.pgconn.send_query(sql.encode())
+    result = (await conn.wait(generators.execute(conn.pgconn)))[-1]
+    if result.status == ExecStatus.FATAL_ERROR:
+        raise error_from_result(result)
+    return [result.get_value(0, column) for column in range(result.nfields)] if result.ntuples else None
+
+
+def _order(key: Key) -> tuple[bool, tuple[int, ...]]:
+    return (True, key) if isinstance(key, tuple) else (False, (key,))
+
+
+def _oids(key: Key) -> tuple[int, int, int]:
+    """The key as pg_locks shows it: classid, objid, objsubid."""
+    high, low = key if isinstance(key, tuple) else (key >> 32, key)
+    return high & 0xFFFFFFFF, low & 0xFFFFFFFF, 2 if isinstance(key, tuple) else 1
+
+
+def _signed(number: int, bits: int) -> int:
+    return number - (number >> bits - 1 << bits)
+
+
+def _check_timeout(timeout: float | None) -> float | None:
+    seconds = check_timeout(timeout)
+    if seconds is not None and seconds > MAX_TIMEOUT:
+        raise ValueError(f"timeout={timeout!r}: Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days; None waits for ever")
+    return seconds

@@ -1,0 +1,155 @@
+"""Fencing tokens: the resource itself refuses a holder that a newer one has overtaken.
+
+Promise  once a write with token t is accepted, no write with a token below t is: a holder that was paused, partitioned or
+         forgotten by a failover can't overwrite its successor's work.
+Not      a lock: two holders may both work, only the older one's late writes are refused. No help for resources that
+         can't compare tokens (an e-mail, a payment provider without idempotency keys). Tokens of two sources don't compare.
+Units    tokens are positive integers below 2^53; TTLs in seconds.
+Errors   StaleToken(expected, actual): refused, nothing was written. LookupError: no row matched at all.
+Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 2016 "How to do distributed locking".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from distsys.errors import StaleToken
+from distsys.locks.lease import held_leases, milliseconds
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+    from psycopg_pool import AsyncConnectionPool
+    from redis.asyncio import Redis
+
+# KEYS[1] - the value    KEYS[2] - its guard: the newest token seen    ARGV - value, token, ttl in ms or ""
+# Returns 0 when written, else the newer token that forbids it. An equal token is the same holder writing again.
+_SET = """
+local newest = tonumber(redis.call('GET', KEYS[2]) or 0)
+if newest > tonumber(ARGV[2]) then return newest end
+if ARGV[3] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) end
+redis.call('SET', KEYS[2], ARGV[2])
+return 0
+"""
+
+
+def current_token(name: str | None = None) -> int:
+    """The fencing token of the innermost lease held here (of the lock `name`), for code that is not handed the lease."""
+    for lease in reversed(held_leases.get()):
+        if lease.token is not None and name in (None, lease.name):
+            lease.check()
+            return lease.token
+    raise LookupError(f"no lease with a fencing token {f'of {name!r} ' if name else ''}is held here; write under a lock")
+
+
+async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
+    """SET, unless a newer token has written `key`. The guard `{key}:fence` shares the key's slot and does not expire."""
+    guard = f"{key}:fence" if "{" in key else f"{{{key}}}:fence"
+    newest = await redis.eval(_SET, 2, key, guard, value, check_token(token), "" if ttl is None else milliseconds(ttl))
+    if newest:
+        raise _stale(key, newest, token)
+
+
+async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
+    """Admits `token` for `resource` inside the caller's transaction, or raises StaleToken. Needs `ensure_schema`.
+
+    The guard's row stays locked until that transaction ends, so what it admits commits before anything newer is admitted.
+    """
+    admitted = await conn.execute(
+        """INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
+           ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token""",
+        (resource, check_token(token)),
+    )
+    if admitted.rowcount == 0:
+        cursor = await conn.execute("SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
+        newest = await cursor.fetchone()
+        raise _stale(resource, newest[0] if newest else 0, token)
+
+
+async def fenced_update(
+    conn: AsyncConnection[Any],
+    table: str,
+    values: Mapping[str, Any],
+    *,
+    where: Mapping[str, Any],
+    token: int,
+    column: str = "fence_token",
+) -> int:
+    """UPDATE of the rows `where`, unless one carries a newer token; returns how many rows it changed.
+
+    The token lives in the row itself (`column`, a bigint), so the check and the write are one atomic statement.
+    """
+    from psycopg import sql
+
+    if not values or not where:
+        raise ValueError(f"fenced_update needs columns to set and a condition; got values={values!r}, where={where!r}")
+    sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in values.items())
+    rows = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in where.items())
+    names = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column), "rows": rows}
+    # All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
+    cursor = await conn.execute(
+        sql.SQL(
+            """WITH target AS MATERIALIZED (SELECT ctid, {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
+                    newest AS (SELECT coalesce(max(token), 0) AS token FROM target),
+                    written AS (UPDATE {table} SET {sets}, {column} = {token} WHERE ctid IN (SELECT ctid FROM target)
+                                AND {token} >= (SELECT token FROM newest) RETURNING 1)
+               SELECT (SELECT count(*) FROM target), (SELECT token FROM newest), (SELECT count(*) FROM written)"""
+        ).format(sets=sets, token=sql.Literal(check_token(token)), **names)
+    )
+    found, newest, written = await cursor.fetchone() or (0, 0, 0)
+    if not found:
+        raise LookupError(f"no row of {table} matches {dict(where)!r}: nothing was written")
+    if not written:
+        raise _stale(f"{table} {dict(where)!r}", newest, token)
+    return int(written)
+
+
+def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[int]]:
+    """Tokens from a sequence, for `RedisLock(..., tokens=postgres_tokens(pool))`: no failover of Redis turns them back."""
+
+    async def draw() -> int:
+        async with pool.connection() as conn:
+            row = await (await conn.execute("SELECT nextval('distsys_fence_token')")).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    return draw
+
+
+async def ensure_schema(conn: AsyncConnection[Any]) -> None:
+    """Creates the token sequence and the guard table when missing."""
+    await conn.execute(files("distsys.locks").joinpath("fencing.sql").read_text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TtlAdvice:
+    """A TTL of 2-3 times the expected operation: shorter loses leases to jitter, longer delays recovery after a crash."""
+
+    expected: float
+    shortest: float
+    longest: float
+
+    def __contains__(self, ttl: float) -> bool:
+        return self.shortest <= ttl <= self.longest
+
+
+def ttl_advice(expected: float) -> TtlAdvice:
+    """For an operation expected to take `expected` seconds (its p99, not its mean)."""
+    if not expected > 0:
+        raise ValueError(f"expected={expected!r}: an operation takes more than 0 s; measure its p99")
+    return TtlAdvice(expected=expected, shortest=2 * expected, longest=3 * expected)
+
+
+def check_token(token: int) -> int:
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise TypeError(f"token={token!r} is a {type(token).__name__}; pass lease.token (Redlock leases carry none)")
+    if not 0 < token < 2**53:
+        raise ValueError(f"token={token}: tokens are positive and below 2^53, the largest integer Lua compares exactly")
+    return token
+
+
+def _stale(resource: str, newest: int, token: int) -> StaleToken:
+    message = f"{resource}: token {token} is older than {newest}, which has written already; nothing was written"
+    return StaleToken(message, resource=resource, expected=newest, actual=token)

@@ -1,0 +1,325 @@
+"""A lease: exclusive for a while, and its holder is told before the while is over.
+
+The three locks grant different leases for different reasons; how a holder keeps one is the same for all, and stands
+here once: the local deadline, the renewal, the news of the loss, and the end of the body that ran under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from distsys.clock import Clock, elapsed
+from distsys.errors import LockLost
+
+logger = logging.getLogger("distsys.locks")
+OnLost = Literal["cancel", "flag"]
+MAX_TTL = 86_400.0
+UNDO_WAIT = 1.0  # how long a cancelled acquire waits for its own undoing, which otherwise goes on in the background
+
+held_leases: ContextVar[tuple[Lease, ...]] = ContextVar("distsys_held_leases", default=())
+"""The leases of this context, outermost first: nested code finds its fencing token here."""
+
+_background: set[asyncio.Task[Any]] = set()  # asyncio keeps only weak references to tasks
+
+
+class Lease:
+    """One grant of a lock, from its acquisition to its end.
+
+    `extend(ttl)` and `release()` are the lock's own calls to its store; each answers whether the lease was still ours.
+    `asked_at` is the local time *before* the request that granted the lease was sent: the server's TTL starts later
+    than that, so `asked_at + ttl - drift` is never after the server's end of the lease.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        key: object,
+        owner: str,
+        token: int | None,
+        ttl: float,
+        asked_at: float,
+        extend: Callable[[Lease, float], Awaitable[bool]],
+        release: Callable[[Lease], Awaitable[bool]],
+        renew: bool,
+        on_lost: OnLost,
+        clock: Clock = elapsed,
+    ) -> None:
+        self.name, self.key, self.owner, self.token, self.ttl = name, key, owner, token, ttl
+        self._extend, self._release, self._renew, self._on_lost, self._clock = extend, release, renew, on_lost, clock
+        self._task = asyncio.current_task()
+        self._body: asyncio.Task[Any] | None = None  # the task to cancel; only `async with` has a body
+        self._cancelled = False
+        self._ended = ""  # why; "" while held
+        self._cause: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._deadline = 0.0
+        self._granted(asked_at)
+        held_leases.set((*held_leases.get(), self))
+
+    def __repr__(self) -> str:
+        state = self._ended or f"{self.remaining():.3g} s left"
+        return f"<Lease {self.name!r} token={self.token} {state}>"
+
+    # ---- what the holder can ask
+
+    @property
+    def lost(self) -> bool:
+        """True once the lease can no longer be proved to hold: read from the clock, so true at once after a pause."""
+        return self._ended not in ("", "released") or (not self._ended and not self.covered)
+
+    @property
+    def held(self) -> bool:
+        return not self._ended and not self.lost
+
+    @property
+    def covered(self) -> bool:
+        """Whether the present moment lies inside the lease's own time, released or not."""
+        return self._clock() < self._deadline
+
+    def remaining(self) -> float:
+        """Seconds until the local deadline, which is never later than the server's; 0 when lost or released."""
+        return 0.0 if self._ended else max(0.0, self._deadline - self._clock())
+
+    def check(self) -> None:
+        """Raises LockLost unless the lease still holds. Narrows the window before a write; only a fence closes it."""
+        if self.lost:
+            raise self._loss()
+
+    async def extend(self, ttl: float | None = None) -> None:
+        """Starts the TTL anew (`ttl` seconds, else as before). Raises LockLost when the lease is no longer ours."""
+        self.check()
+        if ttl is not None:
+            self.ttl = check_ttl(ttl)
+        if not await self._ask_again():
+            raise self._loss()
+
+    async def release(self) -> bool:
+        """Gives the lease back. False: it was no longer ours. Cancelled midway, it goes on in the background."""
+        self._forget()
+        if self._ended:
+            return self._ended == "released"
+        self._end("released")
+        try:
+            ours = await self._release(self)
+        except asyncio.CancelledError:
+            in_background(self._release(self), f"release of {self.name!r} after cancellation")
+            raise
+        if not ours:
+            self._ended = "was no longer ours when it was released"
+        return ours
+
+    # ---- the body of `async with`
+
+    def guard(self) -> Lease:
+        """Ties the lease to the running task: when the lease is lost, its body is cancelled and LockLost raised."""
+        self._body = asyncio.current_task()
+        assert self._body is not None
+        self._cancelling = self._body.cancelling()
+        return self
+
+    async def leave(self, error: BaseException | None) -> None:
+        """The end of the body. The body's own error is never masked: a loss beside it becomes a note."""
+        self._forget()
+        ours_to_take_back = False
+        if self._cancelled and self._body is not None:
+            ours_to_take_back = self._body.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
+        if self._ended:
+            lost = self._ended != "released"
+        else:
+            lost = not await self._released_by_leaving()
+        if lost and (error is None or ours_to_take_back):
+            raise self._loss() from self._cause
+        if lost and not isinstance(error, (LockLost, type(None))):
+            error.add_note(str(self._loss()))
+
+    async def _released_by_leaving(self) -> bool:
+        covered = self.covered
+        try:
+            return await self.release()
+        except Exception as error:
+            self._cause = error
+            if covered:  # the whole body ran inside the lease; what could not be given back ends by its TTL
+                logger.warning("%r could not be released and ends by its TTL: %r", self.name, error)
+            return covered
+
+    # ---- renewal and loss
+
+    def _granted(self, asked_at: float) -> None:
+        self._deadline = local_deadline(asked_at, self.ttl)
+        left = self._deadline - self._clock()
+        self._wake_in(min(left, self.ttl / 3) if self._renew else left)
+
+    def _wake_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self._tick)
+
+    def _tick(self) -> None:
+        left = self._deadline - self._clock()
+        if left <= 0:
+            self._lose("ended before it could be renewed" if self._renew else "ended: it is not renewed")
+            return
+        self._wake_in(left)
+        if self._renew and self._renewal is None:
+            self._renewal = asyncio.get_running_loop().create_task(self._renew_now())
+
+    async def _renew_now(self) -> None:
+        try:
+            await self._ask_again()
+        except Exception as error:  # kept as the cause of a later loss; until the deadline there is time to try again
+            self._cause = error
+            logger.warning("renewal of %r failed, %.3g s left: %r", self.name, self.remaining(), error)
+            if not self._ended:
+                self._wake_in(min(self.ttl / 10, self._deadline - self._clock()))
+        finally:
+            self._renewal = None
+
+    async def _ask_again(self) -> bool:
+        asked_at = self._clock()
+        ours = await self._extend(self, self.ttl)
+        if self._ended:
+            return False
+        if ours:
+            self._cause = None
+            self._granted(asked_at)
+        else:
+            self._lose("was taken away: its key expired, was removed, or belongs to another owner")
+        return ours
+
+    def lose(self, why: str, cause: BaseException | None = None) -> None:
+        """For the lock that learns of the loss by itself (a dead connection). Does nothing once the lease has ended."""
+        if not self._ended:
+            self._cause = cause
+            self._lose(why)
+
+    def _lose(self, why: str) -> None:
+        body, task = self._body, asyncio.current_task(asyncio.get_running_loop())
+        self._end(why)
+        in_background(self._release(self), f"release of {self.name!r} after its loss")
+        if self._on_lost == "cancel" and body is not None and body is not task:
+            self._cancelled = True
+            body.cancel()
+
+    def _end(self, why: str) -> None:
+        self._ended = why
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._renewal is not None and self._renewal is not asyncio.current_task():
+            self._renewal.cancel()
+
+    def _forget(self) -> None:
+        held_leases.set(tuple(lease for lease in held_leases.get() if lease is not self))
+
+    def _loss(self) -> LockLost:
+        why = self._ended or "ended while the event loop was busy"
+        return LockLost(f"the lease of {self.name!r} {why}", name=self.name, token=self.token)
+
+
+def local_deadline(asked_at: float, ttl: float) -> float:
+    """Never after the server's end of a lease asked for at `asked_at`: less 1 % and 2 ms, for clocks that drift."""
+    return asked_at + ttl * 0.99 - 0.002
+
+
+def refuse_reentry(key: object, name: str) -> None:
+    """A task that waits for a lock it holds itself would wait for ever: say so at once."""
+    task = asyncio.current_task()
+    if any(lease.key == key and lease._task is task and lease.held for lease in held_leases.get()):
+        raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
+
+
+class Holders:
+    """Which task holds which lease of one lock object: tasks may share it, each acquisition is its own lease."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._leases: dict[asyncio.Task[Any] | None, Lease] = {}
+
+    def add(self, lease: Lease) -> Lease:
+        self._leases[asyncio.current_task()] = lease
+        return lease
+
+    def take(self) -> Lease:
+        """The lease of this task; else the only one there is, for a fixture or exit stack closed by another task."""
+        task = asyncio.current_task()
+        if task not in self._leases and len(self._leases) == 1:
+            (task,) = self._leases
+        lease = self._leases.pop(task, None)
+        if lease is None:
+            raise RuntimeError(f"this task holds no lease of {self._name!r}: acquire it first, or call lease.release()")
+        return lease
+
+
+def in_background(work: Awaitable[Any], what: str) -> asyncio.Task[Any]:
+    """Runs `work` to its end whatever happens to the caller; a failure is logged, for nobody is left to raise it to."""
+
+    async def run() -> Any:
+        try:
+            return await work
+        except Exception as error:
+            logger.warning("%s failed: %r", what, error)
+
+    task = asyncio.get_running_loop().create_task(run())
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
+
+
+def check_ttl(ttl: float) -> float:
+    """A TTL in seconds, above 0 and at most a day."""
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        raise TypeError(f"ttl={ttl!r} is a {type(ttl).__name__}; give seconds as a number")
+    if not ttl > 0:
+        raise ValueError(f"ttl={ttl!r}: a lease lasts longer than 0 s; take 2-3 times the expected operation")
+    if ttl > MAX_TTL:
+        raise ValueError(f"ttl={ttl!r} is longer than a day; it is in seconds, and renewal keeps a long job's lease alive")
+    return float(ttl)
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """How long to wait, in seconds: None for ever, 0 one try."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout={timeout!r} is a {type(timeout).__name__}; give seconds, 0: one try, None: for ever")
+    if not timeout >= 0:
+        raise ValueError(f"timeout={timeout!r}: a wait is not negative; 0 is one try, None waits for ever")
+    return float(timeout)
+
+
+def check_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is a {type(name).__name__}; a lock's name is a str: 'payment:order-123'")
+    if not name:
+        raise ValueError("name='' is empty: every lock without a name would be the same lock; name what is protected")
+    return name
+
+
+def async_client(redis: Any) -> Any:
+    """The client itself, if it is an asyncio one."""
+    from redis import Redis, RedisCluster
+
+    if isinstance(redis, (Redis, RedisCluster)) or not hasattr(redis, "evalsha"):
+        raise TypeError(f"{redis!r} is not an asyncio client of Redis: pass redis.asyncio.Redis(...)")
+    return redis
+
+
+def hash_tag(name: str) -> str:
+    """The name as it stands inside `{...}` of a key: braces of its own would end the tag early."""
+    return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+
+
+def sha1(script: str) -> str:
+    """How Redis names a script in EVALSHA."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)

@@ -1,0 +1,372 @@
+"""Redis lock: one holder at a time, waiters in order, a fencing token with every lease.
+
+Promise  one holder per name while the server keeps its data; waiters are served first come, first served; each lease
+         carries a token larger than every earlier one; the holder is told before the server can grant the next lease.
+Not      safe against a stale write by itself: a holder paused past its lease still writes (fence the write);
+         safe across a failover, which may forget the newest grant (fence, min_replicas, or Redlock); re-entrant.
+Units    seconds, float; tokens are integers, microseconds of the server's clock made strictly increasing.
+Errors   LockNotAcquired after `timeout`; LockLost when the lease ended under the body; redis.RedisError passes.
+Source   redis.io "Distributed Locks with Redis"; Gray & Cheriton 1989 (leases); Kulkarni 2014 (hybrid clocks).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from redis.exceptions import NoScriptError
+
+from distsys.clock import Clock, elapsed
+from distsys.errors import LockNotAcquired
+from distsys.locks.lease import (
+    UNDO_WAIT,
+    Holders,
+    Lease,
+    OnLost,
+    async_client,
+    check_name,
+    check_timeout,
+    check_ttl,
+    hash_tag,
+    in_background,
+    local_deadline,
+    milliseconds,
+    refuse_reentry,
+    sha1,
+)
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.cluster import RedisCluster
+
+SLICE = 1.0  # longest single BLPOP: it must end before the client's socket timeout, and is a waiter's sign of life
+PATIENCE_MS = 3_000  # a waiter silent for longer counts as dead and is skipped: three slices
+CLAIM_MS = 1_000  # how long a lock handed to a waiter waits for it to take it up
+
+# KEYS[1] - lock: its owner, with the lease as TTL    KEYS[2] - fence: the newest token, kept a week
+# KEYS[3] - queue: waiting owners, oldest first       KEYS[4] - seen: owner -> alive until (server's microseconds)
+# Each waiter blocks on KEYS[1]:wake:<owner>. All carry the same hash tag, so they share one cluster slot.
+# ARGV[1] - the owner who asks
+_SHARED = """
+local lock, fence, queue, seen, me = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
+local function now()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+local function next_waiter()
+  local waiter = redis.call('LPOP', queue)
+  while waiter do
+    local alive_until = redis.call('HGET', seen, waiter)
+    redis.call('HDEL', seen, waiter)
+    if alive_until and tonumber(alive_until) > now() then return waiter end
+    waiter = redis.call('LPOP', queue)
+  end
+end
+local function reserve(waiter)
+  redis.call('SET', lock, waiter, 'PX', CLAIM_MS)
+  redis.call('RPUSH', lock .. ':wake:' .. waiter, 1)
+  redis.call('PEXPIRE', lock .. ':wake:' .. waiter, CLAIM_MS)
+end
+""".replace("CLAIM_MS", str(CLAIM_MS))
+
+# ARGV[2] - ttl in ms    ARGV[3] - patience in ms, or "" not to queue
+# Returns {token, 0, me} when granted, else {0, ms until the present lease ends, holder}. To ask again is always safe:
+# the owner decides, so a client that retries after a lost reply is still the one that was granted.
+_ASK = (
+    _SHARED
+    + """
+if redis.call('EXISTS', lock .. ':gone:' .. me) == 1 then return {0, 0, ''} end
+local holder = redis.call('GET', lock)
+if not holder then
+  holder = next_waiter() or me
+  if holder ~= me then reserve(holder) end
+end
+if holder == me then
+  local token = now()
+  local newest = redis.call('GET', fence)
+  if newest and tonumber(newest) >= token then token = tonumber(newest) + 1 end
+  redis.call('SET', lock, me, 'PX', ARGV[2])
+  redis.call('SET', fence, string.format('%.0f', token), 'PX', 604800000)
+  return {token, 0, me}
+end
+if ARGV[3] ~= '' then
+  if redis.call('HSET', seen, me, string.format('%.0f', now() + ARGV[3] * 1000)) == 1 then
+    redis.call('RPUSH', queue, me)
+  end
+  redis.call('PEXPIRE', queue, 60000)
+  redis.call('PEXPIRE', seen, 60000)
+end
+return {0, redis.call('PTTL', lock), holder}
+"""
+)
+
+# ARGV[2] - the lease's token    ARGV[3] - "1" when the reply to an ask was never seen: that ask may still be on its way
+# Returns 1: was ours, handed on or removed. 2: not there any more, but nobody was granted it after us. 0: lost.
+_LEAVE = (
+    _SHARED
+    + """
+if ARGV[3] == '1' then redis.call('SET', lock .. ':gone:' .. me, 1, 'PX', 60000) end
+local holder = redis.call('GET', lock)
+if holder == me then
+  local waiter = next_waiter()
+  if waiter then reserve(waiter) else redis.call('DEL', lock) end
+  return 1
+end
+if redis.call('HDEL', seen, me) == 1 then redis.call('LREM', queue, 1, me) end
+return redis.call('GET', fence) == ARGV[2] and 2 or 0
+"""
+)
+
+# ARGV[2] - ttl in ms
+_EXTEND = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end return redis.call('PEXPIRE', KEYS[1], ARGV[2])"
+
+# Returns {owner, ms left, newest token, waiters, now}
+_EXPLAIN = """
+local t = redis.call('TIME')
+return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[2]),
+  redis.call('LLEN', KEYS[3]), t[1] * 1000000 + t[2]}
+"""
+
+_SHA = {script: sha1(script) for script in (_ASK, _LEAVE, _EXTEND, _EXPLAIN)}
+_HOST = socket.gethostname().replace("|", "_")
+_waiting_slots: WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
+
+
+@dataclass
+class _Attempt:
+    """One acquisition on its way."""
+
+    owner: str
+    token: int = 0
+    asked_at: float = 0.0
+    left: float = 0.0  # seconds of the present lease
+    holder: str = ""
+    cancellations: int = field(default_factory=lambda: _cancellations())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockState:
+    """What the server says of a lock right now. `owner` is None when it is free."""
+
+    name: str
+    owner: str | None
+    host: str | None
+    pid: int | None
+    token: int | None  # of the present or the latest lease
+    held_for: float  # seconds
+    remaining: float  # seconds until the lease ends unless it is renewed
+    waiting: int
+
+
+class RedisLock:
+    """`async with RedisLock(redis, "payment:order-123") as lease: ...`
+
+    ttl           seconds a lease lasts without renewal; 2-3 times the expected operation, at most a day
+    timeout       how long to wait: None for ever, 0 one try; then LockNotAcquired
+    renew         extends the lease every ttl/3 while the body runs
+    on_lost       "cancel" ends the body of `async with` and raises LockLost; "flag" only sets lease.lost. A lease from
+                  acquire() has no body: look at lease.lost, or call lease.check() before what can't be undone
+    min_replicas  replicas that must confirm the grant, or it is given back: narrows a failover's window only
+    tokens        draws the fencing token elsewhere (fencing.postgres_tokens), checked against the lease afterwards
+    """
+
+    def __init__(
+        self,
+        redis: Redis | RedisCluster,
+        name: str,
+        *,
+        ttl: float = 30.0,
+        timeout: float | None = None,
+        renew: bool = True,
+        on_lost: OnLost = "cancel",
+        min_replicas: int = 0,
+        tokens: Callable[[], Awaitable[int]] | None = None,
+        clock: Clock = elapsed,
+    ) -> None:
+        if on_lost not in ("cancel", "flag"):
+            raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
+        if min_replicas < 0:
+            raise ValueError(f"min_replicas={min_replicas}: 0 asks for no confirmation")
+        self.redis, self.name = async_client(redis), check_name(name)
+        self.ttl, self.timeout = check_ttl(ttl), check_timeout(timeout)
+        self.renew, self.on_lost, self.clock = renew, on_lost, clock
+        self.min_replicas, self.tokens = min_replicas, tokens
+        base = f"distsys:lock:{{{hash_tag(name)}}}"
+        self._keys = (base, f"{base}:fence", f"{base}:queue", f"{base}:seen")
+        self._holders = Holders(name)
+
+    async def __aenter__(self) -> Lease:
+        return self._holders.add((await self._acquire(self.timeout)).guard())
+
+    async def __aexit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        await self._holders.take().leave(error)
+
+    async def acquire(self, timeout: float | Literal["default"] | None = "default") -> Lease:
+        """Waits for the lock; `timeout` overrides the lock's own. End it with lease.release() or lock.release()."""
+        wait = self.timeout if timeout == "default" else check_timeout(timeout)
+        return self._holders.add(await self._acquire(wait))
+
+    async def try_acquire(self) -> Lease | None:
+        """One try: the lease, or None when somebody else holds the lock or waits for it."""
+        try:
+            return await self.acquire(0)
+        except LockNotAcquired:
+            return None
+
+    async def release(self) -> bool:
+        """Releases this task's lease. False: it was no longer ours, so the work may not have been alone."""
+        return await self._holders.take().release()
+
+    async def explain(self) -> LockState:
+        """Who holds the lock, from where, for how long, and how many wait."""
+        owner, left, token, waiting, now = await self._run(_EXPLAIN)
+        owner = _text(owner)
+        host, pid, _ = owner.split("|") if owner else (None, None, None)
+        return LockState(
+            name=self.name,
+            owner=owner or None,
+            host=host,
+            pid=int(pid) if pid else None,
+            token=int(token) if token else None,
+            held_for=max(0.0, (now - int(token)) / 1e6) if owner and token else 0.0,
+            remaining=max(0.0, left / 1000),
+            waiting=waiting,
+        )
+
+    async def force_release(self) -> str | None:
+        """Takes the lock from whoever holds it and hands it on; the owner it was taken from, None if it was free.
+
+        The holder learns of it at its next renewal and may still write until then: only a fence stops that.
+        """
+        owner = (await self.explain()).owner
+        return owner if owner and await self._run(_LEAVE, owner, "", "") == 1 else None
+
+    # ---- acquire: ask; if it is taken, queue, sleep until woken, ask again
+
+    async def _acquire(self, timeout: float | None) -> Lease:
+        refuse_reentry(self._keys[0], self.name)
+        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}")
+        try:
+            if timeout:
+                async with asyncio.timeout(timeout):
+                    await self._obtain(attempt, wait=True)
+            else:
+                await self._obtain(attempt, wait=timeout is None)
+        except BaseException as error:
+            # Cancelled, timed out, disconnected: whether the last request was granted is unknown, so it is taken back.
+            undo = in_background(self._run(_LEAVE, attempt.owner, "", "1"), f"undoing an acquire of {self.name!r}")
+            await asyncio.wait({undo}, timeout=UNDO_WAIT)
+            if timeout and isinstance(error, TimeoutError):
+                raise self._refused(attempt, timeout) from None
+            raise
+        if not attempt.token:
+            raise self._refused(attempt, 0.0)
+        return Lease(
+            self.name,
+            key=self._keys[0],
+            owner=attempt.owner,
+            token=attempt.token,
+            ttl=self.ttl,
+            asked_at=attempt.asked_at,
+            extend=self._extend,
+            release=self._leave,
+            renew=self.renew,
+            on_lost=self.on_lost,
+            clock=self.clock,
+        )
+
+    async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
+        """Fills in the attempt's token; without `wait` it may come back without one."""
+        slots = self._slots()
+        if await self._granted(attempt, queue=wait and not slots.locked()) or not wait:
+            return
+        async with slots:
+            while not await self._granted(attempt, queue=True):
+                # Until the lock is handed to us, the present lease ends, or it is time for a sign of life.
+                longest = min(SLICE, (_option(self.redis, "socket_timeout") or math.inf) / 2, attempt.left + 0.001)
+                await self.redis.blpop([f"{self._keys[0]}:wake:{attempt.owner}"], timeout=max(0.01, longest))
+
+    async def _granted(self, attempt: _Attempt, *, queue: bool) -> bool:
+        attempt.asked_at = self.clock()
+        token, left_ms, holder = await self._ask(attempt.owner, PATIENCE_MS if queue else "")
+        attempt.left, attempt.holder = left_ms / 1000, _text(holder)
+        if _cancellations() > attempt.cancellations:
+            raise asyncio.CancelledError  # Python 3.11's wait_for, inside the client, can swallow one: it still counts
+        if token and self.tokens is not None:
+            # Drawn after the grant it may come too late. If the lease still stands now, every later holder draws later.
+            drawn = await self.tokens()
+            token = drawn if await self._run(_EXTEND, attempt.owner, milliseconds(self.ttl)) == 1 else 0
+        if token and self.clock() < local_deadline(attempt.asked_at, self.ttl):
+            attempt.token = token
+        return attempt.token > 0
+
+    async def _ask(self, owner: str, patience: int | str) -> Any:
+        if not self.min_replicas:
+            return await self._run(_ASK, owner, milliseconds(self.ttl), patience)
+        async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks for the writes of its own connection
+            pipe.eval(_ASK, 4, *self._keys, owner, milliseconds(self.ttl), patience)
+            pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
+            answer, confirmed = await pipe.execute()
+        if answer[0] and confirmed < self.min_replicas:
+            raise LockNotAcquired(
+                f"{self.name!r}: {confirmed} of min_replicas={self.min_replicas} replicas confirmed the grant",
+                name=self.name,
+                confirmed=confirmed,
+            )
+        return answer
+
+    def _slots(self) -> asyncio.Semaphore:
+        """At most half of the pool's connections wait at the server, so that a holder finds one to release with."""
+        pool, loop = getattr(self.redis, "connection_pool", self.redis), asyncio.get_running_loop()
+        known = _waiting_slots.get(pool)
+        if known is None or known[0] is not loop:
+            size = getattr(pool, "max_connections", 100)
+            if size < 2 or getattr(self.redis, "single_connection_client", False):
+                raise ValueError("a client with one connection can't wait: a waiter occupies one, a holder needs another")
+            known = _waiting_slots[pool] = loop, asyncio.Semaphore(size // 2)
+        return known[1]
+
+    def _refused(self, attempt: _Attempt, waited: float) -> LockNotAcquired:
+        by = f"; {attempt.holder} holds it" if attempt.holder else ""
+        message = f"{self.name!r} was not obtained in {waited:g} s{by}"
+        return LockNotAcquired(message, name=self.name, waited=waited, holder=attempt.holder)
+
+    # ---- the lease's calls
+
+    async def _extend(self, lease: Lease, ttl: float) -> bool:
+        return bool(await self._run(_EXTEND, lease.owner, milliseconds(ttl)) == 1)
+
+    async def _leave(self, lease: Lease) -> bool:
+        answer = await self._run(_LEAVE, lease.owner, lease.token or 0, "")
+        # 2 inside the lease's own time: the client retried a release whose reply was lost. Nobody came between.
+        return answer == 1 or (answer == 2 and lease.covered)
+
+    async def _run(self, script: str, *args: Any) -> Any:
+        try:
+            return await self.redis.evalsha(_SHA[script], 4, *self._keys, *args)
+        except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
+            return await self.redis.eval(script, 4, *self._keys, *args)
+
+
+def _cancellations() -> int:
+    """How often the running task was asked to cancel; asyncio.timeout() counts while it does."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
+
+
+def _text(reply: bytes | str | None) -> str:
+    return reply.decode() if isinstance(reply, bytes) else reply or ""
+
+
+def _option(redis: Any, option: str) -> Any:
+    pool = getattr(redis, "connection_pool", None)
+    return getattr(pool, "connection_kwargs", {}).get(option) if pool is not None else None

@@ -1,0 +1,69 @@
+"""Real servers, started once for the run; every test gets a database of its own and an empty Redis."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+from redis.asyncio import Redis
+
+from distsys.lab.processes import Processes
+from distsys.lab.servers import Server, Servers
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+async def servers() -> AsyncIterator[Servers]:
+    processes = await Processes.start()
+    servers = Servers(processes)
+    yield servers
+    await servers.aclose()
+    await processes.aclose()
+
+
+@pytest.fixture(scope="session")
+async def postgres(servers: Servers) -> Server:
+    return await servers.postgres()
+
+
+@pytest.fixture(scope="session")
+async def redis_server(servers: Servers) -> Server:
+    return await servers.redis()
+
+
+@pytest.fixture
+async def pg(postgres: Server) -> AsyncIterator[str]:
+    """The DSN of a fresh, empty database."""
+    name = f"test_{next(_numbers)}"
+    async with await psycopg.AsyncConnection.connect(postgres.url, autocommit=True) as admin:
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        yield psycopg.conninfo.make_conninfo(postgres.url, dbname=name)
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def pg_pool(pg: str) -> AsyncIterator[AsyncConnectionPool]:
+    async with AsyncConnectionPool(pg, min_size=1, max_size=8, open=False) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def redis(redis_server: Server) -> AsyncIterator[Redis]:
+    """A client of an empty Redis."""
+    async with Redis.from_url(redis_server.url) as client:
+        await client.flushall()
+        yield client
+
+
+@pytest.fixture
+async def own_redis(servers: Servers) -> AsyncIterator[Server]:
+    """A Redis of this test alone, to be killed, paused and restarted."""
+    server = await servers.redis(f"own-{next(_numbers)}")
+    yield server
+    if server.process is not None and server.process.state != "exited":
+        await server.kill()

@@ -1,0 +1,678 @@
+"""RedisLock: every promise of the rule, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+import redis as sync_redis
+import redis.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.crc import key_slot
+
+from distsys.errors import LockLost, LockNotAcquired
+from distsys.lab.proxy import TcpProxy
+from distsys.lab.servers import Server, Servers
+from distsys.locks.fencing import current_token
+from distsys.locks.lease import Lease
+from distsys.locks.redis_lock import _LEAVE, CLAIM_MS, PATIENCE_MS, RedisLock
+
+Redis = redis.asyncio.Redis
+
+
+async def until(fact: Callable[[], Awaitable[bool]]) -> None:
+    """Waits for a fact about the server, asked again and again, at most a few thousand times."""
+    async with asyncio.timeout(10):
+        while not await fact():
+            await asyncio.sleep(0)
+
+
+async def waiting(lock: RedisLock, count: int) -> None:
+    async def so_many() -> bool:
+        return (await lock.explain()).waiting == count
+
+    await until(so_many)
+
+
+async def calls(redis: Redis, command: str) -> int:
+    return int((await redis.info("commandstats")).get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+@contextlib.asynccontextmanager
+async def hold_in_another_task(lock: RedisLock) -> AsyncIterator[Lease]:
+    """A holder beside the test's own task, which ends with the block."""
+    entered: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+    leave = asyncio.Event()
+
+    async def hold() -> None:
+        async with lock as lease:
+            entered.set_result(lease)
+            await leave.wait()
+
+    task = asyncio.create_task(hold())
+    done, _ = await asyncio.wait({task, entered}, return_when=asyncio.FIRST_COMPLETED)
+    if task in done:
+        await task
+    try:
+        yield entered.result()
+    finally:
+        leave.set()
+        await task
+
+
+# ---- granting
+
+
+async def test_the_quick_start_runs_as_written(redis: Redis) -> None:
+    """`async with RedisLock(redis_client, "payment:order-123")`: inside it is held, afterwards it is free."""
+    redis_client, done = redis, []
+
+    async def process_payment(order_id: str) -> None:
+        done.append((order_id, (await RedisLock(redis, "payment:order-123").explain()).owner is not None))
+
+    async with RedisLock(redis_client, "payment:order-123"):
+        await process_payment("order-123")
+
+    assert done == [("order-123", True)]
+    assert (await RedisLock(redis, "payment:order-123").explain()).owner is None
+
+
+async def test_a_free_lock_costs_one_round_trip_each_way(redis: Redis) -> None:
+    """One EVALSHA acquires, token included, and one releases."""
+    async with RedisLock(redis, "warm"):
+        pass
+    await redis.config_resetstat()
+    async with RedisLock(redis, "free"):
+        pass
+    assert await calls(redis, "evalsha") == 2
+    assert await calls(redis, "blpop") == 0
+
+
+async def test_each_token_is_larger_than_every_earlier_one(redis: Redis) -> None:
+    """Strictly, within one microsecond too, and also after the server lost all its data."""
+    tokens = []
+    for i in range(60):
+        if i % 20 == 19:
+            await redis.flushall()
+        async with RedisLock(redis, "order") as lease:
+            tokens.append(lease.token)
+    assert tokens == sorted(set(tokens))
+
+
+async def test_a_token_never_decreases_when_the_servers_clock_stepped_back(redis: Redis) -> None:
+    """The newest token is remembered: it counts on from there until the clock has caught up."""
+    async with RedisLock(redis, "clock") as first:
+        pass
+    ahead = first.token + 3_600_000_000
+    await redis.set("distsys:lock:{clock}:fence", ahead)
+    async with RedisLock(redis, "clock") as later:
+        assert later.token == ahead + 1
+
+
+async def test_only_one_of_many_holds_it(redis: Redis) -> None:
+    """Forty tasks, each reading and writing with a pause between: no increment is lost."""
+    await redis.set("counter", 0)
+
+    async def increment() -> None:
+        async with RedisLock(redis, "counter-lock"):
+            value = int(await redis.get("counter"))
+            await asyncio.sleep(0)
+            await redis.set("counter", value + 1)
+
+    await asyncio.gather(*(increment() for _ in range(40)))
+    assert int(await redis.get("counter")) == 40
+
+
+async def test_scripts_that_the_server_forgot_are_brought_along(redis: Redis) -> None:
+    """SCRIPT FLUSH between any two calls changes nothing."""
+    lock = RedisLock(redis, "scripts")
+    async with lock as lease:
+        await redis.script_flush()
+        await lease.extend()
+        await redis.script_flush()
+    await redis.script_flush()
+    assert (await lock.explain()).owner is None
+
+
+async def test_a_restarted_server_grants_again_with_a_larger_token(own_redis: Server) -> None:
+    """The lock is forgotten with everything else; the token still grows."""
+    async with Redis(port=own_redis.port) as client:  # from_url makes a client without retries
+        first = await RedisLock(client, "restart").acquire()
+        await own_redis.restart()
+        second = await asyncio.create_task(RedisLock(client, "restart").acquire(5))
+        assert second.token is not None
+        assert first.token is not None
+        assert second.token > first.token
+        assert not await first.release()
+        assert await second.release()
+
+
+# ---- waiting
+
+
+async def test_waiters_are_served_first_come_first_served(redis: Redis) -> None:
+    """Eight waiters queue one after the other and enter in that order."""
+    lock, order = RedisLock(redis, "fifo"), []
+
+    async def enter(i: int) -> None:
+        async with RedisLock(redis, "fifo"):
+            order.append(i)
+
+    async with hold_in_another_task(lock):
+        tasks = []
+        for i in range(8):
+            tasks.append(asyncio.create_task(enter(i)))
+            await waiting(lock, i + 1)
+    await asyncio.gather(*tasks)
+    assert order == list(range(8))
+
+
+async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
+    """When the lock falls free, one try by somebody new is refused as long as others wait."""
+    lock = RedisLock(redis, "barge")
+    async with hold_in_another_task(lock):
+        await lock._ask("host|1|waiter", PATIENCE_MS)
+    assert await RedisLock(redis, "barge").try_acquire() is None
+    assert (await lock.explain()).owner == "host|1|waiter"
+
+
+async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
+    """A release wakes the first in the queue; the others sleep on, without asking the server."""
+    lock = RedisLock(redis, "one", ttl=60)
+    async with hold_in_another_task(lock):
+        for i in range(3):
+            await lock._ask(f"host|1|{i}", PATIENCE_MS)
+    assert await redis.keys("distsys:lock:{one}:wake:*") == [b"distsys:lock:{one}:wake:host|1|0"]
+
+
+async def test_a_dead_waiter_is_skipped(redis: Redis) -> None:
+    """A waiter that gave no sign of life in time is dropped at the next hand-over."""
+    lock = RedisLock(redis, "dead")
+    async with hold_in_another_task(lock):
+        await lock._ask("host|1|dead", PATIENCE_MS)
+        await redis.hset("distsys:lock:{dead}:seen", "host|1|dead", 1)
+        await lock._ask("host|1|alive", PATIENCE_MS)
+    assert (await lock.explain()).owner == "host|1|alive"
+
+
+async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_claim_only(redis: Redis) -> None:
+    """Nobody takes up the hand-over: when the claim ends, the next waiter enters, long before any TTL."""
+    lock = RedisLock(redis, "just-died", ttl=3600)
+    async with hold_in_another_task(lock):
+        await lock._ask("host|1|dead", PATIENCE_MS)
+        next_one = asyncio.create_task(RedisLock(redis, "just-died", ttl=3600).acquire())
+        await waiting(lock, 2)
+    assert 0 < await redis.pttl("distsys:lock:{just-died}") <= CLAIM_MS
+    assert await (await next_one).release()
+
+
+async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
+    """It is not handed a lock that nobody would take up."""
+    lock = RedisLock(redis, "leave")
+    async with hold_in_another_task(lock):
+        waiter = asyncio.create_task(RedisLock(redis, "leave").acquire())
+        await waiting(lock, 1)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        assert (await lock.explain()).waiting == 0
+    assert (await lock.explain()).owner is None
+
+
+async def test_a_lost_wake_up_costs_at_most_the_remaining_ttl(redis: Redis) -> None:
+    """The holder is gone without a release: the waiter asks again when the lease it saw has ended."""
+    lock = RedisLock(redis, "lost-wake", ttl=0.2, renew=False, on_lost="flag")
+    lease = await lock.acquire()
+    second = await asyncio.create_task(RedisLock(redis, "lost-wake").acquire(5))
+    assert lease.lost
+    assert not await lease.release()
+    assert await second.release()
+
+
+async def test_more_waiters_than_connections_all_get_through(redis_server: Server) -> None:
+    """Waiters use half of a small pool at most, so holders can always release."""
+    async with Redis.from_url(redis_server.url, max_connections=4) as client:
+        done = []
+
+        async def enter(i: int) -> None:
+            async with RedisLock(client, "small-pool"):
+                done.append(i)
+
+        async with asyncio.timeout(20):
+            for batch in range(0, 12, 2):  # two newcomers at a time: the first request needs a connection as well
+                tasks = [asyncio.create_task(enter(batch + i)) for i in range(2)]
+                await asyncio.gather(*tasks)
+        assert len(done) == 12
+
+
+async def test_a_timeout_says_who_holds_the_lock_and_leaves_nothing(redis: Redis) -> None:
+    """LockNotAcquired carries the holder and the wait; the queue is as before."""
+    lock = RedisLock(redis, "busy", timeout=0.05)
+    async with hold_in_another_task(RedisLock(redis, "busy")) as lease:
+        with pytest.raises(LockNotAcquired, match=r"'busy' was not obtained in 0\.05 s") as refused:
+            await lock.acquire()
+        assert refused.value.holder == lease.owner
+        assert refused.value.problem()["status"] == 423
+        assert (await lock.explain()).waiting == 0
+
+
+async def test_timeout_zero_is_one_try(redis: Redis) -> None:
+    """It never queues; try_acquire answers None instead of raising."""
+    async with hold_in_another_task(RedisLock(redis, "zero")):
+        with pytest.raises(LockNotAcquired):
+            await RedisLock(redis, "zero", timeout=0).acquire()
+        assert await RedisLock(redis, "zero").try_acquire() is None
+        assert (await RedisLock(redis, "zero").explain()).waiting == 0
+    lease = await RedisLock(redis, "zero").try_acquire()
+    assert lease is not None
+    assert await lease.release()
+
+
+# ---- keeping the lease, and losing it
+
+
+async def test_a_lease_is_renewed_while_the_body_runs(redis: Redis) -> None:
+    """A body three times longer than the ttl keeps the lock."""
+    await redis.config_resetstat()
+    async with RedisLock(redis, "renewed", ttl=0.15) as lease:
+
+        async def three_renewals() -> bool:
+            return await calls(redis, "pexpire") >= 9
+
+        await until(three_renewals)
+        assert lease.held
+        assert (await RedisLock(redis, "renewed").explain()).owner == lease.owner
+
+
+async def test_a_lease_taken_away_ends_the_body_with_lock_lost(redis: Redis) -> None:
+    """The next renewal notices; the body is cancelled at its await, and LockLost comes out."""
+    ended = []
+    with pytest.raises(LockLost, match="taken away") as lost:
+        async with RedisLock(redis, "taken", ttl=0.15) as lease:
+            assert await RedisLock(redis, "taken").force_release() == lease.owner
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
+    assert ended == ["cancelled"]
+    assert lost.value.token == lease.token
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_on_lost_flag_lets_the_body_decide(redis: Redis) -> None:
+    """The body runs on, sees lease.lost, and leaving raises LockLost all the same."""
+    with pytest.raises(LockLost):
+        async with RedisLock(redis, "flag", ttl=0.15, on_lost="flag") as lease:
+            await RedisLock(redis, "flag").force_release()
+
+            async def lost() -> bool:
+                await redis.ping()
+                return lease.lost
+
+            await until(lost)
+            with pytest.raises(LockLost):
+                lease.check()
+
+
+async def test_a_hung_server_ends_the_lease_before_the_server_could(own_redis: Server) -> None:
+    """Renewals get no answer: the holder is told at the local deadline, and others can't have been granted by then."""
+    async with Redis.from_url(own_redis.url, socket_timeout=30) as client, Redis.from_url(own_redis.url) as other:
+        with pytest.raises(LockLost, match="before it could be renewed"):
+            async with RedisLock(client, "hung", ttl=0.5):
+                await own_redis.pause()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await own_redis.resume()
+        async with RedisLock(other, "hung", timeout=5):
+            pass
+
+
+async def test_the_bodys_own_error_is_never_masked(redis: Redis) -> None:
+    """It passes through; that the lock was lost as well is a note on it."""
+    with pytest.raises(ZeroDivisionError) as raised:
+        async with RedisLock(redis, "mask"):
+            await RedisLock(redis, "mask").force_release()
+            async with RedisLock(redis, "mask-thief"):
+                await asyncio.create_task(RedisLock(redis, "mask", renew=False).acquire())
+            raise ZeroDivisionError
+    assert "no longer ours" in raised.value.__notes__[0]
+
+
+async def test_a_body_that_finished_under_a_foreign_lock_raises_lock_lost(redis: Redis) -> None:
+    """Somebody else was granted in the middle: the end of the body says so."""
+    with pytest.raises(LockLost, match="no longer ours"):
+        async with RedisLock(redis, "foreign"):
+            await RedisLock(redis, "foreign").force_release()
+            stolen = await asyncio.create_task(RedisLock(redis, "foreign").acquire())
+    assert await stolen.release()
+
+
+async def test_a_body_that_swallows_its_cancellation_still_ends_in_lock_lost(redis: Redis) -> None:
+    """The loss can't be silenced by a broad except."""
+    with pytest.raises(LockLost):
+        async with RedisLock(redis, "swallow", ttl=0.15):
+            await RedisLock(redis, "swallow").force_release()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+
+async def test_a_cancellation_from_outside_stays_a_cancellation(redis: Redis) -> None:
+    """Also when the lease is lost at the same time: whoever cancelled the task sees it cancelled."""
+    entered = asyncio.Event()
+
+    async def body() -> None:
+        async with RedisLock(redis, "outside") as lease:
+            entered.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                lease.lose("in the same moment")
+
+    task = asyncio.create_task(body())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_extend_starts_the_ttl_anew(redis: Redis) -> None:
+    """With another ttl too; after the loss it raises LockLost."""
+    async with RedisLock(redis, "extend", ttl=5) as lease:
+        await lease.extend(60)
+        assert 5 < lease.remaining() < 60
+        assert 5_000 < await redis.pttl("distsys:lock:{extend}") <= 60_000
+    with pytest.raises(LockLost):
+        await lease.extend()
+
+
+async def test_a_release_that_cannot_reach_the_server_is_logged_when_the_body_was_covered(
+    own_redis: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The work was alone from start to end: failing it now would invite a second one."""
+    async with Redis.from_url(own_redis.url, retry=None) as client:
+        async with RedisLock(client, "unreachable"):
+            await own_redis.kill()
+        assert "could not be released" in caplog.text
+        await own_redis.restart()
+
+
+async def test_release_and_the_lock_objects_release_end_an_acquired_lease(redis: Redis) -> None:
+    """Without `async with`: acquire() gives the lease; it ends once, by either way."""
+    lock = RedisLock(redis, "explicit")
+    lease = await lock.acquire()
+    assert await lock.release()
+    assert await lease.release()
+    with pytest.raises(RuntimeError, match="holds no lease"):
+        await lock.release()
+
+
+# ---- cancellation
+
+
+@pytest.mark.parametrize("steps", [*range(0, 24), 30, 40, 60])
+async def test_an_acquire_cancelled_at_any_await_leaves_no_lock_behind(redis: Redis, steps: int) -> None:
+    """After so many turns of the event loop; whether the server had granted it or not, the next one enters at once."""
+    task = asyncio.create_task(RedisLock(redis, "cancel", ttl=3600).acquire())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if task.cancel():
+        with contextlib.suppress(asyncio.CancelledError):
+            assert await (await task).release()
+    else:
+        assert await (await task).release()
+    lease = await RedisLock(redis, "cancel", timeout=0).acquire()
+    assert await lease.release()
+
+
+@pytest.mark.parametrize("steps", [*range(0, 24), 30, 40, 60])
+async def test_a_release_cancelled_at_any_await_still_releases(redis: Redis, steps: int) -> None:
+    """The lock falls free though the task that released it was cancelled midway."""
+
+    async def hold() -> None:
+        async with RedisLock(redis, "cancel-release", ttl=3600):
+            leaving.set()
+
+    leaving = asyncio.Event()
+    task = asyncio.create_task(hold())
+    await leaving.wait()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    lease = await RedisLock(redis, "cancel-release", timeout=5).acquire()
+    assert await lease.release()
+
+
+async def test_a_request_that_arrives_after_its_cancellation_is_refused(redis: Redis) -> None:
+    """The undoing leaves a mark: an acquire still on its way to the server is not granted to nobody."""
+    lock = RedisLock(redis, "tomb")
+    await lock._run(_LEAVE, "host|1|late", "", "1")
+    token, _, _ = await lock._ask("host|1|late", "")
+    assert token == 0
+    assert (await lock.explain()).owner is None
+
+
+async def test_a_lost_reply_is_not_a_lost_lock(redis_server: Server) -> None:
+    """The client's retry finds the owner granted already. `SET NX` answers "not acquired" there, and holds the lock."""
+    async with TcpProxy("127.0.0.1", redis_server.port) as proxy:
+        async with Redis(host="127.0.0.1", port=proxy.port) as client:
+            await client.flushdb()
+            await client.ping()
+            proxy.cut_reply()
+            assert await client.set("plain", "me", nx=True) is None
+            assert await client.get("plain") == b"me"
+            async with RedisLock(client, "warm"):
+                pass
+            proxy.cut_reply()
+            lease = await RedisLock(client, "cut", timeout=5).acquire()
+            assert (await RedisLock(client, "cut").explain()).owner == lease.owner
+            proxy.cut_reply()
+            assert await lease.release()
+            assert (await RedisLock(client, "cut").explain()).owner is None
+
+
+# ---- sharing, nesting
+
+
+async def test_two_tasks_may_share_one_lock_object(redis: Redis) -> None:
+    """Each acquisition is a lease of its own, with its own owner and token."""
+    lock, leases, inside = RedisLock(redis, "shared"), [], 0
+
+    async def enter() -> None:
+        nonlocal inside
+        async with lock as lease:
+            inside += 1
+            assert inside == 1
+            leases.append(lease)
+            await asyncio.sleep(0)
+            inside -= 1
+
+    await asyncio.gather(*(enter() for _ in range(6)))
+    assert len({lease.owner for lease in leases}) == len({lease.token for lease in leases}) == 6
+
+
+async def test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking(redis: Redis) -> None:
+    """By another object of the same name too; another task may wait."""
+    async with RedisLock(redis, "again"):
+        with pytest.raises(RuntimeError, match="not re-entrant"):
+            await RedisLock(redis, "again").acquire()
+        assert await asyncio.create_task(RedisLock(redis, "again").try_acquire()) is None
+    async with RedisLock(redis, "again"):
+        pass
+
+
+async def test_nested_code_finds_the_token_of_the_lease_it_runs_under(redis: Redis) -> None:
+    """The innermost one, or by name; without a lease it is an error, not a zero."""
+    async with RedisLock(redis, "outer") as outer, RedisLock(redis, "inner") as inner:
+        assert current_token() == inner.token
+        assert current_token("outer") == outer.token
+        assert await asyncio.create_task(asyncio.sleep(0, current_token())) == inner.token
+    with pytest.raises(LookupError, match="no lease with a fencing token"):
+        current_token()
+
+
+# ---- looking at it
+
+
+async def test_explain_says_who_holds_the_lock_and_how_many_wait(redis: Redis) -> None:
+    """Owner, host, pid, how long, how much longer, and the queue; nothing when it is free."""
+    import os
+    import socket
+
+    lock = RedisLock(redis, "explain", ttl=20)
+    free = await lock.explain()
+    assert (free.owner, free.waiting, free.held_for, free.remaining) == (None, 0, 0.0, 0.0)
+    async with hold_in_another_task(lock) as lease:
+        await lock._ask("host|1|waiter", PATIENCE_MS)
+        state = await lock.explain()
+        assert (state.owner, state.token, state.waiting) == (lease.owner, lease.token, 1)
+        assert (state.host, state.pid) == (socket.gethostname(), os.getpid())
+        assert 0 <= state.held_for < 20
+        assert 0 < state.remaining <= 20
+
+
+async def test_force_release_hands_the_lock_on_and_the_holder_learns_of_it(redis: Redis) -> None:
+    """Released from outside, the lock goes to the first waiter; a free lock answers None."""
+    lock = RedisLock(redis, "force")
+    assert await lock.force_release() is None
+    first = await RedisLock(redis, "force").acquire()
+    waiter = asyncio.create_task(RedisLock(redis, "force").acquire())
+    await waiting(lock, 1)
+    assert await lock.force_release() == first.owner
+    second = await waiter
+    assert not await first.release()
+    assert await second.release()
+
+
+# ---- options
+
+
+async def test_min_replicas_gives_back_a_grant_that_no_replica_confirmed(redis: Redis) -> None:
+    """This server has no replica: nobody gets the lock, and nothing stays behind."""
+    with pytest.raises(LockNotAcquired, match="0 of min_replicas=1"):
+        await RedisLock(redis, "replicas", ttl=0.5, min_replicas=1).acquire()
+    assert (await RedisLock(redis, "replicas").explain()).owner is None
+
+
+async def test_min_replicas_grants_when_a_replica_confirmed(servers: Servers) -> None:
+    """With a live replica the lock is granted and stands on the replica too."""
+    primary = await servers.redis("primary")
+    replica = await servers.redis("replica", replica_of=primary)
+    async with Redis.from_url(primary.url) as client, Redis.from_url(replica.url) as copy:
+        async with RedisLock(client, "replicated", min_replicas=1) as lease:
+            assert await copy.get("distsys:lock:{replicated}") == lease.owner.encode()
+
+
+async def test_a_token_from_elsewhere_is_drawn_under_a_lease_that_still_stands(redis: Redis) -> None:
+    """When the lease was lost while the token was drawn, the token is thrown away and the lock asked for again."""
+    drawn = []
+
+    async def draw() -> int:
+        drawn.append(len(drawn) + 1)
+        if len(drawn) == 1:
+            await redis.delete("distsys:lock:{elsewhere}")
+        return drawn[-1]
+
+    async with RedisLock(redis, "elsewhere", tokens=draw) as lease:
+        assert lease.token == 2
+
+
+async def test_it_runs_on_a_cluster(servers: Servers) -> None:
+    """Every script touches one slot only, whatever the name; waiting works there too."""
+    from redis.asyncio.cluster import RedisCluster
+
+    nodes = await servers.cluster(3)
+    async with RedisCluster(host="127.0.0.1", port=nodes[0].port) as cluster:
+        for name in ("payment:order-123", "a b", "{odd}name", "}x{", "ключ"):
+            lock = RedisLock(cluster, name)
+            async with hold_in_another_task(lock):
+                waiter = asyncio.create_task(RedisLock(cluster, name).acquire())
+                await waiting(lock, 1)
+            assert await (await waiter).release()
+
+
+# ---- bad input
+
+
+@given(st.text(min_size=1, max_size=40).filter(lambda s: s.encode("utf-8", "ignore").decode() == s))
+def test_all_keys_of_any_name_share_one_slot(name: str) -> None:
+    """Braces, spaces and unicode included; two names never share keys."""
+    lock = RedisLock(Redis(), name)
+    wake = f"{lock._keys[0]}:wake:owner"
+    assert len({key_slot(key.encode()) for key in (*lock._keys, wake)}) == 1
+    assert RedisLock(Redis(), name + "}")._keys[0] != lock._keys[0]
+
+
+@pytest.mark.parametrize("name", ["two words", "ключ ✓", "{braces}", "}{", "%7B", "x" * 10_000])
+async def test_any_text_is_a_name(redis: Redis, name: str) -> None:
+    """Spaces, unicode, braces, ten kilobytes."""
+    async with RedisLock(redis, name) as lease:
+        assert (await RedisLock(redis, name).explain()).owner == lease.owner
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"name": ""}, ValueError, "is empty"),
+        ({"name": b"bytes"}, TypeError, "is a bytes"),
+        ({"name": None}, TypeError, "a lock's name is a str"),
+        ({"ttl": 0}, ValueError, "ttl=0: a lease lasts longer than 0 s"),
+        ({"ttl": -1}, ValueError, "ttl=-1"),
+        ({"ttl": float("nan")}, ValueError, "ttl=nan"),
+        ({"ttl": 90_000}, ValueError, "longer than a day; it is in seconds"),
+        ({"ttl": float("inf")}, ValueError, "longer than a day"),
+        ({"ttl": "30"}, TypeError, "give seconds as a number"),
+        ({"ttl": True}, TypeError, "is a bool"),
+        ({"timeout": -1}, ValueError, "0 is one try, None waits for ever"),
+        ({"timeout": "5"}, TypeError, "timeout='5'"),
+        ({"on_lost": "ignore"}, ValueError, "'cancel' ends the body"),
+        ({"min_replicas": -1}, ValueError, "min_replicas=-1"),
+        ({"redis": sync_redis.Redis()}, TypeError, "not an asyncio client"),
+        ({"redis": None}, TypeError, "pass redis.asyncio.Redis"),
+    ],
+)
+def test_bad_input_gets_an_error_that_names_value_and_remedy(
+    wrong: dict[str, object], error: type[Exception], message: str
+) -> None:
+    """At construction, before anything reaches a server."""
+    given = {"redis": Redis(), "name": "n", **wrong}
+    with pytest.raises(error, match=message):
+        RedisLock(given.pop("redis"), given.pop("name"), **given)  # type: ignore[arg-type]
+
+
+async def test_a_client_with_one_connection_is_refused(redis_server: Server) -> None:
+    """A waiter would occupy the connection that the holder needs to release."""
+    async with Redis.from_url(redis_server.url, single_connection_client=True) as client:
+        with pytest.raises(ValueError, match="one connection can't wait"):
+            await RedisLock(client, "single").acquire()
+
+
+def test_one_lock_object_serves_two_event_loops_one_after_the_other(redis_server: Server) -> None:
+    """As long as the client is closed in between, as redis-py asks."""
+    client = Redis.from_url(redis_server.url)
+    lock = RedisLock(client, "loops")
+
+    async def once() -> None:
+        async with lock:
+            assert await asyncio.create_task(RedisLock(client, "loops").try_acquire()) is None
+        await client.aclose()
+
+    asyncio.run(once())
+    asyncio.run(once())
+
+
+async def test_answers_as_text_are_understood_too(redis_server: Server) -> None:
+    """A client with decode_responses=True."""
+    async with Redis.from_url(redis_server.url, decode_responses=True) as client:
+        async with hold_in_another_task(RedisLock(client, "text")) as lease:
+            assert (await RedisLock(client, "text").explain()).owner == lease.owner
+            with pytest.raises(LockNotAcquired, match="holds it"):
+                await RedisLock(client, "text", timeout=0).acquire()
