@@ -244,14 +244,14 @@ def _lab(options: argparse.Namespace) -> int:
         "ServerApp.open_browser": not options.no_browser,
         "ServerApp.allow_root": not os.geteuid(),
         "ServerApp.answer_yes": True,  # Ctrl-C means it
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
-        "LabApp.news_url": None,
         "Application.log_level": "WARN",
     }
     if options.port:
         settings |= {"ServerApp.port": options.port, "ServerApp.port_retries": 0}
     arguments = [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in settings.items())]
-    os.execv(sys.executable, arguments)  # nothing of ours stands between Ctrl-C and the server
+    quiet = Path(__file__).parent / "lab/jupyter"  # no news, and checklists open as pages
+    config = os.pathsep.join(filter(None, (os.environ.get("JUPYTER_CONFIG_PATH"), str(quiet))))
+    os.execve(sys.executable, arguments, {**os.environ, "JUPYTER_CONFIG_PATH": config})  # Ctrl-C goes to the server
 
 
 def _free(port: int) -> bool:

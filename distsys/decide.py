@@ -367,9 +367,9 @@ def find(pattern: str) -> Pattern:
 
 
 def stage_strip(pattern: str) -> str:
-    """The row of the matrix as one line of text, for a notebook's title."""
-    row = find(pattern)
-    return " · ".join(f"{stage}: **{word.lower()}**" for stage, word in zip(STAGES, row.cells, strict=True))
+    """The row of the matrix alone, for a notebook's title."""
+    rows = (STAGES, ("---",) * len(STAGES), [word.lower() for word in find(pattern).cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def matrix_markdown() -> str:

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator
 
 import psycopg
 import pytest
+from hypothesis import settings
 from psycopg_pool import AsyncConnectionPool
 from redis.asyncio import Redis
 
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers
 
+settings.register_profile("distsys", deadline=None)  # a loaded machine is no bug
+settings.load_profile("distsys")
 _numbers = itertools.count()
 
 

@@ -16,15 +16,16 @@ import pytest
 from distsys import cli
 
 BAD_LOCK = '''\
-import uuid
+import asyncio
 
 class MyLock:
     """SET NX with a TTL that nobody extends."""
     def __init__(self, redis, name, ttl):
-        self.redis, self.name, self.ttl, self.owner = redis, name, ttl, uuid.uuid4().hex
-    async def acquire(self):
-        return await self.redis.set(self.name, self.owner, nx=True, px=int(self.ttl * 1000))
-    async def release(self):
+        self.redis, self.name, self.ttl = redis, name, ttl
+    async def __aenter__(self):
+        while not await self.redis.set(self.name, "mine", nx=True, px=int(self.ttl * 1000)):
+            await asyncio.sleep(0.01)
+    async def __aexit__(self, *error):
         await self.redis.delete(self.name)
 '''
 
@@ -112,7 +113,8 @@ def test_prove_is_1_for_a_lock_that_breaks_and_says_where(tmp_path: Path) -> Non
     (tmp_path / "mine.py").write_text(BAD_LOCK)
     done = run("prove", "mine:MyLock", "--as", "lock", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "VIOLATED" in done.stdout
+    assert "MyLock: passed" in done.stdout
+    assert "✗" in done.stdout
 
 
 def test_prove_is_0_for_a_lock_that_holds() -> None:

@@ -120,7 +120,7 @@ def no_lost_update(history: History) -> Finding:
     cycles = [Span(write.process, read.called, write.end, write) for _, read, write in based if read]
     if not (waits(history) or any(meetings(cycles))):
         return _unclear(f"no two processes were at it at the same time, {count(sure, 'write')}")
-    return Finding("HELD", f"all of {count(sure, 'update')} counted{f', {maybe} may have happened' if maybe else ''}")
+    return Finding("HELD", f"{count(sure, 'update')}, none lost{f', {maybe} more of unknown outcome' if maybe else ''}")
 
 
 def _older(ops: list[Op]) -> Pairs:

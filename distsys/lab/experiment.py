@@ -1,4 +1,4 @@
-"""An argument, run: a claim, candidates that should hold or break it, faults at exact points, and a check of what happened.
+"""An argument, run: a claim, candidates that should hold or break it, faults at exact points, and a check.
 
 The script of an experiment is the interleaving: it lets the workers go, waits for what they did, and strikes at their
 checkpoints. It waits for events only, so a bad arm breaks in every run and not in a lucky one.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distsys.lab.session import Lab
 
 Expected = Literal["HELD", "VIOLATED"]
+PAST = {"stop": "stopped", "kill": "killed", "hold": "held", "block": "held", "cancel": "cancelled"}
 Signal = tuple[str, str, str]
 """(process, what, name): what is "did", "failed", "broke", "waiting", "at" or "ended"."""
 
@@ -58,7 +59,6 @@ class Experiment:
     ttl: float = 0.3
     patience: float = 0.2  # a worker that waits longer than this in one call says so ...
     patience_ttls: float = 0.0  # ... and longer than so many TTLs
-    own_servers: bool = False  # needs servers it may kill or pause
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,7 +90,7 @@ class Actor:
         return (self.name, "at", point)
 
     def go(self, *, hold: str = "", stop: str = "", kill: str = "", block: str = "") -> None:
-        """Lets the worker start; it holds, stops (SIGSTOP), is killed (SIGKILL) or blocks its loop at the named point."""
+        """Lets the worker start; at the named point it holds, stops (SIGSTOP), is killed, or blocks its loop."""
         for action, point in (("hold", hold), ("stop", stop), ("kill", kill), ("block", block)):
             if point:
                 self.send(do="arm", point=point, action=action)
@@ -257,8 +257,7 @@ class Run:
         kind, who = event["e"], event.get("task") or actor.name
         if kind == "at":
             self.actions[actor.name, event["point"]] = event["action"]
-            past = {"stop": "stopped", "kill": "killed", "hold": "held", "block": "held"}[event["action"]]
-            self._recorder.fault(event["t"], past, actor.name, event["point"])
+            self._recorder.fault(event["t"], PAST[event["action"]], actor.name, event["point"])
             self._signal(actor.at(event["point"]))
         elif kind == "crash":
             actor.crash = event["detail"]

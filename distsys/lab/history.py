@@ -1,13 +1,15 @@
 """What happened, as every check sees it: one `Op` per call, in one order of time, and the faults beside them.
 
-A worker writes two events per call, one *before* the step it announces and one after, so that a call cut short by SIGKILL
-is still in the history, with status "info": it may have happened. Times are CLOCK_MONOTONIC, which all processes share.
+A worker writes two events per call, one *before* the step it announces and one after, so that a call cut short by
+SIGKILL is still in the history, with status "info": it may have happened. Times are CLOCK_MONOTONIC, which all
+processes share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 Status = Literal["ok", "fail", "info"]
@@ -65,7 +67,7 @@ class History:
             and (status is None or op.status == status)
         ]
 
-    @property
+    @cached_property
     def end(self) -> float:
         """The last moment known: an op without an answer is open until here."""
         return max([self.started, self.ended, *(op.end for op in self.ops), *(f.at for f in self.faults)])

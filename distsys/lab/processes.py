@@ -180,8 +180,11 @@ class Processes:
         self._child.wait(5)
         for process in self._all:
             process.close()
-        if self.folder.exists():  # it was killed
-            await asyncio.to_thread(run_folder.sweep, [self.folder])
+        for _ in range(100):
+            if not self.folder.exists():
+                return
+            await asyncio.to_thread(run_folder.sweep, [self.folder])  # it was killed
+            await asyncio.sleep(0.02)  # or another lab, just starting, has come before us and is at it
 
     async def _request(
         self,

@@ -247,7 +247,7 @@ class Servers:
         home = self._home(name)
         data = home / "data"
         # One launch copies and starts, so that neither this loop nor the supervisor waits for the copy.
-        script = 'test -d "$1" || cp -R "$0" "$1"; shift; exec "$@"'
+        script = 'set -e; if ! test -d "$1"; then cp -R "$0" "$1.$$"; mv "$1.$$" "$1"; fi; shift; exec "$@"'
         own = _POSTGRES | {"unix_socket_directories": str(home)}
         argv = ["sh", "-c", script, str(template), str(data), str(program), "-D", str(data)]
         argv += [word for key, value in own.items() for word in ("-c", f"{key}={value}")]
@@ -338,26 +338,18 @@ class Servers:
     async def _template(self, program: Path, version: str) -> Path:
         """A data folder to copy, made once per version; two labs may make it at once, and the first one's stays."""
         cached = _cache() / re.sub(r"[^\w.]+", "-", f"{version} {platform.machine()}".lower())
-        if cached.is_dir() and root_becomes() != "nobody":  # who could not read it
-            return cached
+        if cached.is_dir() and cached.stat().st_uid == os.geteuid() and root_becomes() != "nobody":
+            return cached  # readable for the server that is to copy it
         async with self._starting["initdb"]:
             data = self._home("initdb") / "data"
             if not data.is_dir():
-                argv = [
-                    str(program.with_name("initdb")),
-                    "-D",
-                    str(data),
-                    "-U",
-                    "postgres",
-                    "-A",
-                    "trust",
-                    "-E",
-                    "UTF8",
-                ]
-                process = await self._launch("initdb", [*argv, "--locale=C", "--no-sync"], drop_root=True)
+                part = data.with_name(secrets.token_hex(4))  # made elsewhere: cancelled, it may go on for a moment
+                argv = [str(program.with_name("initdb")), "-D", str(part), "--locale=C", "--encoding=UTF8", "--no-sync"]
+                argv += ["--username=postgres", "--auth=trust"]
+                process = await self._launch("initdb", argv, drop_root=True)
                 if await process.exited(60):
-                    shutil.rmtree(data, ignore_errors=True)
                     raise ServerUnavailable(f"{version} could not make its data folder; {_OTHER}\n{process.tail()}")
+                part.rename(data)
                 if root_becomes() != "nobody":
                     await asyncio.to_thread(_keep, data, cached)
             return data
@@ -383,8 +375,9 @@ class Servers:
                     if await _answers(process, ready):
                         server.port = port
                         return process
-                except BaseException:
+                except BaseException:  # cancelled, or never ready: the next start finds the place free
                     process.signal(ending)
+                    await process.exited()
                     raise
                 said = _read(log)[before:]
                 if "ddress already in use" not in said:

@@ -1,4 +1,4 @@
-"""The lab a notebook opens: servers, workers and verdicts, and nothing left of them when it is closed or its kernel dies."""
+"""The lab a notebook opens: servers, workers, verdicts; and nothing left of them when it is closed or its kernel dies."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from distsys.lab.servers import Server, Servers, ServerUnavailable
 from distsys.lab.verdict import Verdict, Verdicts
 
 Profile = Literal["quick", "full"]
+MANY = 20  # acquisitions, for their percentiles to say anything
 RUNS = {"quick": 1, "full": 5}  # of each arm: the script fixes the interleaving, so more runs look for luck
 
 
 class Lab:
-    """`lab = await Lab.open()`; evaluate `lab` for its servers; `await lab.test(MyLock, "slow-holder")`; `await lab.close()`."""
+    """`lab = await Lab.open()`, then `await lab.run(name)`, `await lab.test(MyLock, name)`, `await lab.try_lock(MyLock)`."""
 
     def __init__(self, processes: Processes, servers: Servers, profile: Profile, seed: int, workers: int) -> None:
         self.processes, self.servers = processes, servers
@@ -54,10 +55,10 @@ class Lab:
             servers = Servers(processes, redis_url=redis_url, pg_dsn=pg_dsn, backend=backend)
             lab = cls(processes, servers, profile, seed, workers)
             await asyncio.gather(servers.redis(), lab.dsn())
-            return lab
         except BaseException:
             await processes.aclose()
             raise
+        return lab
 
     async def __aenter__(self) -> Lab:
         return self
@@ -78,9 +79,7 @@ class Lab:
 
     # ---- experiments
 
-    async def run(
-        self, experiment: str | Experiment, *, runs: int | None = None, seed: int | None = None
-    ) -> Verdicts:
+    async def run(self, experiment: str | Experiment, *, runs: int | None = None, seed: int | None = None) -> Verdicts:
         """All arms of an experiment, each with the verdict expected of it."""
         chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
         verdicts = [await self.judge(chosen, arm, runs, seed) for arm in chosen.arms]
@@ -96,13 +95,20 @@ class Lab:
         runs: int | None = None,
         seed: int | None = None,
         name: str = "",
+        point: str = "",
+        keep: bool = True,
         **params: Any,
     ) -> Verdict:
-        """One candidate of yours under an experiment's workload, faults and check. `params` go to the workload."""
+        """One candidate of yours under an experiment's workload, faults and check.
+
+        `point` is a checkpoint of yours, where the fault strikes; `params` go to the workload (ttl=, account=, rounds=);
+        `keep=False` leaves the verdict out of the summary.
+        """
         chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
-        arm = Arm(name=name or _label(candidate), candidate=candidate, expected=expected, params=params)
+        arm = Arm(name=name or _label(candidate), candidate=candidate, expected=expected, point=point, params=params)
         verdict = await self.judge(chosen, arm, runs, seed)
-        self.verdicts.append(verdict)
+        if keep:
+            self.verdicts.append(verdict)
         return verdict
 
     async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
@@ -120,10 +126,8 @@ class Lab:
         if self._closed:
             raise RuntimeError("this lab is closed: open another with `await Lab.open()`")
         seed, runs = self.seed if seed is None else seed, runs or RUNS[self.profile]
-        found: list[tuple[Finding, History]] = []
         began = time.monotonic()
-        for i in range(runs):
-            found.append(await self._once(experiment, arm, seed + i))
+        found = [await self._once(experiment, arm, seed + i) for i in range(runs)]
         histories = [history for _, history in found]
         return Verdict.of(
             [(history, finding) for finding, history in found],
@@ -152,7 +156,9 @@ class Lab:
             history = run.history(**facts)
             finding, crashes = experiment.check(history), run.crashes()
             if finding.status == "INCONCLUSIVE" and (crashes or stuck):
-                finding = replace(finding, summary="; ".join([finding.summary, *crashes, *(f"{s} never ended" for s in stuck)]))
+                finding = replace(
+                    finding, summary="; ".join([finding.summary, *crashes, *(f"{s} never ended" for s in stuck)])
+                )
             elif finding.status == "HELD" and crashes and not any(f.kind == "server" for f in history.faults):
                 finding = Finding("INCONCLUSIVE", f"{crashes[0]} (else: {finding.summary})")
             return finding, history
@@ -230,9 +236,13 @@ def _label(candidate: Any) -> str:
 
 
 def _latencies(histories: list[History]) -> dict[str, Any]:
-    """Of successful acquires, in seconds."""
+    """Of the successful acquires, in seconds, when there were many."""
     granted = (op for history in histories for op in history.where("acquire", status="ok"))
     took = sorted(op.returned - op.called for op in granted if op.returned is not None)
-    if not took:
+    if len(took) < MANY:
         return {}
-    return {"acquires": len(took), "p50": statistics.median(took), "p99": took[min(len(took) - 1, int(0.99 * len(took)))]}
+    return {
+        "acquires": len(took),
+        "p50": statistics.median(took),
+        "p99": took[min(len(took) - 1, int(0.99 * len(took)))],
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from distsys.lab.history import History, Op
@@ -44,7 +43,8 @@ def holds(history: History) -> list[Span]:
                 continue
             end = min((t for t in deaths if t >= op.end), default=history.end)
             lease = op.end + ttl if (ttl := _ttl(op)) is not None else None
-            for before, later in pairwise(ops[i:]):
+            for j in range(i + 1, len(ops)):
+                before, later = ops[j - 1], ops[j]
                 if later.called >= end:
                     break
                 if later.called < op.end:
@@ -79,14 +79,16 @@ def conflicts(history: History) -> list[tuple[Span, Span]]:
 
 
 def expired(history: History) -> list[Span]:
-    """The holds that outlived their lease, evidently: another was granted the lock after its end, or the holder was dead.
+    """The holds that outlived their lease, evidently: another was granted the lock after it, or the holder was dead.
 
     The end by the clock alone would be no evidence: a renewal that nobody recorded may have moved it.
     """
     taken = [a for a, b in conflicts(history) if a.lease_end is not None and b.start >= a.lease_end]
     dead = [f for f in history.faults if f.kind in DEATHS]
-    left = [h for h in holds(history) if any(is_of(h.process, f.target) and f.at == h.end for f in dead)]
-    return [*taken, *(h for h in left if h.lease_end is not None and h.end < h.lease_end <= history.end)]
+    held = holds(history)
+    left = [h for h in held if any(is_of(h.process, f.target) and f.at == h.end for f in dead)]
+    last = max((h.start for h in held), default=0.0)
+    return [*taken, *(h for h in left if h.lease_end is not None and h.end < h.lease_end <= last)]
 
 
 def waits(history: History) -> list[Op]:
@@ -134,7 +136,7 @@ def _ttl(op: Op) -> float | None:
 def at(history: History, t: float, unit: str = " s") -> str:
     """A moment as the reader sees it: seconds since the start, as fine as the run is short."""
     length = history.end - history.started
-    return f"{t - history.started:.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
+    return f"{max(0.0, t - history.started):.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
 
 
 def lasting(seconds: float) -> str:

@@ -26,7 +26,8 @@ WORDS = {"stopped": "paused", "held": "held back"}  # for a fault's kind, of a p
 def story(history: History, finding: Finding) -> list[str]:
     told = _counterexample(history, finding) if finding.status == "VIOLATED" else []
     more = _overview(history, finding) if len(told) < 3 else []
-    return [*told, *(text for text in more if text not in told)][:LIMIT]
+    begun = tuple(text.rstrip(".").partition(",")[0] for text in told)
+    return [*told, *(text for text in more if not text.startswith(begun))][:LIMIT]
 
 
 def what(fault: Fault) -> str:
@@ -52,7 +53,7 @@ def key_ops(history: History, finding: Finding) -> list[Op]:
 
 
 def _late_releases(history: History, finding: Finding) -> list[Op]:
-    """Releases that returned inside the first hold of a counterexample, before the second: they may have opened the door."""
+    """Of others, inside the first hold of a counterexample and before the second: they may have opened the door."""
     spans = involved(history, finding)
     if len(spans) < 2 or finding.status != "VIOLATED":
         return []
@@ -78,7 +79,8 @@ def _key_writes(history: History, finding: Finding) -> list[Op]:
 
 def _counterexample(history: History, finding: Finding) -> list[str]:
     label, spans, acts = labels(history), involved(history, finding), {op.process for op in finding.witness}
-    times = [t for op in finding.witness for t in (op.called, op.end)] + [hold.start for hold in spans]
+    times = [t for op in finding.witness for t in (op.called, history.end if op.returned is None else op.returned)]
+    times += [hold.start for hold in spans]
     begin, until = min(times, default=history.started), max(times, default=history.end)
     clashes, late = conflicts(history), expired(history)
     told: list[tuple[float, int, str]] = []  # when, how dispensable, the sentence
@@ -94,7 +96,8 @@ def _counterexample(history: History, finding: Finding) -> list[str]:
     for who, kind, a, b in pauses(history):
         if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
             told.append((a, 2, f"{who} was {WORDS[kind]} at {at(history, a)}, for {lasting(b - a)}."))
-    told += [(fault.at, 1, f"t={at(history, fault.at)}: {what(fault)}.") for fault in _other_faults(history)]
+    for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
+        told.append((fault.at, 1 + n, f"t={at(history, fault.at)}: {what(fault)}."))
     for op in finding.witness:
         if op.name == "read":
             told.append((op.end, 3, f"{op.process} read {op.value!r} at {at(history, op.end)}."))
@@ -137,28 +140,27 @@ def _other_faults(history: History) -> list[Fault]:
 
 
 def _overview(history: History, finding: Finding) -> list[str]:
-    gone = expired(history)
     held, asked, met, label = holds(history), history.where("acquire"), waits(history), labels(history)
-    told: list[str] = []
-    if asked:
-        one = ", never two at once" if held and not conflicts(history) else ""
-        text = (
-            f"{count(len({h.process for h in held}), 'process', 'processes')} acquired {count(len(held), 'time')}{one}"
-        )
-        told.append(
-            text + (f"; {len(met):,} of {count(len(asked), 'request')} came while another held." if met else ".")
-        )
+    told = ["The danger was not reached, so this shows nothing either way."] if finding.status == "INCONCLUSIVE" else []
+    if held:
+        who = count(len({hold.process for hold in held}), "process", "processes")
+        alone = ", never two at once" if len(held) > 1 and not conflicts(history) else ""
+        others = f"; {len(met):,} of {count(len(asked), 'request')} came while another held" if met else ""
+        told.append(f"{who} acquired {count(len(held), 'time')}{alone}{others}.")
+    elif asked:
+        told.append(f"Nobody acquired, {len({op.process for op in asked}):,} tried.")
     else:
         by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
         text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"
         told.append(f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome.")
-    for who, kind, a, b in pauses(history)[:2]:
-        mine = any(is_of(h.process, who) and h.start <= a <= h.end for h in held)
-        inside = " while it held the lock" if mine else ""
-        told.append(f"{who} was {WORDS[kind]} at {at(history, a)} for {lasting(b - a)}{inside}{_next(held, a)}.")
+    kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
+    for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
+        lock = " while it held the lock" if inside else ""
+        told.append(f"{process} was {WORDS[kind]} at {at(history, a)} for {lasting(b - a)}{lock}{_next(held, a)}.")
+    ends = {hold.end: hold.lease_end for hold in expired(history)}
     for fault in _other_faults(history)[:2]:
-        lease = next((h.lease_end for h in gone if is_of(h.process, fault.target) and h.end == fault.at), None)
-        until = f", its lease ran until {at(history, lease)}" if lease and fault.kind in DEATHS else ""
+        lease = ends.get(fault.at) if fault.kind in DEATHS else None
+        until = "" if lease is None else f", its lease ran until {at(history, lease)}"
         told.append(f"t={at(history, fault.at)}: {what(fault)}{until}{_next(held, fault.at)}.")
     for op in history.where("write", status="fail")[:1]:
         token = f" under {label[op.token]}" if op.token is not None else ""
@@ -166,15 +168,11 @@ def _overview(history: History, finding: Finding) -> list[str]:
     lost = history.where("lost")[:1]
     told += [f"{op.process} was told at {at(history, op.called)} that its lease was over." for op in lost]
     if "final" in history.facts and (sure := history.where("write", status="ok")):
-        writes = count(len(sure), "write")
-        told.append(
-            f"The counter went from {history.facts.get('initial', 0)!r} to {history.facts['final']!r} in {writes}."
-        )
+        first, last = history.facts.get("initial", 0), history.facts["final"]
+        told.append(f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}.")
     if answered := [op for op in met if op.returned is not None]:
         slow = max(answered, key=lambda op: op.end - op.called)
         told.append(f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}.")
-    if finding.status == "INCONCLUSIVE":
-        told.insert(0, "The danger was not reached, so this shows nothing either way.")
     return told
 
 

@@ -104,9 +104,10 @@ class Supervisor:
         try:
             if work is not None:
                 self._preload(len(self.todo))
+            me = os.getpid()
             pid = os.fork()
             if not pid:
-                self._become(request, work)
+                self._become(request, work, me)
         finally:
             if work is not None:
                 os.close(work)
@@ -141,13 +142,15 @@ class Supervisor:
                 traceback.print_exc()
         gc.freeze()  # what is here now stays shared with the workers
 
-    def _become(self, request: dict[str, Any], work: int | None) -> NoReturn:
+    def _become(self, request: dict[str, Any], work: int | None, supervisor: int) -> NoReturn:
         """In the child: the server or the worker; whatever happens, it never returns into the supervisor's own code."""
         code = 1
         try:
             os.setsid()
             if _libc:
                 _libc.prctl(_PR_SET_PDEATHSIG, request["ending"], 0, 0, 0)  # the supervisor's end is its end
+            if os.getppid() != supervisor:  # which has come already
+                os._exit(code)
             signal.set_wakeup_fd(-1)
             for sig in (*_ENDS, signal.SIGCHLD):
                 signal.signal(sig, signal.SIG_DFL)

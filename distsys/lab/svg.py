@@ -39,9 +39,9 @@ def width_of(text: str, size: float = 13, bold: bool = False) -> float:
             return 0.0
         if unicodedata.east_asian_width(c) in "WF":
             return 1.0
-        return 0.31 if c in "iljtfI.,:;'|!()[] r" else 0.86 if c in "mwMW@%✗✓—" else 0.7 if c.isupper() else 0.57
+        return 0.35 if c in "iljtfrI.,:;'|!()[] -" else 0.9 if c in "mwMW@%✗✓—" else 0.72 if c.isupper() else 0.61
 
-    return sum(em(c) for c in text) * size * (1.19 if bold else 1.03)
+    return sum(em(c) for c in text) * size * (1.13 if bold else 1.0)
 
 
 def cut(text: str, width: float, size: float = 13, bold: bool = False) -> str:

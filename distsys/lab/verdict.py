@@ -68,13 +68,8 @@ class Verdict:
         """HELD is never more than: no violation found in so many runs."""
         if self.status == "HELD":
             return f"no violation found in {count(self.runs, 'run')}"
-        seen = self.stats.get("violated_runs")
-        often = (
-            f", in {seen:,} of {count(self.runs, 'run')}"
-            if self.runs > 1 and seen and self.status == "VIOLATED"
-            else ""
-        )
-        return self.summary + often
+        seen = self.stats.get("violated_runs", 0) if self.runs > 1 and self.status == "VIOLATED" else 0
+        return self.summary + (f", in {seen:,} of {count(self.runs, 'run')}" if seen else "")
 
     def __str__(self) -> str:
         note = f" (expected: {self.expected.lower()})" if self.expected else ""
@@ -171,9 +166,9 @@ class Verdict:
         return _table(head, rows[:ROWS]) + more
 
     def _details(self) -> str:
-        facts = {"claim": self.claim, "runs": self.runs, "seed": self.seed, **self.servers, **self.params}
-        facts |= {key.replace("_", " "): _number(key, value) for key, value in self.stats.items()}
-        rows = [(str(key), str(value)) for key, value in facts.items() if value != ""]
+        facts = [("runs", self.runs), ("seed", self.seed), *self.servers.items(), *self.params.items()]
+        rows = [(str(key), str(value)) for key, value in facts]
+        rows += [(key.replace("_", " "), _number(key, value)) for key, value in self.stats.items()]
         replay = f"<p>Run it again:</p><pre>{escape(self.replay)}</pre>" if self.replay else ""
         return f"<details><summary>seed, versions, parameters</summary>{_table((), rows)}{replay}</details>"
 
@@ -205,19 +200,18 @@ class Verdicts(list[Verdict]):
         for v in self:
             verdict = f"{MARK[v.status]} {v.status}{'' if v.as_expected else ', NOT AS EXPECTED'}"
             stats = [_number(key, v.stats.get(key, "")) for key in keys]
-            rows.append(
-                (v.title, verdict, (v.expected or "").lower(), str(v.runs), *stats, f"{len(v.finding.violations):,}")
-            )
+            broken = f"{len(v.finding.violations):,}"
+            rows.append((v.title, verdict, (v.expected or "").lower(), str(v.runs), *stats, broken))
+        # One picture of each verdict: the others tell their story in words, for a notebook has to stay small.
+        pictured = [next((v for v in self if v.status == status), None) for status in COLOUR]
         cards = []
         for v in self:
-            unfold = " open" if len(self) < 3 or not v.as_expected or v is self._first_violated() else ""
-            cards.append(
-                f"<details{unfold}><summary>{escape(v.title)}: {escape(v.badge)}</summary>{v._repr_html_()}</details>"
-            )
+            line = f"<summary>{escape(v.title)}: {escape(v.badge)}</summary>"
+            words = "".join(f"<li>{escape(sentence)}</li>" for sentence in story(v.history, v.finding))
+            picture = not v.as_expected or any(v is one for one in pictured)
+            unfold = " open" if not v.as_expected or (picture and v.status == "VIOLATED") else ""
+            cards.append(f"<details{unfold}>{line}{v._repr_html_() if picture else f'<ul>{words}</ul>'}</details>")
         return f"<div>{_table(head, rows)}{''.join(cards)}</div>"
-
-    def _first_violated(self) -> Verdict | None:
-        return next((v for v in self if v.status == "VIOLATED"), None)
 
 
 def escape(text: str) -> str:
@@ -241,7 +235,7 @@ def _number(key: str, value: Any) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         plain = f'<{tag} align="left" style="text-align:left;padding:2px 12px 2px 0'
-        return "".join(f'{plain}{";white-space:nowrap" * (len(c) < 30)}">{escape(c)}</{tag}>' for c in row)
+        return "".join(f'{plain}{";white-space:nowrap" * (len(c) < 18)}">{escape(c)}</{tag}>' for c in row)
 
     top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)

@@ -1,8 +1,8 @@
 """Inside a worker process: the candidate under test, the work it guards, and a record of both that survives SIGKILL.
 
-A worker is a fork of the supervisor. It tells its controller each call before it makes it and again after (`Worker.op`),
-and obeys at named points (`checkpoint`): stop itself with SIGSTOP, be killed, hold while its event loop runs on, or block
-its event loop. All of it travels over one socket, as JSON lines; never through the servers under test.
+A worker is a fork of the supervisor. It tells its controller of each call before it makes it and again after
+(`Worker.op`), and obeys at named points (`checkpoint`): stop itself with SIGSTOP, be killed, hold while its event loop
+runs on, or block its event loop. All of it travels over one socket, as JSON lines; never through the servers under test.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def _work(job: Job, sock: socket.socket) -> None:
             worker.send(e="ready")
             await worker.went.wait()
             await job.workload(worker, job.candidate, **job.params)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever the candidate raised is reported
             worker.send(e="crash", detail=f"{type(error).__name__}: {error}")
         else:
             worker.send(e="done")
@@ -179,6 +179,7 @@ class Worker:
             self._event(point).set()
         elif do == "cancel":
             self.tasks[point].cancel()
+            self.send(e="at", point="cancelled", action="cancel")
 
     # ---- clients and candidates
 
@@ -225,7 +226,7 @@ class Worker:
         return await self._stack.enter_async_context(pool)
 
     async def build(self, candidate: Any, **extra: Any) -> Any:
-        """Calls the candidate with what its parameters name: redis, redis_sync, clients, conn, pool, dsn, url, name, ttl."""
+        """Calls the candidate with what its parameters name: redis, clients, conn, pool, dsn, url, name, ttl."""
         wanted = inspect.signature(candidate).parameters
         arguments = {}
         for name, parameter in wanted.items():
@@ -235,7 +236,12 @@ class Worker:
             if name in extra:
                 arguments[name] = extra[name]
             elif kind in ("name", "ttl", "dsn", "url"):
-                here = {"name": self.resource, "ttl": self.ttl, "dsn": self.job.urls.get("dsn"), "url": self.job.urls.get("redis")}
+                here = {
+                    "name": self.resource,
+                    "ttl": self.ttl,
+                    "dsn": self.job.urls.get("dsn"),
+                    "url": self.job.urls.get("redis"),
+                }
                 arguments[name] = here[kind]
                 self.leased = self.leased or kind == "ttl"
             elif hasattr(self, f"_make_{kind}"):
@@ -245,8 +251,8 @@ class Worker:
                 parameter.VAR_KEYWORD,
             ):
                 raise TypeError(
-                    f"{_label(candidate)} asks for {name!r}; the lab can give redis, redis_sync, clients, conn, pool, dsn, "
-                    "url, name, ttl: wrap it in a function of those"
+                    f"{_label(candidate)} asks for {name!r}; the lab can give redis, redis_sync, clients, conn, pool, "
+                    "dsn, url, name, ttl: wrap it in a function of those"
                 )
         positional = [arguments.pop(n) for n, p in wanted.items() if p.kind is p.POSITIONAL_ONLY and n in arguments]
         return candidate(*positional, **arguments)
@@ -265,7 +271,8 @@ def _redis_client(url: str) -> Any:
     """The client as most programs make it, with the retries that Redis.from_url leaves out."""
     import redis.asyncio
 
-    return redis.asyncio.Redis(**redis.asyncio.connection.parse_url(url))
+    options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(url))
+    return redis.asyncio.Redis(**options)
 
 
 def looks_sync(candidate: Any) -> bool:
@@ -283,7 +290,7 @@ def _label(candidate: Any) -> str:
 
 
 class Guard:
-    """Any lock seen as enter and exit: `async with`, `with`, or acquire/release, blocking ones on a thread of their own."""
+    """Any lock as enter and exit: `async with`, `with`, or acquire/release; blocking ones on a thread of their own."""
 
     def __init__(self, lock: Any) -> None:
         self.lock = lock

@@ -107,7 +107,7 @@ async def increments_by_tasks(
 
 
 async def increment(worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, prefix: str = "") -> None:
-    """One critical section, with the points "acquiring", "before-write" and "before-release" where a fault can strike."""
+    """One critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
     guard, failure = Guard(lock), None
     await worker.checkpoint(f"{prefix}acquiring")
     try:
@@ -124,7 +124,7 @@ async def increment(worker: Worker, lock: Any, ledger: RedisAccount | PostgresAc
         async with worker.op("write", balance, token=token):
             await ledger.write(balance, token)
         await worker.checkpoint(f"{prefix}before-release")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  the lock decides what becomes of it, as in `async with`
         failure = error
     try:
         async with worker.op("release"):

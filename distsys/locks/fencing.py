@@ -1,9 +1,10 @@
 """Fencing tokens: the resource itself refuses a holder that a newer one has overtaken.
 
-Promise  once a write with token t is accepted, no write with a token below t is: a holder that was paused, partitioned or
-         forgotten by a failover can't overwrite its successor's work.
+Promise  once a write with token t is accepted, no write with a token below t is, while the resource keeps its data: a
+         holder that was paused, partitioned or forgotten by a failover can't overwrite its successor's work.
 Not      a lock: two holders may both work, only the older one's late writes are refused. No help for resources that
-         can't compare tokens (an e-mail, a payment provider without idempotency keys). Tokens of two sources don't compare.
+         can't compare tokens (an e-mail, a payment provider without idempotency keys). Tokens of two sources don't
+         compare.
 Units    tokens are positive integers below 2^53; TTLs in seconds.
 Errors   StaleToken(expected, actual): refused, nothing was written. LookupError: no row matched at all.
 Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 2016 "How to do distributed locking".
@@ -11,16 +12,18 @@ Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 201
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from distsys.errors import StaleToken
-from distsys.locks.lease import held_leases, milliseconds
+from distsys.locks.lease import async_client, held_leases, milliseconds
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
+    from psycopg.sql import Composed
     from psycopg_pool import AsyncConnectionPool
     from redis.asyncio import Redis
 
@@ -36,36 +39,55 @@ return 0
 
 
 def current_token(name: str | None = None) -> int:
-    """The fencing token of the innermost lease held here (of the lock `name`), for code that is not handed the lease."""
+    """The fencing token of the innermost lease held here (of the lock `name`), for code not handed the lease."""
     for lease in reversed(held_leases.get()):
         if lease.token is not None and name in (None, lease.name):
             lease.check()
             return lease.token
-    raise LookupError(f"no lease with a fencing token {f'of {name!r} ' if name else ''}is held here; write under a lock")
+    raise LookupError(
+        f"no lease with a fencing token {f'of {name!r} ' if name else ''}is held here; write under a lock"
+    )
 
 
 async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
-    """SET, unless a newer token has written `key`. The guard `{key}:fence` shares the key's slot and does not expire."""
-    guard = f"{key}:fence" if "{" in key else f"{{{key}}}:fence"
-    newest = await redis.eval(_SET, 2, key, guard, value, check_token(token), "" if ttl is None else milliseconds(ttl))
+    """SET, unless a newer token has written `key`. The guard, see `guard_key`, does not expire."""
+    keys, ms = (key, guard_key(key)), "" if ttl is None else milliseconds(ttl)
+    newest = await async_client(redis).eval(_SET, 2, *keys, value, check_token(token), ms)
     if newest:
         raise _stale(key, newest, token)
+
+
+def guard_key(key: str) -> str:
+    """Where the newest token for `key` is kept: in the key's own cluster slot, and for no other key."""
+    if not isinstance(key, str):
+        raise TypeError(f"key={key!r} is a {type(key).__name__}; give a str, for the guard is named after it")
+    tag = re.search(r"\{(.*?)\}", key, re.DOTALL)
+    if tag and tag[1]:  # what Redis hashes instead of the whole key
+        return f"distsys:fence:{key}"
+    if not key or "}" in key:
+        raise ValueError(f"key={key!r} is empty or has braces around nothing: no guard can be kept in its slot")
+    return f"distsys:fence={{{key}}}"
 
 
 async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
     """Admits `token` for `resource` inside the caller's transaction, or raises StaleToken. Needs `ensure_schema`.
 
-    The guard's row stays locked until that transaction ends, so what it admits commits before anything newer is admitted.
+    The guard's row stays locked until that transaction ends: what it admits commits before anything newer is admitted.
     """
-    admitted = await conn.execute(
+    if conn.autocommit and conn.info.transaction_status.name == "IDLE":
+        raise ValueError(
+            "fence() guards the rest of a transaction, and there is none: `async with conn.transaction():`"
+        )
+    admitted = await _rows(
+        conn,
         """INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
-           ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token""",
+           ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token
+           RETURNING token""",
         (resource, check_token(token)),
     )
-    if admitted.rowcount == 0:
-        cursor = await conn.execute("SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
-        newest = await cursor.fetchone()
-        raise _stale(resource, newest[0] if newest else 0, token)
+    if not admitted:
+        ((newest,),) = await _rows(conn, "SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
+        raise _stale(resource, newest, token)
 
 
 async def fenced_update(
@@ -89,43 +111,45 @@ async def fenced_update(
     rows = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in where.items())
     names = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column), "rows": rows}
     # All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
-    cursor = await conn.execute(
+    ((found, newest, written),) = await _rows(
+        conn,
         sql.SQL(
-            """WITH target AS MATERIALIZED (SELECT ctid, {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
-                    newest AS (SELECT coalesce(max(token), 0) AS token FROM target),
-                    written AS (UPDATE {table} SET {sets}, {column} = {token} WHERE ctid IN (SELECT ctid FROM target)
-                                AND {token} >= (SELECT token FROM newest) RETURNING 1)
-               SELECT (SELECT count(*) FROM target), (SELECT token FROM newest), (SELECT count(*) FROM written)"""
-        ).format(sets=sets, token=sql.Literal(check_token(token)), **names)
+            """WITH target AS MATERIALIZED (SELECT {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
+                    newest AS (SELECT count(*) AS found, coalesce(max(token), 0) AS token FROM target),
+                    written AS (UPDATE {table} SET {sets}, {column} = {token}
+                                WHERE {rows} AND {token} >= (SELECT token FROM newest) RETURNING 1)
+               SELECT found, token, (SELECT count(*) FROM written) FROM newest"""
+        ).format(sets=sets, token=sql.Literal(check_token(token)), **names),
     )
-    found, newest, written = await cursor.fetchone() or (0, 0, 0)
     if not found:
         raise LookupError(f"no row of {table} matches {dict(where)!r}: nothing was written")
-    if not written:
+    if newest > token:
         raise _stale(f"{table} {dict(where)!r}", newest, token)
     return int(written)
 
 
 def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[int]]:
-    """Tokens from a sequence, for `RedisLock(..., tokens=postgres_tokens(pool))`: no failover of Redis turns them back."""
+    """Tokens from a sequence, for `RedisLock(..., tokens=postgres_tokens(pool))`. Needs `ensure_schema`.
+
+    No failover of Redis turns them back.
+    """
 
     async def draw() -> int:
         async with pool.connection() as conn:
-            row = await (await conn.execute("SELECT nextval('distsys_fence_token')")).fetchone()
-        assert row is not None
-        return int(row[0])
+            ((token,),) = await _rows(conn, "SELECT nextval('distsys_fence_token')")
+        return int(token)
 
     return draw
 
 
 async def ensure_schema(conn: AsyncConnection[Any]) -> None:
-    """Creates the token sequence and the guard table when missing."""
+    """Creates the token sequence and the guard table when missing. Many may call it at once."""
     await conn.execute(files("distsys.locks").joinpath("fencing.sql").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TtlAdvice:
-    """A TTL of 2-3 times the expected operation: shorter loses leases to jitter, longer delays recovery after a crash."""
+    """A TTL of 2-3 times the expected operation: less loses leases to jitter, more delays recovery after a crash."""
 
     expected: float
     shortest: float
@@ -148,6 +172,13 @@ def check_token(token: int) -> int:
     if not 0 < token < 2**53:
         raise ValueError(f"token={token}: tokens are positive and below 2^53, the largest integer Lua compares exactly")
     return token
+
+
+async def _rows(conn: AsyncConnection[Any], query: str | Composed, params: Sequence[Any] | None = None) -> list[Any]:
+    """As tuples, whatever rows the connection makes; and answered at once, in a pipeline too."""
+    from psycopg.rows import tuple_row
+
+    return await (await conn.cursor(row_factory=tuple_row).execute(query, params)).fetchall()
 
 
 def _stale(resource: str, newest: int, token: int) -> StaleToken:

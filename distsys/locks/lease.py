@@ -1,7 +1,7 @@
 """A lease: exclusive for a while, and its holder is told before the while is over.
 
-The three locks grant different leases for different reasons; how a holder keeps one is the same for all, and stands
-here once: the local deadline, the renewal, the news of the loss, and the end of the body that ran under it.
+RedisLock and Redlock grant leases for different reasons; how a holder keeps one is the same for both, and stands here
+once: the local deadline, the renewal, the news of the loss, and the end of the body that ran under it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import asyncio
 import hashlib
 import logging
 import math
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, Literal
 
 from distsys.clock import Clock, elapsed
@@ -21,6 +23,7 @@ logger = logging.getLogger("distsys.locks")
 OnLost = Literal["cancel", "flag"]
 MAX_TTL = 86_400.0
 UNDO_WAIT = 1.0  # how long a cancelled acquire waits for its own undoing, which otherwise goes on in the background
+RELEASED, UNRELEASED = "was released", "could not be released"
 
 held_leases: ContextVar[tuple[Lease, ...]] = ContextVar("distsys_held_leases", default=())
 """The leases of this context, outermost first: nested code finds its fencing token here."""
@@ -32,6 +35,7 @@ class Lease:
     """One grant of a lock, from its acquisition to its end.
 
     `extend(ttl)` and `release()` are the lock's own calls to its store; each answers whether the lease was still ours.
+    `extend` never shortens what the store has promised, so that calls may overtake each other.
     `asked_at` is the local time *before* the request that granted the lease was sent: the server's TTL starts later
     than that, so `asked_at + ttl - drift` is never after the server's end of the lease.
     """
@@ -60,9 +64,9 @@ class Lease:
         self._cause: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self._deadline = 0.0
-        self._granted(asked_at)
-        held_leases.set((*held_leases.get(), self))
+        self._deadline = -math.inf
+        self._granted(asked_at, ttl)
+        held_leases.set((*(lease for lease in held_leases.get() if lease._ended != RELEASED), self))
 
     def __repr__(self) -> str:
         state = self._ended or f"{self.remaining():.3g} s left"
@@ -73,11 +77,11 @@ class Lease:
     @property
     def lost(self) -> bool:
         """True once the lease can no longer be proved to hold: read from the clock, so true at once after a pause."""
-        return self._ended not in ("", "released") or (not self._ended and not self.covered)
+        return self._ended != RELEASED and not self.held
 
     @property
     def held(self) -> bool:
-        return not self._ended and not self.lost
+        return not self._ended and self.covered
 
     @property
     def covered(self) -> bool:
@@ -90,27 +94,34 @@ class Lease:
 
     def check(self) -> None:
         """Raises LockLost unless the lease still holds. Narrows the window before a write; only a fence closes it."""
-        if self.lost:
+        if not self.held:
             raise self._loss()
 
     async def extend(self, ttl: float | None = None) -> None:
-        """Starts the TTL anew (`ttl` seconds, else as before). Raises LockLost when the lease is no longer ours."""
+        """Starts the TTL anew: `ttl` seconds from now on, else as before, and never less than was left.
+
+        Raises LockLost when the lease is no longer ours.
+        """
         self.check()
-        if ttl is not None:
-            self.ttl = check_ttl(ttl)
-        if not await self._ask_again():
+        if not await self._ask_again(self.ttl if ttl is None else check_ttl(ttl)):
             raise self._loss()
 
     async def release(self) -> bool:
-        """Gives the lease back. False: it was no longer ours. Cancelled midway, it goes on in the background."""
+        """Gives the lease back. False: it was no longer ours.
+
+        Cancelled midway, it goes on in the background; after an error it may be called again.
+        """
         self._forget()
-        if self._ended:
-            return self._ended == "released"
-        self._end("released")
+        if self._ended not in ("", UNRELEASED):
+            return self._ended == RELEASED
+        self._end(RELEASED)
         try:
             ours = await self._release(self)
         except asyncio.CancelledError:
             in_background(self._release(self), f"release of {self.name!r} after cancellation")
+            raise
+        except Exception:
+            self._ended = UNRELEASED
             raise
         if not ours:
             self._ended = "was no longer ours when it was released"
@@ -127,14 +138,11 @@ class Lease:
 
     async def leave(self, error: BaseException | None) -> None:
         """The end of the body. The body's own error is never masked: a loss beside it becomes a note."""
-        self._forget()
+        body, self._body = self._body, None
         ours_to_take_back = False
-        if self._cancelled and self._body is not None:
-            ours_to_take_back = self._body.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
-        if self._ended:
-            lost = self._ended != "released"
-        else:
-            lost = not await self._released_by_leaving()
+        if self._cancelled and body is not None:
+            ours_to_take_back = body.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
+        lost = not await self._released_by_leaving()
         if lost and (error is None or ours_to_take_back):
             raise self._loss() from self._cause
         if lost and not isinstance(error, (LockLost, type(None))):
@@ -144,7 +152,7 @@ class Lease:
         covered = self.covered
         try:
             return await self.release()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  logged, or the cause of LockLost
             self._cause = error
             if covered:  # the whole body ran inside the lease; what could not be given back ends by its TTL
                 logger.warning("%r could not be released and ends by its TTL: %r", self.name, error)
@@ -152,8 +160,8 @@ class Lease:
 
     # ---- renewal and loss
 
-    def _granted(self, asked_at: float) -> None:
-        self._deadline = local_deadline(asked_at, self.ttl)
+    def _granted(self, asked_at: float, ttl: float) -> None:
+        self.ttl, self._deadline = ttl, max(self._deadline, local_deadline(asked_at, ttl))
         left = self._deadline - self._clock()
         self._wake_in(min(left, self.ttl / 3) if self._renew else left)
 
@@ -165,7 +173,7 @@ class Lease:
     def _tick(self) -> None:
         left = self._deadline - self._clock()
         if left <= 0:
-            self._lose("ended before it could be renewed" if self._renew else "ended: it is not renewed")
+            self.lose("ended before it could be renewed" if self._renew else "ended: it is not renewed")
             return
         self._wake_in(left)
         if self._renew and self._renewal is None:
@@ -173,8 +181,9 @@ class Lease:
 
     async def _renew_now(self) -> None:
         try:
-            await self._ask_again()
-        except Exception as error:  # kept as the cause of a later loss; until the deadline there is time to try again
+            async with asyncio.timeout(self.ttl / 3):  # a connection that fell silent must not cost the lease
+                await self._ask_again(self.ttl)
+        except Exception as error:  # noqa: BLE001  logged, and the cause of a later loss; there is time to try again
             self._cause = error
             logger.warning("renewal of %r failed, %.3g s left: %r", self.name, self.remaining(), error)
             if not self._ended:
@@ -182,31 +191,32 @@ class Lease:
         finally:
             self._renewal = None
 
-    async def _ask_again(self) -> bool:
+    async def _ask_again(self, ttl: float) -> bool:
         asked_at = self._clock()
-        ours = await self._extend(self, self.ttl)
+        ours = await self._extend(self, ttl)
         if self._ended:
             return False
         if ours:
             self._cause = None
-            self._granted(asked_at)
+            self._granted(asked_at, ttl)
         else:
-            self._lose("was taken away: its key expired, was removed, or belongs to another owner")
+            self.lose("was taken away: its key expired, was removed, or belongs to another owner")
         return ours
 
-    def lose(self, why: str, cause: BaseException | None = None) -> None:
-        """For the lock that learns of the loss by itself (a dead connection). Does nothing once the lease has ended."""
-        if not self._ended:
-            self._cause = cause
-            self._lose(why)
-
-    def _lose(self, why: str) -> None:
-        body, task = self._body, asyncio.current_task(asyncio.get_running_loop())
+    def lose(self, why: str) -> None:
+        """The lease has ended, by whatever was found out; its body learns of it. Nothing happens once it has ended."""
+        if self._ended:
+            return
         self._end(why)
         in_background(self._release(self), f"release of {self.name!r} after its loss")
-        if self._on_lost == "cancel" and body is not None and body is not task:
-            self._cancelled = True
-            body.cancel()
+        if self._on_lost == "cancel" and self._body is not asyncio.current_task():
+            self._cancel_body()
+
+    def _cancel_body(self) -> None:
+        if self._body is not None and not self._body.done():
+            self._cancelled = _cancel(self._body)
+            if not self._cancelled:
+                asyncio.get_running_loop().call_soon(self._cancel_body)
 
     def _end(self, why: str) -> None:
         self._ended = why
@@ -235,25 +245,45 @@ def refuse_reentry(key: object, name: str) -> None:
         raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
 
 
+def _cancel(body: asyncio.Task[Any]) -> bool:
+    """Cancels a task; False if it would not notice, and should be asked again in the next turn of the event loop.
+
+    wait_for of Python 3.11, by which redis-py sends, takes a cancellation for its timeout once its work is done, and
+    returns: a body busy with Redis would run on. Work that has not begun is done by the time the body is woken.
+    """
+    if sys.version_info < (3, 12):
+        inner: Any = body.get_coro()
+        while asyncio.iscoroutine(getattr(inner, "cr_await", None)):
+            inner = inner.cr_await
+        frame = getattr(inner, "cr_frame", None)
+        work: Any = frame.f_locals["fut"] if frame is not None and frame.f_code is asyncio.wait_for.__code__ else None
+        if asyncio.isfuture(work) and work.done():
+            return False
+        if hasattr(work, "get_coro") and getcoroutinestate(work.get_coro()) == CORO_CREATED:
+            work.cancel()
+    return body.cancel()
+
+
 class Holders:
     """Which task holds which lease of one lock object: tasks may share it, each acquisition is its own lease."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._leases: dict[asyncio.Task[Any] | None, Lease] = {}
+        self._leases: list[Lease] = []
 
     def add(self, lease: Lease) -> Lease:
-        self._leases[asyncio.current_task()] = lease
+        # What was ended by lease.release() would stay for ever; a body's end still asks for its lease.
+        self._leases = [held for held in self._leases if held._body is not None or held._ended != RELEASED]
+        self._leases.append(lease)
         return lease
 
     def take(self) -> Lease:
-        """The lease of this task; else the only one there is, for a fixture or exit stack closed by another task."""
-        task = asyncio.current_task()
-        if task not in self._leases and len(self._leases) == 1:
-            (task,) = self._leases
-        lease = self._leases.pop(task, None)
-        if lease is None:
+        """The newest lease of this task; else the only one, for a fixture or exit stack closed by another task."""
+        mine = [lease for lease in self._leases if lease._task is asyncio.current_task()]
+        if not mine and len(self._leases) != 1:
             raise RuntimeError(f"this task holds no lease of {self._name!r}: acquire it first, or call lease.release()")
+        lease = (mine or self._leases)[-1]
+        self._leases.remove(lease)
         return lease
 
 
@@ -263,7 +293,7 @@ def in_background(work: Awaitable[Any], what: str) -> asyncio.Task[Any]:
     async def run() -> Any:
         try:
             return await work
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  logged
             logger.warning("%s failed: %r", what, error)
 
     task = asyncio.get_running_loop().create_task(run())
@@ -276,11 +306,21 @@ def check_ttl(ttl: float) -> float:
     """A TTL in seconds, above 0 and at most a day."""
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
         raise TypeError(f"ttl={ttl!r} is a {type(ttl).__name__}; give seconds as a number")
-    if not ttl > 0:
-        raise ValueError(f"ttl={ttl!r}: a lease lasts longer than 0 s; take 2-3 times the expected operation")
+    if not local_deadline(0, ttl) > 0:
+        raise ValueError(
+            f"ttl={ttl!r}: a lease lasts longer than 0 s after 2 ms for drift; take 2-3 times the expected operation"
+        )
     if ttl > MAX_TTL:
-        raise ValueError(f"ttl={ttl!r} is longer than a day; it is in seconds, and renewal keeps a long job's lease alive")
+        raise ValueError(
+            f"ttl={ttl!r} is longer than a day; it is in seconds, and renewal keeps a long job's lease alive"
+        )
     return float(ttl)
+
+
+def check_on_lost(on_lost: OnLost) -> OnLost:
+    if on_lost not in ("cancel", "flag"):
+        raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
+    return on_lost
 
 
 def check_timeout(timeout: float | None) -> float | None:

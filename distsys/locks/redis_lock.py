@@ -32,6 +32,7 @@ from distsys.locks.lease import (
     OnLost,
     async_client,
     check_name,
+    check_on_lost,
     check_timeout,
     check_ttl,
     hash_tag,
@@ -125,7 +126,11 @@ return redis.call('GET', fence) == ARGV[2] and 2 or 0
 )
 
 # ARGV[2] - ttl in ms
-_EXTEND = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end return redis.call('PEXPIRE', KEYS[1], ARGV[2])"
+_EXTEND = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 1
+"""
 
 # Returns {owner, ms left, newest token, waiters, now}
 _EXPLAIN = """
@@ -190,13 +195,11 @@ class RedisLock:
         tokens: Callable[[], Awaitable[int]] | None = None,
         clock: Clock = elapsed,
     ) -> None:
-        if on_lost not in ("cancel", "flag"):
-            raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
         if min_replicas < 0:
             raise ValueError(f"min_replicas={min_replicas}: 0 asks for no confirmation")
         self.redis, self.name = async_client(redis), check_name(name)
         self.ttl, self.timeout = check_ttl(ttl), check_timeout(timeout)
-        self.renew, self.on_lost, self.clock = renew, on_lost, clock
+        self.renew, self.on_lost, self.clock = renew, check_on_lost(on_lost), clock
         self.min_replicas, self.tokens = min_replicas, tokens
         base = f"distsys:lock:{{{hash_tag(name)}}}"
         self._keys = (base, f"{base}:fence", f"{base}:queue", f"{base}:seen")
@@ -287,7 +290,11 @@ class RedisLock:
     async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
         """Fills in the attempt's token; without `wait` it may come back without one."""
         slots = self._slots()
-        if await self._granted(attempt, queue=wait and not slots.locked()) or not wait:
+        if await self._granted(attempt, queue=wait and not slots.locked()):
+            return
+        if not wait and attempt.holder == attempt.owner:
+            raise self._refused(attempt, 0.0)  # granted too late to be of use, and given back
+        if not wait:
             return
         async with slots:
             while not await self._granted(attempt, queue=True):
@@ -331,7 +338,9 @@ class RedisLock:
         if known is None or known[0] is not loop:
             size = getattr(pool, "max_connections", 100)
             if size < 2 or getattr(self.redis, "single_connection_client", False):
-                raise ValueError("a client with one connection can't wait: a waiter occupies one, a holder needs another")
+                raise ValueError(
+                    "a client with one connection can't wait: a waiter occupies one, a holder needs another"
+                )
             known = _waiting_slots[pool] = loop, asyncio.Semaphore(size // 2)
         return known[1]
 

@@ -7,7 +7,8 @@ Not      a source of fencing tokens: owners are random, and no order of grants e
          node down for one TTL, or fsync every grant. Not fair: after a split vote, chance decides.
 Units    seconds, float.
 Errors   LockNotAcquired (granted, needed, errors) after `timeout`; LockLost when the lease ended under the body.
-Source   redis.io "The Redlock algorithm"; Kleppmann 2016 "How to do distributed locking"; antirez 2016 "Is Redlock safe?".
+Source   redis.io "The Redlock algorithm"; Kleppmann 2016 "How to do distributed locking"; antirez 2016 "Is Redlock
+         safe?".
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from distsys.locks.lease import (
     OnLost,
     async_client,
     check_name,
+    check_on_lost,
     check_timeout,
     check_ttl,
     hash_tag,
@@ -43,16 +45,26 @@ from distsys.locks.lease import (
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-# KEYS[1] - the lock's key on one node      ARGV[1] - owner    ARGV[2] - ttl in ms (free: unused)
+# KEYS[1] - the lock's key on one node      ARGV[1] - owner
+# ARGV[2] - ttl in ms; of _FREE "1" when a grant may still be on its way, which is then refused when it arrives
 # Each returns 1 for yes and 0 for no. To ask again is safe: the owner decides.
 _GRANT = """
+if redis.call('EXISTS', KEYS[1] .. ':gone:' .. ARGV[1]) == 1 then return 0 end
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
+if holder then return holder == ARGV[1] and 1 or 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_EXTEND = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end return redis.call('PEXPIRE', KEYS[1], ARGV[2])"
-_FREE = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end return redis.call('DEL', KEYS[1])"
+_EXTEND = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 1
+"""
+_FREE = """
+if ARGV[2] == '1' then redis.call('SET', KEYS[1] .. ':gone:' .. ARGV[1], 1, 'PX', 60000) end
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
 _SHA = {script: sha1(script) for script in (_GRANT, _EXTEND, _FREE)}
 
 
@@ -83,14 +95,18 @@ class Redlock:
         self.clients = tuple(async_client(client) for client in clients)
         if len(self.clients) < 3:
             raise ValueError(f"{len(self.clients)} client(s): a majority that survives a loss needs at least 3 nodes")
-        if len({id(client) for client in self.clients}) < len(self.clients):
-            raise ValueError("the same client stands twice in clients: its vote would count twice")
+        if len({_node(client) for client in self.clients}) < len(self.clients):
+            raise ValueError("the same node stands twice in clients: its vote would count twice")
         self.name, self.ttl, self.timeout = check_name(name), check_ttl(ttl), check_timeout(timeout)
         self.node_timeout = min(0.5, max(0.05, ttl / 50)) if node_timeout is None else node_timeout
         if not 0 < self.node_timeout < ttl / 2:
-            raise ValueError(f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, else a dead node eats the lease")
+            raise ValueError(
+                f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, else a dead node eats the lease"
+            )
         self.quorum = len(self.clients) // 2 + 1
-        self.retry_delay, self.renew, self.on_lost = retry_delay, renew, on_lost
+        if not retry_delay >= 0:
+            raise ValueError(f"retry_delay={retry_delay}: a pause is not negative")
+        self.retry_delay, self.renew, self.on_lost = retry_delay, renew, check_on_lost(on_lost)
         self.clock, self.rng = clock, rng or random.Random()
         self._key = f"distsys:redlock:{{{hash_tag(name)}}}"
         self._holders = Holders(name)
@@ -104,7 +120,7 @@ class Redlock:
         await self._holders.take().leave(error)
 
     async def acquire(self, timeout: float | Literal["default"] | None = "default") -> Lease:
-        """Tries for `timeout` seconds (None: for ever, 0: one round). End the lease with lease.release() or lock.release()."""
+        """Tries for `timeout` seconds (None: for ever, 0: one round). End it with lease.release() or lock.release()."""
         return self._holders.add(await self._acquire(self.timeout if timeout == "default" else check_timeout(timeout)))
 
     async def try_acquire(self) -> Lease | None:
@@ -122,95 +138,90 @@ class Redlock:
         refuse_reentry(self._key, self.name)
         give_up = None if timeout is None else self.clock() + timeout
         while True:
-            grant = _Grant(os.urandom(16).hex())
-            asked_at = self.clock()
+            owner, asked_at = os.urandom(16).hex(), self.clock()
             try:
-                votes = await self._vote(lambda client, grant=grant: self._grant(client, grant))  # type: ignore[misc]
-            except BaseException:
-                await asyncio.wait({self._take_back(grant)}, timeout=UNDO_WAIT)
+                votes = await self._vote(_GRANT, owner, milliseconds(self.ttl))
+            except BaseException:  # cancelled: who has granted it, or still will, is unknown
+                await self._take_back(owner, _Votes(len(self.clients)))
                 raise
-            if votes.yes >= self.quorum and self.clock() < local_deadline(asked_at, self.ttl):
-                return self._lease(grant, asked_at)
-            # A minority, or too late to be of use: nothing of it may stand in the way of the others.
-            await asyncio.wait({self._take_back(grant)}, timeout=self.node_timeout)
+            granted, errors, too_late = votes.yes, votes.errors, self.clock() >= local_deadline(asked_at, self.ttl)
+            if granted >= self.quorum and not too_late:
+                return self._lease(owner, votes, asked_at)
+            await self._take_back(owner, votes)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
                 raise LockNotAcquired(
-                    f"{self.name!r}: {votes.yes} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
-                    + (f"; {votes.errors[0]!r}" if votes.errors else ""),
+                    f"{self.name!r}: {granted} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
+                    + (f", and too late for ttl={self.ttl:g}" if too_late else "")
+                    + (f"; {errors[0]!r}" if errors else ""),
                     name=self.name,
-                    granted=votes.yes,
+                    granted=granted,
                     needed=self.quorum,
-                    errors=votes.errors,
+                    errors=errors,
                 )
             await asyncio.sleep(pause)
 
-    def _lease(self, grant: _Grant, asked_at: float) -> Lease:
-        async def extend(lease: Lease, ttl: float) -> bool:
-            votes = await self._vote(lambda client: self._run(client, _EXTEND, lease.owner, milliseconds(ttl)))
-            if votes.yes < self.quorum <= votes.yes + len(votes.errors):
-                raise votes.errors[0]  # silent nodes may still hold it: try again while the lease lasts
-            return votes.yes >= self.quorum
+    async def _take_back(self, owner: str, votes: _Votes) -> None:
+        """Nothing of a lost round may stand in the way of others: not what was granted, not what may still arrive."""
+        frees = [
+            self._free(client, owner, "" if answer is True else "1")
+            for client, answer in zip(self.clients, votes.answers, strict=True)
+            if answer is not False
+        ]
+        if frees:  # a node that can't be reached keeps its grant until its TTL; its error is among the votes
+            undo = in_background(asyncio.gather(*frees, return_exceptions=True), f"taking back {self.name!r}")
+            await asyncio.wait({undo}, timeout=self.node_timeout)
 
-        async def release(lease: Lease) -> bool:
-            grant.over = True
-            votes = await self._vote(lambda client: self._run(client, _FREE, lease.owner))
-            return votes.yes >= self.quorum
+    async def _free(self, client: Redis, owner: str, late: str) -> bool:
+        async with asyncio.timeout(UNDO_WAIT):
+            return await self._run(client, _FREE, owner, late)
 
+    def _lease(self, owner: str, votes: _Votes, asked_at: float) -> Lease:
         return Lease(
             self.name,
             key=self._key,
-            owner=grant.owner,
+            owner=owner,
             token=None,
             ttl=self.ttl,
             asked_at=asked_at,
-            extend=extend,
-            release=release,
+            extend=lambda _, ttl: self._ours(_EXTEND, owner, milliseconds(ttl)),
+            release=lambda _: self._ours(_FREE, owner, "" if votes.complete else "1"),
             renew=self.renew,
             on_lost=self.on_lost,
             clock=self.clock,
         )
 
-    async def _grant(self, client: Redis, grant: _Grant) -> bool:
-        try:
-            return await self._run(client, _GRANT, grant.owner, milliseconds(self.ttl))
-        finally:
-            if grant.over:  # came too late to count: it must not stand in the way until its TTL
-                in_background(self._free(client, grant), f"release of a late grant of {self.name!r}")
+    async def _ours(self, script: str, *args: Any) -> bool:
+        """Whether a majority held it for us. Silent nodes may: then it is an error, and the lease's time decides."""
+        votes = await self._vote(script, *args)
+        if votes.yes < self.quorum and votes.no <= len(self.clients) - self.quorum:
+            raise votes.errors[0]
+        return votes.yes >= self.quorum
 
-    def _take_back(self, grant: _Grant) -> asyncio.Task[Any]:
-        grant.over = True
-        frees = (self._free(client, grant) for client in self.clients)
-        return in_background(asyncio.gather(*frees, return_exceptions=True), f"taking back grants of {self.name!r}")
-
-    async def _free(self, client: Redis, grant: _Grant) -> bool:
-        async with asyncio.timeout(self.node_timeout):
-            return await self._run(client, _FREE, grant.owner)
-
-    async def _vote(self, ask: Callable[[Redis], Awaitable[bool]]) -> _Votes:
-        """Asks all nodes at once. Decided by the first majority; stragglers go on until the node timeout."""
+    async def _vote(self, script: str, *args: Any) -> _Votes:
+        """Asks all nodes at once: until a majority says yes, or can't any more. Who is silent for too long has not."""
         loop = asyncio.get_running_loop()
-        votes, decided = _Votes(), loop.create_future()
-        tasks = [loop.create_task(ask(client)) for client in self.clients]  # type: ignore[arg-type]
+        votes, decided = _Votes(len(self.clients)), loop.create_future()
+        tasks = [loop.create_task(self._run(client, script, *args)) for client in self.clients]
 
         def count(task: asyncio.Task[bool]) -> None:
-            error = TimeoutError(f"no answer in {self.node_timeout} s") if task.cancelled() else task.exception()
-            if error is not None:
-                votes.errors.append(error)
-            elif task.result():
-                votes.yes += 1
-            else:
-                votes.no += 1
-            asked = votes.yes + votes.no + len(votes.errors)
-            if asked == len(tasks):
+            if not task.cancelled():
+                votes.answers[tasks.index(task)] = task.exception() or task.result()
+            if None not in votes.answers:
                 timer.cancel()
-            lost = asked - votes.yes > len(tasks) - self.quorum
-            if (votes.yes >= self.quorum or lost) and not decided.done():
+            decide()
+
+        def decide() -> None:
+            possible = votes.yes + votes.answers.count(None)
+            if (votes.yes >= self.quorum or possible < self.quorum) and not decided.done():
                 decided.set_result(None)
 
         def time_out() -> None:
-            for task in tasks:
-                task.cancel()
+            for node, task in enumerate(tasks):
+                if votes.answers[node] is None:
+                    votes.answers[node] = TimeoutError(f"no answer in {self.node_timeout} s")
+                    task.cancel()
+            decide()
 
         timer = loop.call_later(self.node_timeout, time_out)
         for task in tasks:
@@ -221,18 +232,36 @@ class Redlock:
     async def _run(self, client: Redis, script: str, *args: Any) -> bool:
         try:
             return bool(await client.evalsha(_SHA[script], 1, self._key, *args))
-        except NoScriptError:
+        except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
             return bool(await client.eval(script, 1, self._key, *args))
 
 
-class _Grant:
-    """One round's owner; `over` once its grants no longer count."""
-
-    def __init__(self, owner: str) -> None:
-        self.owner, self.over = owner, False
-
-
 class _Votes:
-    def __init__(self) -> None:
-        self.yes, self.no = 0, 0
-        self.errors: list[BaseException] = []
+    """What each node has answered; None: nothing yet."""
+
+    def __init__(self, nodes: int) -> None:
+        self.answers: list[bool | BaseException | None] = [None] * nodes
+
+    @property
+    def yes(self) -> int:
+        return self.answers.count(True)
+
+    @property
+    def no(self) -> int:
+        return self.answers.count(False)
+
+    @property
+    def errors(self) -> list[BaseException]:
+        return [answer for answer in self.answers if isinstance(answer, BaseException)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no request is under way any more."""
+        return all(isinstance(answer, bool) for answer in self.answers)
+
+
+def _node(client: Redis) -> object:
+    """Where a client's node is, as far as the client tells."""
+    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    where = tuple(map(options.get, ("path", "host", "port")))
+    return where if any(where) else id(client)

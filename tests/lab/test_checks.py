@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from histories import anything, history, op, section
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distsys.lab import checks
 from distsys.lab.history import Check, Fault, Finding, History, Op
 from distsys.lab.spans import holds, labels
+from tests.lab.histories import anything, history, op, section
 
 at_most_2 = checks.at_most(2, 1.0)
 DANGER = {"ttl": 0.2}
@@ -516,7 +516,7 @@ def test_a_register_that_is_atomic_is_never_accused(steps: list[tuple[int, bool,
     assert register(history(*ops, ended=50)).status != "VIOLATED"
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(anything())
 def test_no_history_breaks_a_check_and_every_accusation_has_its_witness(past: History) -> None:
     """Whatever happened, each check answers, and what it holds against the rule is in the history, in order of time."""

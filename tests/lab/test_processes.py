@@ -6,12 +6,11 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,9 @@ async def test_a_worker_gets_its_payload_and_a_socket(processes: Processes) -> N
     assert worker.sock is not None
     received = bytearray()
     while len(received) < len(payload):
-        received += await loop.sock_recv(worker.sock, 1 << 20)
+        chunk = await loop.sock_recv(worker.sock, 1 << 20)
+        assert chunk, worker.tail()
+        received += chunk
     assert received == payload
     assert await loop.sock_recv(worker.sock, 1) == b""
     assert await worker.exited() == 0
@@ -109,7 +110,7 @@ async def test_a_process_that_has_exited_is_not_signalled(processes: Processes) 
     await process.exited()
     with pytest.raises(ProcessLookupError, match="brief"):
         process.signal(signal.SIGTERM)
-    with pytest.raises(ProcessLookupError, match="brief: .* exited with 0> will never be stopped"):
+    with pytest.raises(ProcessLookupError, match=r"brief: .* exited with 0> will never be stopped"):
         await process.stopped()
 
 
@@ -252,9 +253,9 @@ async def program(how: str) -> AsyncIterator[Program]:
         assert len(parts) > 20
         yield Program(process, Path(words["folder"]), words["servers"], supervisor, parts)
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        with suppress(ProcessLookupError):  # the group is empty, unless the program has forked
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.communicate()
 
 
 @pytest.mark.parametrize("how", ["is killed", "is terminated", "returns", "raises", "closes"])
@@ -269,7 +270,7 @@ async def test_however_a_program_ends_nothing_is_left(how: str) -> None:
 
 
 async def test_an_interrupt_leaves_everything_alive() -> None:
-    """SIGINT to the whole process group of the program, as the stop button sends it, reaches no server and no worker."""
+    """SIGINT to the program's process group, as the stop button sends it, reaches no server and no worker."""
     async with program("is interrupted") as one:
         os.killpg(one.process.pid, signal.SIGINT)
         assert one.process.stdout
@@ -299,16 +300,14 @@ async def test_a_fork_of_the_program_does_not_keep_the_lab_alive() -> None:
 
 @linux
 async def test_what_a_killed_supervisor_leaves_the_next_one_ends() -> None:
-    """Paused servers survive their supervisor; the next lab to start ends them and removes the folder."""
+    """A paused PostgreSQL and a worker's own child outlive their supervisor, until the next lab starts."""
     async with program("is killed") as one:
+        children = [child for child in one.supervisor.children() if child.status() != psutil.STATUS_STOPPED]
         one.supervisor.kill()
         one.process.kill()
-        running = [p for p in one.parts if run_folder.state(p) and p.status() != psutil.STATUS_STOPPED]
-        await become(lambda: not any(map(run_folder.state, running)), "gone with the supervisor")
-        assert one.folder.exists()
-        assert not one.gone()
+        await become(lambda: not any(map(run_folder.state, children)), "gone with the supervisor")
         processes = await Processes.start()
-        assert one.gone()
+        await become(one.gone, "gone")  # at once, unless a lab elsewhere on this machine has begun to
         await processes.aclose()
 
 
@@ -372,8 +371,7 @@ async def test_a_kernel_interrupted_and_then_ended(ending: str) -> None:
         folder, supervisor = Path(words.split()[0]), psutil.Process(int(words.split()[1]))
         parts = [supervisor, *supervisor.children(recursive=True)]
         sleeps = asyncio.Event()
-        cell = "import asyncio; print(1, flush=True); await asyncio.sleep(60)"
-        sleeping = asyncio.create_task(run(client, cell, sleeps))
+        sleeping = asyncio.create_task(run(client, SLEEP, sleeps))
         await asyncio.wait_for(sleeps.wait(), 10)
         await manager.interrupt_kernel()
         await sleeping
@@ -393,6 +391,14 @@ from distsys.lab.servers import Servers
 processes = await Processes.start()
 server = await Servers(processes).postgres()
 print(processes.folder, processes._child.pid)
+"""
+
+
+SLEEP = """
+import asyncio
+print("sleeps", flush=True)
+for _ in range(600):
+    await asyncio.sleep(0.1)  # in pieces: ipykernel interrupts a cell when its loop wakes up, not before
 """
 
 

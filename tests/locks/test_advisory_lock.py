@@ -75,7 +75,7 @@ async def until(conn: AsyncConnection[Any], *, held: int, waiting: int) -> None:
 
 
 async def until_true(condition: Callable[[], bool]) -> None:
-    for _ in range(1_000_000):
+    for _ in range(200_000):
         if condition():
             return
         await asyncio.sleep(0)
@@ -94,6 +94,15 @@ async def value(conn: AsyncConnection[Any], query: str) -> Any:
 
 async def for_ever() -> None:
     await asyncio.get_running_loop().create_future()
+
+
+async def until_cancelled(fault: Awaitable[None]) -> None:
+    """Idle while the fault happens: a body that is itself in an await of psycopg would learn it there."""
+    task = asyncio.ensure_future(fault)
+    try:
+        await for_ever()
+    finally:
+        await task
 
 
 @asynccontextmanager
@@ -377,6 +386,19 @@ async def test_a_timeout_leaves_the_transaction_as_it_was(connect: Connect, time
     await b.commit()
     assert await value(b, "SHOW lock_timeout") == "0"
     assert await value(b, "SELECT n FROM t") == 1
+
+
+@pytest.mark.parametrize("timeout", [0, 0.02])
+async def test_neither_a_grant_nor_a_refusal_leaves_a_savepoint_behind(connect: Connect, timeout: float) -> None:
+    """The transaction is not nested any deeper than before."""
+    conn = await connect()
+    async with AdvisoryLock(await connect(), "taken", scope="session"):
+        for name in ("free", "taken"):
+            with pytest.raises(psycopg.errors.InvalidSavepointSpecification):
+                async with conn.transaction():
+                    with suppress(LockNotAcquired):
+                        await AdvisoryLock(conn, name, timeout=timeout).acquire()
+                    await conn.execute("RELEASE distsys_lock")
 
 
 async def test_a_timeout_of_a_session_setting_is_restored_as_well(connect: Connect) -> None:
@@ -823,8 +845,7 @@ async def test_a_dead_connection_cancels_the_body_and_raises_lock_lost(connect: 
     ) as lost:
         async with AdvisoryLock(conn, "x", scope="session") as hold:
             assert not hold.lost
-            await terminate(admin, conn)
-            await for_ever()
+            await until_cancelled(terminate(admin, conn))
     assert hold
     assert hold.lost
     assert lost.value.name == "x"
@@ -844,8 +865,7 @@ async def test_a_dead_connection_of_a_pool_is_replaced(
     admin = await connect()
     with pytest.raises(LockLost):
         async with AdvisoryLock(pg_pool, "x", scope=scope) as hold:
-            await terminate(admin, hold.connection)
-            await for_ever()
+            await until_cancelled(terminate(admin, hold.connection))
     async with AdvisoryLock(pg_pool, "x", scope=scope, timeout=30) as hold:
         assert await value(hold.connection, "SELECT 1") == 1
 
@@ -855,8 +875,7 @@ async def test_a_dead_connection_cancels_a_body_in_the_callers_transaction(conne
     conn, admin = await connect(autocommit=False), await connect()
     with pytest.raises(LockLost):
         async with AdvisoryLock(conn, "x"):
-            await terminate(admin, conn)
-            await for_ever()
+            await until_cancelled(terminate(admin, conn))
 
 
 async def test_a_lost_hold_from_acquire_is_flagged_and_release_raises(connect: Connect) -> None:
@@ -875,9 +894,8 @@ async def test_the_bodys_own_error_is_never_masked_by_the_loss(connect: Connect)
     conn, admin = await connect(), await connect()
     with pytest.raises(KeyError) as failed:
         async with AdvisoryLock(conn, "x", scope="session") as hold:
-            await terminate(admin, conn)
             try:
-                await for_ever()
+                await until_cancelled(terminate(admin, conn))
             finally:
                 raise KeyError("the body's own")
     assert hold.lost
@@ -899,9 +917,8 @@ async def test_a_body_that_swallows_the_cancellation_still_ends_with_lock_lost(c
     conn, admin = await connect(), await connect()
     with pytest.raises(LockLost):
         async with AdvisoryLock(conn, "x", scope="session"):
-            await terminate(admin, conn)
             with suppress(asyncio.CancelledError):
-                await for_ever()
+                await until_cancelled(terminate(admin, conn))
 
 
 async def test_a_death_that_nobody_noticed_before_the_end_is_lock_lost(connect: Connect) -> None:
@@ -920,9 +937,8 @@ async def test_a_cancellation_from_outside_wins_over_the_loss(connect: Connect) 
 
     async def work() -> None:
         async with AdvisoryLock(conn, "x", scope="session"):
-            await terminate(admin, conn)
             try:
-                await for_ever()
+                await until_cancelled(terminate(admin, conn))
             except asyncio.CancelledError:
                 task.cancel()
                 raise
@@ -938,8 +954,7 @@ async def test_two_locks_on_one_connection_are_lost_together_and_once(connect: C
     conn, admin = await connect(), await connect()
     with pytest.raises(LockLost):
         async with AdvisoryLock(conn, "x", scope="session"), AdvisoryLock(conn, "y", scope="session"):
-            await terminate(admin, conn)
-            await for_ever()
+            await until_cancelled(terminate(admin, conn))
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
@@ -976,8 +991,7 @@ async def test_a_killed_server_cancels_the_body(servers: Servers) -> None:
     conn = await AsyncConnection.connect(victim.url, autocommit=True)
     with pytest.raises(LockLost):
         async with AdvisoryLock(conn, "x", scope="session"):
-            await victim.kill()
-            await for_ever()
+            await until_cancelled(victim.kill())
 
 
 async def test_a_reset_connection_cancels_the_body(connect: Connect, pg: str) -> None:
@@ -1054,8 +1068,7 @@ async def test_unread_data_of_a_slow_copy_does_not_spin_the_event_loop(
                 assert len(reads) < 20
                 async for _ in copy:
                     pass
-            await terminate(admin, conn)
-            await for_ever()
+            await until_cancelled(terminate(admin, conn))
 
 
 async def test_a_busy_connection_works_as_ever_under_the_watch(connect: Connect) -> None:
@@ -1141,21 +1154,30 @@ async def stopped(pid: int) -> None:
     await until_true(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
 
 
-async def race(
-    lock: AdvisoryLock, conn: AsyncConnection[Any], admin: AsyncConnection[Any], holder: Hold, by: str
-) -> None:
+async def race(lock: AdvisoryLock, conn: AsyncConnection[Any], admin: AsyncConnection[Any], by: str) -> None:
     """The lock is granted to a backend that is stopped, which on waking finds its timeout or its cancellation first."""
     pid = conn.info.backend_pid
-    async with asking(lock, who=admin) as task:
+    await conn.execute("SET deadlock_timeout = '1h'")  # it shares its signal with lock_timeout
+    await conn.commit()
+    holder = await AdvisoryLock(await AsyncConnection.connect(conn.info.dsn), lock.name, scope="session").acquire()
+    for timeout in (0.1, 1, 10):  # on a busy machine a short one is over before the backend is stopped
+        task = asyncio.create_task(lock.acquire(timeout if by == "timeout" else None))
+        await until(admin, held=1, waiting=1)
         await stopped(pid)
-        await holder.release()
-        await until(admin, held=1, waiting=0)
-        if by == "cancel":
-            task.cancel()
-        await until_true(lambda: pending(pid, signal.SIGALRM if by == "timeout" else signal.SIGINT))
+        if len(await states(admin)) == 2:
+            break
         os.kill(pid, signal.SIGCONT)
-        with pytest.raises(LockNotAcquired if by == "timeout" else asyncio.CancelledError):
+        with pytest.raises(LockNotAcquired):
             await task
+    await holder.release()
+    await holder.connection.close()
+    await until(admin, held=1, waiting=0)
+    if by == "cancel":
+        task.cancel()
+    await until_true(lambda: pending(pid, signal.SIGALRM if by == "timeout" else signal.SIGINT))
+    os.kill(pid, signal.SIGCONT)
+    with pytest.raises(LockNotAcquired if by == "timeout" else asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.usefixtures("backends")
@@ -1166,10 +1188,8 @@ async def test_a_grant_that_races_the_end_of_the_wait_is_given_back(
 ) -> None:
     """Postgres reports the error and keeps the session lock: without a look at pg_locks it would stay for ever."""
     admin, conn = await connect(), await connect()
-    holder = await AdvisoryLock(await connect(), name, scope="session").acquire()
-    timeout = 0.05 if by == "timeout" else None
-    lock = AdvisoryLock(conn, name, scope="session", shared=shared, timeout=timeout)
-    await race(lock, conn, admin, holder, by)
+    lock = AdvisoryLock(conn, name, scope="session", shared=shared)
+    await race(lock, conn, admin, by)
     assert await states(admin) == []
     async with lock:
         assert len(await states(admin)) == 1
@@ -1181,8 +1201,7 @@ async def test_a_grant_that_races_the_end_of_the_wait_is_given_back(
 async def test_a_transaction_lock_whose_grant_raced_goes_back_with_the_savepoint(connect: Connect, by: str) -> None:
     """Here Postgres itself gives it back, and the transaction is usable."""
     admin, conn = await connect(), await connect(autocommit=False)
-    holder = await AdvisoryLock(await connect(), "x", scope="session").acquire()
-    await race(AdvisoryLock(conn, "x", timeout=0.05 if by == "timeout" else None), conn, admin, holder, by)
+    await race(AdvisoryLock(conn, "x"), conn, admin, by)
     assert await states(admin) == []
     assert await value(conn, "SELECT 1") == 1
 
@@ -1190,7 +1209,7 @@ async def test_a_transaction_lock_whose_grant_raced_goes_back_with_the_savepoint
 @pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize("scope", ["transaction", "session"])
 async def test_a_cancellation_that_comes_too_late_to_stop_the_grant(connect: Connect, scope: Any) -> None:
-    """The server had not even read the request. A session lock is given back, a transaction keeps its own to its end."""
+    """The server had not even read the request. A session lock is given back, a transaction keeps its own."""
     admin, conn = await connect(), await connect(autocommit=scope == "session")
     if scope == "transaction":
         await conn.execute("SELECT 1")
@@ -1239,13 +1258,13 @@ async def test_an_acquire_cancelled_twice_at_any_await_holds_nothing(
 async def test_a_connection_that_dies_while_waiting_passes_its_error_through(connect: Connect) -> None:
     """The lock was not obtained; psycopg's error says why; the key is free on the next connection."""
     admin, conn = await connect(), await connect()
-    async with AdvisoryLock(await connect(), "x", scope="session"):
-        async with asking(AdvisoryLock(conn, "x", scope="session"), who=admin) as task:
-            await terminate(admin, conn)
-            with pytest.raises(psycopg.OperationalError):
-                await task
+    holding = AdvisoryLock(await connect(), "x", scope="session")
+    async with holding, asking(AdvisoryLock(conn, "x", scope="session"), who=admin) as task:
+        await terminate(admin, conn)
+        with pytest.raises(psycopg.OperationalError):
+            await task
     for scope in ("session", "transaction"):
-        with pytest.raises(psycopg.OperationalError, match="closed|no connection"):
+        with pytest.raises(psycopg.OperationalError, match=r"closed|no connection"):
             await AdvisoryLock(conn, "x", scope=scope).acquire()  # type: ignore[arg-type]
 
 
@@ -1258,32 +1277,31 @@ class DyingCursor(psycopg.AsyncCursor[Any]):
         return await super().execute(query, *args, **options)
 
 
-class DyingConnection(AsyncConnection[Any]):
-    """Its session is ended just after the answer to a message."""
-
-    async def wait(self, *args: Any, **options: Any) -> Any:
-        answer = await super().wait(*args, **options)
-        await asyncio.to_thread(end_session, self)
-        return answer
-
-
 def end_session(conn: AsyncConnection[Any]) -> None:
     with psycopg.connect(conn.info.dsn, autocommit=True) as other:
         other.execute("SELECT pg_terminate_backend(%s, 5000)", [conn.info.backend_pid])
 
 
-async def test_a_connection_that_dies_after_a_refused_wait_does_not_hide_the_refusal(connect: Connect, pg: str) -> None:
-    """The lock was not obtained, that stays the error; a note on its cause says what became of the connection."""
-    one = await connect(autocommit=False, cursor_factory=DyingCursor)
-    other = await DyingConnection.connect(pg, autocommit=True)
+async def test_a_transaction_that_dies_after_a_refused_wait_does_not_hide_the_refusal(connect: Connect) -> None:
+    """The lock was not obtained, that stays the error; a note on its cause says what became of the transaction."""
+    conn = await connect(autocommit=False, cursor_factory=DyingCursor)
     async with AdvisoryLock(await connect(), "x", scope="session"):
-        with pytest.raises(LockNotAcquired) as in_transaction:
-            await AdvisoryLock(one, "x", timeout=0.02).acquire()
-        with pytest.raises(LockNotAcquired) as in_session:
-            await AdvisoryLock(other, "x", scope="session", timeout=0.02).acquire()
-    assert "the transaction stays aborted" in in_transaction.value.__cause__.__notes__[0]  # type: ignore[union-attr]
-    assert "it could not say whether" in in_session.value.__cause__.__notes__[0]  # type: ignore[union-attr]
-    assert other.closed
+        with pytest.raises(LockNotAcquired) as refused:
+            await AdvisoryLock(conn, "x", timeout=0.02).acquire()
+    assert refused.value.__cause__
+    assert "the transaction stays aborted" in refused.value.__cause__.__notes__[0]
+
+
+async def test_a_connection_that_cannot_say_whether_the_lock_was_granted_is_closed(connect: Connect) -> None:
+    """Here a table of the caller's hides pg_locks. Closing ends the session, and with it whatever it may hold."""
+    conn = await connect()
+    await conn.execute("CREATE TEMP TABLE pg_locks (); SET search_path = pg_temp, pg_catalog")
+    async with AdvisoryLock(await connect(), "x", scope="session"):
+        with pytest.raises(LockNotAcquired) as refused:
+            await AdvisoryLock(conn, "x", scope="session", timeout=0.02).acquire()
+    assert refused.value.__cause__
+    assert "it could not say whether" in refused.value.__cause__.__notes__[0]
+    assert conn.closed
 
 
 # ---- several locks at once
@@ -1361,12 +1379,12 @@ async def test_held_advisory_locks_shows_holders_and_waiters(connect: Connect) -
     """Key, name, mode, pid, application, and by whom a waiter is blocked and since when."""
     a, b = await connect(application_name="billing"), await connect(application_name="reports")
     admin = await connect()
-    async with AdvisoryLock(a, "x", scope="session"), AdvisoryLock(a, (1, -2), scope="session", shared=True):
-        async with asking(AdvisoryLock(b, "x", scope="session"), who=admin, held=2) as task:
-            x, waiter, pair = await held_advisory_locks(admin, names=["x", "unused"])
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+    exclusive, shared = AdvisoryLock(a, "x", scope="session"), AdvisoryLock(a, (1, -2), scope="session", shared=True)
+    async with exclusive, shared, asking(AdvisoryLock(b, "x", scope="session"), who=admin, held=2) as task:
+        x, waiter, pair = await held_advisory_locks(admin, names=["x", "unused"])
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert (x.key, x.name, x.mode, x.granted) == (lock_id("x"), "x", "exclusive", True)
     assert (x.pid, x.application_name, x.blocked_by, x.waiting_since) == (a.info.backend_pid, "billing", [], None)
     assert (waiter.key, waiter.name, waiter.granted) == (lock_id("x"), "x", False)
@@ -1388,9 +1406,9 @@ async def test_looking_leaves_the_connection_as_it_was(connect: Connect, autocom
 
 async def test_locks_of_another_database_are_not_shown(connect: Connect, postgres: Server) -> None:
     """Advisory locks are per database: the same name elsewhere is another lock."""
-    async with await AsyncConnection.connect(postgres.url, autocommit=True) as elsewhere:
-        async with AdvisoryLock(elsewhere, "x", scope="session"):
-            assert await states(await connect()) == []
+    elsewhere = await connect(postgres.url)
+    async with AdvisoryLock(elsewhere, "x", scope="session"):
+        assert await states(await connect()) == []
 
 
 # ---- behind a pooling proxy
@@ -1444,23 +1462,25 @@ async def test_behind_a_session_pooling_proxy_session_scope_works_when_told(
     """proxy="session": lock, exclusion, cancellation and unlock, all through pgbouncer."""
     dsn = await behind("session")
     a, b, admin = await connect(dsn), await connect(dsn), await connect()
-    async with AdvisoryLock(a, "x", scope="session", proxy="session"):
-        async with asking(AdvisoryLock(b, "x", scope="session", proxy="session"), who=admin) as task:
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+    held, wanted = [AdvisoryLock(conn, "x", scope="session", proxy="session") for conn in (a, b)]
+    async with held, asking(wanted, who=admin) as task:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert await states(admin) == []
 
 
 async def test_a_proxy_that_was_said_to_pool_sessions_and_does_not_is_found_out(
     connect: Connect, behind: Callable[[str], Awaitable[str]]
 ) -> None:
-    """The unlock meets another server session: LockLost, instead of a lock believed free that is not."""
-    dsn = await behind("transaction")
-    a, b = await connect(dsn), await connect(dsn)
-    with pytest.raises(LockLost, match="or was another one"):
-        async with AdvisoryLock(a, "x", scope="session", proxy="session"):
-            stack = AsyncExitStack()
-            await stack.enter_async_context(b.transaction())
-            await b.execute("SELECT 1")
-    await stack.aclose()
+    """The unlock meets another server session, which holds the lock for somebody else: LockLost, and theirs stays."""
+    dsn, admin = await behind("transaction"), await connect()
+    a, b, c = [await connect(dsn) for _ in range(3)]
+    async with AsyncExitStack() as exits:
+        with pytest.raises(LockLost, match="or was another one"):
+            async with AdvisoryLock(a, 1, scope="session", shared=True, proxy="session"):
+                await exits.enter_async_context(b.transaction())  # takes the server session that holds our lock
+                await b.execute("SELECT 1")
+                await c.execute("SELECT pg_advisory_lock_shared(1)")
+                assert len(await states(admin)) == 2
+        assert len(await states(admin)) == 2

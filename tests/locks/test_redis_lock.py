@@ -37,6 +37,15 @@ async def waiting(lock: RedisLock, count: int) -> None:
     await until(so_many)
 
 
+async def until_idle(redis: Redis) -> None:
+    """Waits until some client is blocked at the server."""
+
+    async def blocked() -> bool:
+        return int((await redis.info("clients"))["blocked_clients"]) > 0
+
+    await until(blocked)
+
+
 async def calls(redis: Redis, command: str) -> int:
     return int((await redis.info("commandstats")).get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
@@ -179,6 +188,17 @@ async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
     assert (await lock.explain()).owner == "host|1|waiter"
 
 
+async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -> None:
+    """Nobody released it, so nobody was woken: whoever asks next hands it to the first in the queue."""
+    lock = RedisLock(redis, "ran-out")
+    async with hold_in_another_task(lock):
+        await lock._ask("host|1|waiter", PATIENCE_MS)
+        await redis.delete("distsys:lock:{ran-out}")
+        assert await RedisLock(redis, "ran-out").try_acquire() is None
+        assert (await lock.explain()).owner == "host|1|waiter"
+        await redis.delete("distsys:lock:{ran-out}")
+
+
 async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
     """A release wakes the first in the queue; the others sleep on, without asking the server."""
     lock = RedisLock(redis, "one", ttl=60)
@@ -222,14 +242,30 @@ async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
     assert (await lock.explain()).owner is None
 
 
+async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redis) -> None:
+    """Python 3.11's asyncio.wait_for, which redis-py uses, can return a result instead of the CancelledError."""
+
+    class Swallowing(Redis):
+        async def blpop(self, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+            with contextlib.suppress(asyncio.CancelledError):
+                await super().blpop(*args, **kwargs)
+
+    lock = RedisLock(redis, "swallow")
+    async with Swallowing(connection_pool=redis.connection_pool) as client, hold_in_another_task(lock):
+        waiter = asyncio.create_task(RedisLock(client, "swallow").acquire())
+        await waiting(lock, 1)
+        await until_idle(redis)
+        waiter.cancel()
+        await asyncio.wait({waiter}, timeout=5)
+        assert waiter.cancelled()
+        assert (await lock.explain()).waiting == 0
+
+
 async def test_a_lost_wake_up_costs_at_most_the_remaining_ttl(redis: Redis) -> None:
     """The holder is gone without a release: the waiter asks again when the lease it saw has ended."""
-    lock = RedisLock(redis, "lost-wake", ttl=0.2, renew=False, on_lost="flag")
-    lease = await lock.acquire()
-    second = await asyncio.create_task(RedisLock(redis, "lost-wake").acquire(5))
-    assert lease.lost
-    assert not await lease.release()
-    assert await second.release()
+    await RedisLock(redis, "lost-wake", ttl=0.2)._ask("host|1|gone", "")
+    lease = await RedisLock(redis, "lost-wake", timeout=5).acquire()
+    assert await lease.release()
 
 
 async def test_more_waiters_than_connections_all_get_through(redis_server: Server) -> None:
@@ -392,6 +428,15 @@ async def test_extend_starts_the_ttl_anew(redis: Redis) -> None:
         await lease.extend()
 
 
+async def test_a_lock_that_somebody_else_holds_by_now_is_not_extended(redis: Redis) -> None:
+    """It would prolong the other's lease; it raises LockLost instead."""
+    lease = await RedisLock(redis, "others").acquire()
+    await redis.set("distsys:lock:{others}", "host|1|other", px=5_000)
+    with pytest.raises(LockLost, match="taken away"):
+        await lease.extend()
+    assert await redis.pttl("distsys:lock:{others}") <= 5_000
+
+
 async def test_a_release_that_cannot_reach_the_server_is_logged_when_the_body_was_covered(
     own_redis: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -416,7 +461,7 @@ async def test_release_and_the_lock_objects_release_end_an_acquired_lease(redis:
 # ---- cancellation
 
 
-@pytest.mark.parametrize("steps", [*range(0, 24), 30, 40, 60])
+@pytest.mark.parametrize("steps", [*range(24), 30, 40, 60])
 async def test_an_acquire_cancelled_at_any_await_leaves_no_lock_behind(redis: Redis, steps: int) -> None:
     """After so many turns of the event loop; whether the server had granted it or not, the next one enters at once."""
     task = asyncio.create_task(RedisLock(redis, "cancel", ttl=3600).acquire())
@@ -431,7 +476,7 @@ async def test_an_acquire_cancelled_at_any_await_leaves_no_lock_behind(redis: Re
     assert await lease.release()
 
 
-@pytest.mark.parametrize("steps", [*range(0, 24), 30, 40, 60])
+@pytest.mark.parametrize("steps", [*range(24), 30, 40, 60])
 async def test_a_release_cancelled_at_any_await_still_releases(redis: Redis, steps: int) -> None:
     """The lock falls free though the task that released it was cancelled midway."""
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -28,14 +29,18 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: on D
 
 @pytest.fixture
 def lab(tmp_path: Path, jupyter: dict[str, str]) -> Iterator[str]:
-    """The address of `distsys lab` on a copy of the notebooks, with its token."""
-    shutil.copytree(
-        ROOT / "notebooks", tmp_path / "project/notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-    )
+    """The address of `distsys lab`, with its token, on a copy of the notebooks without their outputs."""
+    folder = tmp_path / "project/notebooks"
+    folder.mkdir(parents=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:  # what is seen below was run here
+            cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
+        nbformat.write(notebook, folder / path.name)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "distsys", "lab", "--no-browser", "--port", str(port)]
-    with subprocess.Popen(command, cwd=tmp_path / "project", env=jupyter, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=folder.parent, env=jupyter, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
         try:
             yield next(line.strip() for line in server.stderr if line.strip().startswith("http://127.0.0.1"))
@@ -45,23 +50,27 @@ def lab(tmp_path: Path, jupyter: dict[str, str]) -> Iterator[str]:
             assert server.wait(30) == 0, "Ctrl-C is how one stops JupyterLab"
 
 
-@pytest.fixture(params=["JupyterLab Light", "JupyterLab Dark"])
+@pytest.fixture
 def page(request: pytest.FixtureRequest, lab: str, jupyter: dict[str, str]) -> Iterator[Page]:
-    """A browser window, the theme set, the start notebook open and its kernel idle."""
+    """A browser window with the notebook and in the theme of the test's parameter."""
+    notebook, theme = request.param
     settings = Path(jupyter["JUPYTERLAB_SETTINGS_DIR"])
-    _write(settings / "@jupyterlab/apputils-extension/themes.jupyterlab-settings", theme=request.param)
+    _write(settings / "@jupyterlab/apputils-extension/themes.jupyterlab-settings", theme=f"JupyterLab {theme}")
     _write(settings / "@jupyterlab/notebook-extension/tracker.jupyterlab-settings", windowingMode="none")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split(), timeout=60 * SECONDS)
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        page.goto(f"{lab}&reset", timeout=60 * SECONDS)
+        page.goto(f"{lab.replace('00_start_here', notebook)}&reset", timeout=60 * SECONDS)
         yield page
         browser.close()
 
 
-def test_the_start_notebook_answers_a_reader(page: Page, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "page", [("00_start_here", "Light"), ("00_start_here", "Dark")], indirect=True, ids=lambda p: p[1]
+)
+def test_the_start_notebook_answers_a_reader(page: Page) -> None:
     """Run all: one lock breaks, one holds; then another stage, another number, another pattern are other answers."""
-    run_all(page, cells=10)
+    run_all(page, "00_start_here")
     expect(page.locator(f'{OUTPUT} img[alt*="VIOLATED"]')).to_be_visible()
     expect(page.locator(f'{OUTPUT} img[alt*="HELD"]')).to_be_visible()
     answer = page.locator(f"{OUTPUT} .widget-html [role=status]")
@@ -77,16 +86,25 @@ def test_the_start_notebook_answers_a_reader(page: Page, request: pytest.Fixture
     expect(answer).to_contain_text("IN-PROCESS")
     page.locator(".widget-dropdown select").select_option("Rate limiting")
     expect(answer).to_contain_text("a counter in memory")
-    assert "Dark" in page.locator("body").get_attribute("data-jp-theme-name") or "Light" in request.node.name
     no_errors(page)
 
 
-def run_all(page: Page, *, cells: int) -> None:
+@pytest.mark.parametrize("page", [("01_locks", "Dark")], indirect=True, ids=["Dark"])
+def test_the_locks_notebook_comes_to_its_verdicts(page: Page) -> None:
+    """Run all: both words are on screen, as pictures that also say it in text, and nothing raised."""
+    run_all(page, "01_locks")
+    for word in ("VIOLATED", "HELD"):
+        expect(page.locator(f'{OUTPUT} img[alt*="{word}"]').first).to_be_visible()
+
+
+def run_all(page: Page, notebook: str) -> None:
     """Run > Run All Cells, once the kernel is there, until the last cell has its number."""
+    cells = nbformat.read(ROOT / f"notebooks/{notebook}.ipynb", as_version=4).cells
+    last = sum(cell.cell_type == "code" for cell in cells)
     expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=60 * SECONDS)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    done = page.locator(".jp-CodeCell .jp-InputPrompt").last.filter(has_text=f"[{cells}]:")
+    done = page.locator(".jp-CodeCell .jp-InputPrompt").last.filter(has_text=f"[{last}]:")
     expect(done.or_(page.locator(ERROR)).first).to_be_visible(timeout=120 * SECONDS)
     no_errors(page)
 

@@ -10,7 +10,7 @@ from typing import Any
 from distsys.errors import Rejected
 from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update
 from distsys.lab.experiment import Arm, Experiment, Run
-from distsys.lab.experiments import bad_locks
+from distsys.lab.experiments import candidates
 from distsys.lab.experiments.lock_scripts import (
     on_postgres,
     on_redis,
@@ -27,22 +27,15 @@ from distsys.locks.advisory_lock import AdvisoryLock, advisory_locks
 AT_ONCE = all_of(mutual_exclusion, no_lost_update)
 
 
-@contextlib.asynccontextmanager
-async def transaction_lock(conn: Any, name: str) -> AsyncIterator[Any]:
-    """AdvisoryLock in the caller's transaction: it ends with the transaction, whatever happens."""
-    async with conn.transaction(), AdvisoryLock(conn, name) as held:
-        yield held
-
-
 SESSION = partial(AdvisoryLock, scope="session")
 
 for_update = Experiment(
     name="select-for-update",
     claim="Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
     arms=(
-        Arm(name="read, then write", candidate=bad_locks.NoLock, expected="VIOLATED"),
-        Arm(name="SELECT ... FOR UPDATE", candidate=bad_locks.select_for_update, expected="HELD"),
-        Arm(name="AdvisoryLock, transaction scope", candidate=transaction_lock, expected="HELD"),
+        Arm(name="read, then write", candidate=candidates.NoLock, expected="VIOLATED"),
+        Arm(name="SELECT ... FOR UPDATE", candidate=candidates.select_for_update, expected="HELD"),
+        Arm(name="AdvisoryLock, transaction scope", candidate=candidates.transaction_lock, expected="HELD"),
         Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
     ),
     workload=increments,
@@ -70,7 +63,7 @@ pooled = Experiment(
     name="session-lock-in-pool",
     claim="A session lock belongs to the connection: returned to a pool while locked, it is the next borrower's too.",
     arms=(
-        Arm(name="pg_advisory_lock, connection returned", candidate=bad_locks.PooledSessionLock, expected="VIOLATED"),
+        Arm(name="pg_advisory_lock, connection returned", candidate=candidates.PooledSessionLock, expected="VIOLATED"),
         Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
     ),
     workload=increments_by_tasks,
@@ -93,9 +86,9 @@ pgbouncer = Experiment(
     name="session-lock-behind-pgbouncer",
     claim="A pooler in transaction mode gives one session to many clients, and with it their session locks.",
     arms=(
-        Arm(name="pg_advisory_lock", candidate=bad_locks.RawSessionLock, expected="VIOLATED"),
+        Arm(name="pg_advisory_lock", candidate=candidates.RawSessionLock, expected="VIOLATED"),
         Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
-        Arm(name="AdvisoryLock, transaction scope", candidate=transaction_lock, expected="HELD"),
+        Arm(name="AdvisoryLock, transaction scope", candidate=candidates.transaction_lock, expected="HELD"),
     ),
     workload=increments,
     script=overlap,
@@ -107,11 +100,10 @@ pgbouncer = Experiment(
 
 @contextlib.asynccontextmanager
 async def in_argument_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
-    async with conn.transaction():
-        async with AdvisoryLock(conn, f"{name}:{first}"):
-            await checkpoint("between-locks")
-            async with AdvisoryLock(conn, f"{name}:{second}"):
-                yield
+    async with conn.transaction(), AdvisoryLock(conn, f"{name}:{first}"):
+        await checkpoint("between-locks")
+        async with AdvisoryLock(conn, f"{name}:{second}"):
+            yield
 
 
 @contextlib.asynccontextmanager

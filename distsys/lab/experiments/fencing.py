@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from distsys.lab.checks import no_lost_update
-from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiment import Arm, Experiment
 from distsys.lab.experiments.lock_scripts import (
     blocked_loop,
     either_balance,
-    on_postgres,
+    on_both,
     on_redis,
     paused_holder,
     redis_balance,
@@ -16,11 +16,6 @@ from distsys.lab.workloads import increments
 from distsys.locks.redis_lock import RedisLock
 
 FENCED = {"account": "redis, fenced"}
-
-
-async def redis_and_postgres(run: Run) -> None:
-    await on_redis(run)
-    await on_postgres(run)
 
 
 paused = Experiment(
@@ -34,7 +29,7 @@ paused = Experiment(
             candidate=RedisLock,
             expected="HELD",
             params={"account": "postgres, fenced"},
-            prepare=redis_and_postgres,
+            prepare=on_both,
         ),
     ),
     workload=increments,

@@ -1,4 +1,4 @@
-"""The interleavings that break locks, and the servers they run on. w1 is the unlucky holder, w2 the one who comes after."""
+"""The interleavings that break locks, and the servers they run on. w1 is the unlucky holder, w2 comes after."""
 
 from __future__ import annotations
 
@@ -106,6 +106,19 @@ async def on_postgres(run: Run) -> None:
         await conn.execute("INSERT INTO accounts VALUES (%s, 0, NULL)", (run.resource,))
 
 
+async def on_both(run: Run) -> None:
+    """One Redis and one PostgreSQL, each with an account; the candidate takes what its parameters name."""
+    await on_redis(run)
+    await on_postgres(run)
+
+
+async def on_three_nodes(run: Run) -> None:
+    """Three empty nodes, the first of them also as the only one for locks on one Redis; the bank stands elsewhere."""
+    await on_redis(run)
+    run.nodes = [await own_redis(run, f"node{i}") for i in (1, 2, 3)]
+    run.urls |= {"redis": run.nodes[0].url, "nodes": [node.url for node in run.nodes]}
+
+
 async def own_redis(run: Run, name: str, *, replica_of: Server | None = None, through: int = 0) -> Server:
     """A Redis of this run alone, which it may kill; a replica may reach its primary `through` a proxy's port."""
     if replica_of is not None and through:
@@ -148,7 +161,7 @@ async def either_balance(run: Run) -> dict[str, Any]:
 
 
 def or_refused(check: Check) -> Check:
-    """A candidate that refuses what it can't promise has kept its promise, though the danger itself was never reached."""
+    """A candidate that refuses what it can't promise has kept its promise, though danger was never reached."""
 
     def refused(history: History) -> Finding:
         finding, denied = check(history), history.where("acquire", status="fail")

@@ -1,4 +1,4 @@
-"""What a majority of independent nodes withstands, what it does not, and what a single node or a failover does instead."""
+"""What a majority of independent nodes withstands and what it does not; what one node, or a failover, does instead."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from functools import partial
 
 from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update, progress
 from distsys.lab.experiment import Arm, Experiment, Run
-from distsys.lab.experiments.bad_locks import IncrToken
+from distsys.lab.experiments.candidates import IncrToken
 from distsys.lab.experiments.lock_scripts import (
     either_balance,
     on_postgres,
     on_redis,
+    on_three_nodes,
     or_refused,
     own_redis,
     redis_balance,
@@ -22,13 +23,6 @@ from distsys.locks.redis_lock import RedisLock
 from distsys.locks.redlock import Redlock
 
 FENCED = {"account": "redis, fenced"}
-
-
-async def three_nodes(run: Run) -> None:
-    """Three empty nodes, the first of them also as the only one for locks on one Redis; the bank stands elsewhere."""
-    await on_redis(run)
-    run.nodes = [await own_redis(run, f"node{i}") for i in (1, 2, 3)]
-    run.urls |= {"redis": run.nodes[0].url, "nodes": [node.url for node in run.nodes]}
 
 
 async def node_restarts_empty(run: Run) -> None:
@@ -53,10 +47,9 @@ one_restart = Experiment(
     workload=increments,
     script=node_restarts_empty,
     check=all_of(mutual_exclusion, no_lost_update),
-    prepare=three_nodes,
+    prepare=on_three_nodes,
     final=redis_balance,
     ttl=2.0,
-    own_servers=True,
 )
 
 
@@ -85,10 +78,9 @@ node_fails = Experiment(
     workload=increments,
     script=first_node_fails,
     check=progress,
-    prepare=three_nodes,
+    prepare=on_three_nodes,
     ttl=2.0,
     patience=1.0,
-    own_servers=True,
 )
 
 
@@ -116,7 +108,7 @@ async def majority_forgets(run: Run) -> None:
 
 forgetful_majority = Experiment(
     name="majority-forgets",
-    claim="Redlock counts on nodes that remember: one that restarts empty inside a lease can be the deciding vote for two.",
+    claim="Redlock counts on nodes that remember: one that restarts empty can be the deciding vote for two.",
     arms=(
         Arm(name="Redlock, restarted at once", candidate=Redlock, expected="VIOLATED"),
         Arm(name="Redlock, restarted after the lease", candidate=Redlock, expected="HELD", point="delayed"),
@@ -124,10 +116,9 @@ forgetful_majority = Experiment(
     workload=increments,
     script=majority_forgets,
     check=no_lost_update,
-    prepare=three_nodes,
+    prepare=on_three_nodes,
     final=redis_balance,
     ttl=1.0,
-    own_servers=True,
 )
 
 
@@ -154,6 +145,7 @@ async def failover(run: Run) -> None:
     """The link falls silent, w1 is granted the lock, the primary dies, the replica takes over, w2 comes."""
     primary, replica = run.nodes
     w1, w2 = await run.start(2, redis=[primary.url, replica.url])
+    assert run.link is not None
     run.link.drop()
     w1.go(hold="before-write")
     await run.until(w1.at("before-write"), w1.ended)
@@ -194,7 +186,6 @@ fail_over = Experiment(
     prepare=lagging_replica,
     final=either_balance,
     ttl=2.0,
-    own_servers=True,
 )
 
 EXPERIMENTS = (one_restart, node_fails, forgetful_majority, fail_over)

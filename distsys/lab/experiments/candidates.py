@@ -1,4 +1,4 @@
-"""The textbook locks that lose updates, each with the one mistake it is known for. Do not use them."""
+"""Candidates for the experiments: the textbook locks, each with the one mistake it is known for, and two right ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from distsys.lab.worker import checkpoint
-from distsys.locks.advisory_lock import lock_id
-from distsys.locks.redis_lock import RedisLock
+from distsys.locks.advisory_lock import AdvisoryLock, lock_id
 
 OWNED_DEL = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 MANY = range(3000)  # tries, 10 ms apart: longer than any run
@@ -91,10 +90,6 @@ class IncrToken(Textbook):
         return self
 
 
-class CountedLock(RedisLock):
-    """RedisLock as it is, for arms that differ in their account or servers only."""
-
-
 def redis_py_lock(redis: Any, name: str, ttl: float) -> Any:
     """The Lock that redis-py ships."""
     return redis.lock(name, timeout=ttl, sleep=0.01)
@@ -121,7 +116,7 @@ class PooledSessionLock:
 
 
 class RawSessionLock:
-    """pg_advisory_lock on a connection of its own: right, unless a pooler hands the server's session to another client."""
+    """pg_advisory_lock on a connection of its own: right, unless a pooler gives its session to another client too."""
 
     def __init__(self, conn: Any, name: str) -> None:
         self.conn, self.id = conn, lock_id(name)
@@ -139,3 +134,10 @@ async def select_for_update(conn: Any, name: str) -> AsyncIterator[None]:
     async with conn.transaction():
         await conn.execute("SELECT 1 FROM accounts WHERE name = %s FOR UPDATE", (name,))
         yield
+
+
+@contextlib.asynccontextmanager
+async def transaction_lock(conn: Any, name: str) -> AsyncIterator[Any]:
+    """AdvisoryLock in the caller's transaction: it ends with the transaction, whatever happens."""
+    async with conn.transaction(), AdvisoryLock(conn, name) as held:
+        yield held

@@ -1,0 +1,333 @@
+"""What the benchmarks share: contenders in processes of their own, interleaved rounds, ratios, tables, a chart.
+
+How a number is made
+- Every contender lives in a child process of its own, forked with the drivers imported, and only the one whose turn it
+  is runs; the others sleep in a read. Client and server share one core (--unpinned: all of them), for on two cores of
+  an idle machine a round trip is mostly the wake-up of the other core, which hides what the client costs.
+- Rounds are interleaved, A B C A B C, after one that warms up. A value is the median over the rounds, a ratio the
+  median of the ratios to the floor *of the same round*: a neighbour that takes half of the machine takes it from both.
+- The floor is the least a client can do: the raw commands, through the same client. CPU is the contender's own process.
+- Rates drift by 2x from run to run and are for orientation. Compare ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import platform
+import re
+import socket
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from distsys.lab.processes import Process, Processes
+from distsys.lab.servers import Servers, ServerUnavailable
+
+RESULTS = Path(__file__).parent / "results"
+ANSWER = 120.0  # seconds within which a child answers, or the run fails
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row. `make` names an async context manager of the script: the child enters it, and measures what it yields."""
+
+    name: str
+    make: str
+    args: Sequence[str]
+    floor: str = ""  # the name of the row it is compared with; "" is a floor itself
+    goal: float | None = None  # of the ratio, at least
+    needs: str = ""  # the package of a peer; missing, the row is skipped and says so
+
+
+@dataclass
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+    note: str  # what the peers do not do
+    bars: dict[str, list[float]]  # row -> a value per round, for the chart
+    axis: str
+    goal: float | None = None
+    log: bool = False
+    samples: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        ends = ["---", *["--:"] * (len(widths) - 2), "---"]  # the first and the last are words
+        lines = [list(self.columns), [end[0] + "-" * (w - 2) + end[-1] for end, w in zip(ends, widths, strict=True)]]
+        pads = [str.ljust, *[str.rjust] * (len(widths) - 2), str.ljust]
+        body = [
+            "| " + " | ".join(pad(cell, w) for pad, cell, w in zip(pads, row, widths, strict=True)) + " |"
+            for row in [*lines, *self.rows]
+        ]
+        return "\n".join([f"## {self.title}", "", *body, "", self.note])
+
+
+class Bench:
+    """One topic: its servers, its rounds, its results.
+
+    async with Bench.open("locks") as bench: ...
+    """
+
+    def __init__(self, topic: str, options: argparse.Namespace, processes: Processes) -> None:
+        self.topic, self.options, self.processes = topic, options, processes
+        self.servers = Servers(processes)
+        self.tables: list[Table] = []
+        self.skipped: list[str] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, topic: str) -> AsyncIterator[Bench]:
+        parser = argparse.ArgumentParser(description=f"Benchmark of {topic}: medians and ratios to the raw commands.")
+        parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds that count (default 7)")
+        parser.add_argument("--quick", action="store_true", help="a third of the time each; keeps no results")
+        parser.add_argument("--only", default="", metavar="REGEX", help="of the tables' titles")
+        parser.add_argument("--unpinned", action="store_true", help="client and server on all cores")
+        parser.add_argument("--out", type=Path, help=f"folder for the results (default {RESULTS.name}, --quick: none)")
+        options = parser.parse_args()
+        if hasattr(os, "sched_setaffinity") and not options.unpinned:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # whatever is started from here on inherits it
+        else:
+            options.unpinned = True
+        processes = await Processes.start()
+        bench = cls(topic, options, processes)
+        try:
+            yield bench
+            bench.write()
+        except ServerUnavailable as error:
+            sys.exit(f"{topic}: {error}")
+        finally:
+            await bench.servers.aclose()
+            await processes.aclose()
+
+    def wanted(self, title: str) -> bool:
+        return bool(re.search(self.options.only, title, re.IGNORECASE))
+
+    def seconds(self, full: float) -> float:
+        return full / 3 if self.options.quick else full
+
+    async def rounds(
+        self, contenders: Sequence[Contender], do: str, *, processes: int = 1, **request: Any
+    ) -> dict[str, list[list[Any]]]:
+        """Each contender's answers, round by round, of each of its processes; `do` is a function of the script."""
+        groups: dict[str, list[_Child]] = {}
+        try:
+            for contender in contenders:
+                if contender.needs and _version(contender.needs) is None:
+                    reason = f"{contender.name} was left out: {contender.needs} is not installed (extra `bench`)"
+                    self.skipped += [reason] * (reason not in self.skipped)
+                    continue
+                starting = (_Child.start(self.processes, contender, number) for number in range(processes))
+                groups[contender.name] = await asyncio.gather(*starting)
+            answers: dict[str, list[list[Any]]] = {name: [] for name in groups}
+            for number in range(1 + self.options.rounds):
+                for name, children in groups.items():
+                    start = time.monotonic() + 0.01 * processes
+                    asked = (child.ask(do=do, start=start, **request) for child in children)
+                    answer = await asyncio.gather(*asked)
+                    if number:
+                        answers[name].append(answer)
+                print(f"\r  round {number} of {self.options.rounds} ", end="", file=sys.stderr, flush=True)
+            print("\r\033[K", end="", file=sys.stderr)
+        finally:
+            await asyncio.gather(*(child.close() for children in groups.values() for child in children))
+        return answers
+
+    async def speed(self, title: str, unit: str, contenders: Sequence[Contender], *, do: str, note: str) -> None:
+        """A table of rates: medians, ratios to the floor, CPU per operation, and whether the goal is met."""
+        if not self.wanted(title):
+            return
+        print(f"{title} ...", file=sys.stderr)
+        answers = await self.rounds(contenders, do, seconds=self.seconds(0.45))
+        rates = {name: [of[0]["rate"] for of in each] for name, each in answers.items()}
+        costs = {name: [of[0]["cpu_us"] for of in each] for name, each in answers.items()}
+        rows, bars = [], {}
+        for contender in (c for c in contenders if c.name in answers):
+            floor = contender.floor or contender.name
+            bars[contender.name] = ratios(rates[contender.name], rates[floor])
+            ratio, cost = median(bars[contender.name]), median(ratios(costs[contender.name], costs[floor]))
+            goal = [(f"≥ {contender.goal:g}", ratio >= contender.goal)] if contender.goal else []
+            numbers = [f"{median(rates[contender.name]):,.0f}", f"{ratio:.2f}"]
+            rows.append(
+                [contender.name, *numbers, f"{median(costs[contender.name]):,.0f}", f"{cost:.2f}", judge(*goal)]
+            )
+        columns = ["", f"{unit}/s", "to its floor", "client CPU µs", "to its floor", "goal"]
+        goal = next((c.goal for c in contenders if c.goal), None)
+        samples = {"rate": rates, "cpu_us": costs}
+        self.show(Table(title, columns, rows, note, bars, f"{unit}/s, ratio to the floor", goal, samples=samples))
+
+    def show(self, table: Table) -> None:
+        self.tables.append(table)
+        print(f"\n{table}\n", flush=True)
+
+    # ---- results
+
+    def facts(self) -> dict[str, Any]:
+        packages = ["redis", "hiredis", "psycopg", *sorted(_PEERS)]
+        return {
+            "topic": self.topic,
+            "date": time.strftime("%Y-%m-%d"),
+            "rounds": self.options.rounds,
+            "pinned": not self.options.unpinned,
+            "quick": self.options.quick,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "packages": {name: found for name in packages if (found := _version(name))},
+            "servers": sorted({str(server) for server in self.servers.running.values()}),
+        }
+
+    def write(self) -> None:
+        out = self.options.out or (None if self.options.quick else RESULTS)
+        if out is None or not self.tables:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        facts = self.facts()
+        versions = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+        pinned = "client and server on one core" if facts["pinned"] else "unpinned"
+        head = f"""# Benchmark: {self.topic}
+
+{facts["date"]}, {facts["machine"]}, Python {facts["python"]}, {versions}; {"; ".join(facts["servers"])}.
+{facts["rounds"]} interleaved rounds, {pinned}. Medians; a ratio is to the floor of the same round. See `common.py`.
+
+![ratios]({self.topic}.svg)
+"""
+        parts = [head, *self.skipped, *map(str, self.tables)]
+        (out / f"{self.topic}.md").write_text("\n\n".join(parts) + "\n")
+        data = {table.title: table.samples for table in self.tables}
+        rounded = json.loads(json.dumps(facts | {"tables": data}), parse_float=lambda text: float(f"{float(text):.4g}"))
+        (out / f"{self.topic}.json").write_text(json.dumps(rounded, indent=1) + "\n")
+        self._chart(out / f"{self.topic}.svg")
+        print(f"{out}/{self.topic}.md .json .svg")
+
+    def _chart(self, path: Path) -> None:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        heights = [len(table.bars) + 1.5 for table in self.tables]
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.topic, "font.size": 9}):
+            figure = Figure(figsize=(9, 0.27 * sum(heights)), layout="constrained")
+            axes = figure.subplots(len(self.tables), squeeze=False, height_ratios=heights)[:, 0]
+            for ax, table in zip(axes, self.tables, strict=True):
+                for y, (name, values) in enumerate(table.bars.items()):
+                    ours = re.search(r"Redlock\(|Lock, ours|distsys", name)
+                    ax.barh(y, median(values), height=0.62, color="#2e7d5b" if ours else "#b8bec6")
+                    ax.plot(values, [y] * len(values), "|", color="#30363d", markersize=5, alpha=0.6)  # each round
+                if table.goal:
+                    ax.axvline(table.goal, color="#b54708", linestyle="--", linewidth=1)
+                    ax.text(table.goal, -0.75, f"goal {table.goal:g}", color="#b54708", fontsize=7, ha="center")
+                ax.set_yticks(range(len(table.bars)), list(table.bars))
+                ax.invert_yaxis()
+                ax.set_title(f"{table.title}: {table.axis}", loc="left", fontsize=9, pad=9)
+                ax.spines[["top", "right"]].set_visible(False)
+                if table.log:
+                    ax.set_xscale("log")
+            figure.savefig(path, metadata={"Date": None})
+
+
+# ---- numbers
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratios(values: Sequence[float], floor: Sequence[float]) -> list[float]:
+    return [value / least for value, least in zip(values, floor, strict=True)]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The nearest rank: a value that was measured, never one in between."""
+    return sorted(values)[min(len(values) - 1, int(percent / 100 * len(values)))]
+
+
+def judge(*goals: tuple[str, bool]) -> str:
+    return " · ".join(f"{goal} {'met' if met else '**not met**'}" for goal, met in goals)
+
+
+_PEERS: set[str] = set()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# ---- a child: enters `make` once, then answers one line of JSON with another, until the socket is closed
+
+
+class _Child:
+    def __init__(self, name: str, process: Process, reader: Any, writer: asyncio.StreamWriter) -> None:
+        self.name, self.process, self.reader, self.writer = name, process, reader, writer
+
+    @classmethod
+    async def start(cls, processes: Processes, contender: Contender, number: int) -> _Child:
+        if contender.needs:
+            _PEERS.add(contender.needs)
+        job = {"script": Path(sys.argv[0]).stem, "make": contender.make, "args": list(contender.args)}
+        label = re.sub(r"\W+", "-", contender.name)
+        process = await processes.fork("common:child", json.dumps(job).encode(), name=f"{label}-{number}")
+        self = cls(contender.name, process, *await asyncio.open_connection(sock=process.sock, limit=1 << 24))
+        await self._answer()
+        return self
+
+    async def ask(self, **request: Any) -> Any:
+        self.writer.write(json.dumps(request).encode() + b"\n")
+        return await self._answer()
+
+    async def _answer(self) -> Any:
+        async with asyncio.timeout(ANSWER):
+            line = await self.reader.readline()
+        if not line:
+            await self.process.exited()
+            raise RuntimeError(f"{self.name} failed:\n{self.process.tail(30)}")
+        return json.loads(line)
+
+    async def close(self) -> None:
+        self.writer.close()
+        if self.process.state != "exited":
+            await self.process.exited()
+
+
+def child(payload: bytes, sock: socket.socket) -> None:
+    asyncio.run(_serve(sock, **json.loads(payload)))
+
+
+async def _serve(sock: socket.socket, script: str, make: str, args: list[str]) -> None:
+    module = importlib.import_module(script)
+    with sock.makefile("rw") as wire:
+        async with getattr(module, make)(*args) as subject:
+            wire.write("null\n")
+            wire.flush()
+            for line in wire:  # blocks the loop on purpose: while others are measured, nothing runs here
+                request = json.loads(line)
+                answer = await getattr(module, request.pop("do"))(subject, **request)
+                wire.write(json.dumps(answer) + "\n")
+                wire.flush()
+
+
+async def repeat(once: Callable[[], Any], seconds: float) -> dict[str, float]:
+    """Calls a function, or awaits a coroutine function, over and over."""
+    count, awaited = 0, asyncio.iscoroutinefunction(once)
+    cpu, begin = time.process_time(), time.perf_counter()
+    end = now = begin
+    end += seconds
+    while now < end:
+        if awaited:
+            await once()
+        else:
+            once()
+        count += 1
+        now = time.perf_counter()
+    return {"rate": count / (now - begin), "cpu_us": 1e6 * (time.process_time() - cpu) / count}

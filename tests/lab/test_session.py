@@ -1,0 +1,189 @@
+"""The lab as a notebook uses it: opened, asked, closed; with servers of its own or with yours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import psutil
+import psycopg
+import pytest
+import redis.asyncio
+
+from distsys.lab import Lab, ladder
+from distsys.lab.experiments import candidates
+from distsys.lab.knob import LockKnob
+from distsys.lab.servers import Server
+from distsys.locks.redis_lock import RedisLock
+
+
+@pytest.fixture(scope="module")
+async def lab() -> AsyncIterator[Lab]:
+    async with await Lab.open() as lab:
+        yield lab
+
+
+async def test_a_closed_lab_has_ended_all_it_started_and_says_so() -> None:
+    """Its processes are gone and its folder too; closing again does nothing; asking again names the remedy."""
+    lab = await Lab.open()
+    folder = lab.processes.folder
+    pids = [server.process.pid for server in lab.servers.running.values() if server.process]
+    await lab.close()
+    await lab.close()
+    assert not folder.exists()
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(RuntimeError, match="open another"):
+        await lab.run("no-lock")
+
+
+async def test_the_lab_shows_its_servers_with_versions_and_where_they_come_from(lab: Lab) -> None:
+    """As text and as a table."""
+    assert "redis: " in str(lab)
+    assert "postgres: PostgreSQL" in str(lab)
+    assert "<td><b>redis</b></td>" in lab._repr_html_()
+    assert "started for this lab" in lab._repr_html_()
+
+
+async def test_your_own_servers_are_used_and_left_as_they_were(redis_server: Server, postgres: Server) -> None:
+    """The lab works under a prefix and in a schema of its own, and removes both; the card says whose server it is."""
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        await client.flushall()
+        await client.set("yours", "untouched")
+        async with await Lab.open(redis_url=redis_server.url, pg_dsn=postgres.url) as lab:
+            assert "your URL" in lab._repr_html_()
+            (await lab.run("no-lock")).assert_expected()
+            (await lab.run("select-for-update")).assert_expected()
+            assert len(await client.keys("*")) > 1
+        assert await client.keys("*") == [b"yours"]
+    async with await psycopg.AsyncConnection.connect(postgres.url) as conn:
+        cursor = await conn.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'lab%'")
+        assert await cursor.fetchall() == []
+
+
+async def test_two_labs_at_once_do_not_disturb_each_other(lab: Lab) -> None:
+    """Two notebooks of one reader, or two readers of one machine."""
+    async with await Lab.open() as other:
+        both = await asyncio.gather(lab.run("slow-holder"), other.run("slow-holder"))
+        for verdicts in both:
+            verdicts.assert_expected()
+
+
+async def test_a_candidate_of_yours_gets_a_verdict_with_a_line_that_replays_it(lab: Lab) -> None:
+    """Nothing is expected of it unless you say so; the summary has a line for it, in words only."""
+    before = len(lab.verdicts)
+    verdict = await lab.test(candidates.NoLock, "no-lock")
+    assert verdict.status == "VIOLATED"
+    assert verdict.expected is None
+    assert verdict.replay == "distsys run no-lock --seed 7 --runs 1"
+    assert lab.summary().splitlines()[before:] == ["NoLock: VIOLATED"]
+    await lab.test(candidates.NoLock, "no-lock", keep=False)
+    assert len(lab.verdicts) == before + 1
+
+
+async def test_a_candidate_with_a_bug_is_inconclusive_and_the_bug_is_shown(lab: Lab) -> None:
+    """It is no verdict on its idea."""
+
+    class Misspelt:
+        def __init__(self, redis: object) -> None:
+            self.redis = redis
+
+        async def __aenter__(self) -> None:
+            await self.rediss.ping()  # type: ignore[attr-defined]
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    verdict = await lab.test(Misspelt, "no-lock")
+    assert verdict.status == "INCONCLUSIVE"
+    assert "AttributeError: 'Misspelt' object has no attribute 'rediss'" in verdict.summary
+
+
+async def test_a_candidate_that_asks_for_what_the_lab_has_not_is_told_what_it_has(lab: Lab) -> None:
+    """The names that a candidate's parameters may have stand in the message."""
+
+    def lock(zookeeper: object) -> None: ...
+
+    verdict = await lab.test(lock, "no-lock")
+    assert verdict.status == "INCONCLUSIVE"
+    assert "asks for 'zookeeper'; the lab can give redis, redis_sync" in verdict.summary
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"profile": "fast"}, "'quick' runs each arm once"), ({"workers": 1}, "between 2"), ({"workers": 65}, "and 64")],
+)
+async def test_bad_input_is_refused_before_anything_starts(wrong: dict[str, object], message: str) -> None:
+    """With the value and what there is instead."""
+    with pytest.raises(ValueError, match=message):
+        await Lab.open(**wrong)  # type: ignore[arg-type]
+
+
+# ---- the ladder
+
+
+class Blocking:
+    """A blocking lock, as most code bases have it."""
+
+    def __init__(self, redis: redis.Redis, name: str, ttl: float) -> None:
+        self.lock = redis.lock(name, timeout=ttl)
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+class Unfenced(RedisLock):
+    """RedisLock that keeps its token to itself."""
+
+    async def __aenter__(self) -> None:  # type: ignore[override]
+        await super().__aenter__()
+
+
+LEVELS = [
+    (candidates.NoLock, 0),
+    (candidates.SetNxWithoutTtl, 1),
+    (candidates.TtlNoRenewal, 2),
+    (Blocking, 2),
+    (Unfenced, 4),
+    (candidates.IncrToken, 2),
+    (RedisLock, 6),
+    (candidates.select_for_update, 6),
+]
+
+
+@pytest.mark.parametrize(("candidate", "level"), LEVELS, ids=[c.__name__ for c, _ in LEVELS])
+async def test_a_lock_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
+    """And stops at the first level that it fails, with a counterexample."""
+    climb = await lab.try_lock(candidate)
+    assert climb.level == level, str(climb)
+    assert climb.passed == (level == len(ladder.LEVELS))
+    if not climb.passed:
+        assert climb.verdicts[-1].status == "VIOLATED"
+        assert ladder.LEVELS[level].hint in str(climb)
+        assert "<details><summary>a hint" in climb._repr_html_()
+    assert climb.to_dict()["level"] == level
+
+
+async def test_the_climb_can_end_at_a_level(lab: Lab) -> None:
+    """Then passing means passing that far."""
+    climb = await lab.try_lock(candidates.TtlNoRenewal, upto=2)
+    assert climb.passed
+    with pytest.raises(ValueError, match="levels 1 to 6"):
+        await lab.try_lock(candidates.TtlNoRenewal, upto=7)
+
+
+# ---- the knob
+
+
+async def test_the_knob_runs_what_its_controls_say(lab: Lab) -> None:
+    """And leaves the summary alone; a click runs it again."""
+    knob = await LockKnob(lab, {"none": candidates.NoLock, "RedisLock": RedisLock}).show()
+    assert "VIOLATED" in knob.answer.value
+    knob.lock.value, knob.fault.value, knob.account.value = "RedisLock", "paused-holder", "fenced"
+    knob.run.click()
+    async with asyncio.timeout(20):
+        while "HELD" not in knob.answer.value:
+            await asyncio.sleep(0.01)
+    assert "HELD" in knob._repr_mimebundle_()["text/html"]
