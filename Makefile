@@ -1,7 +1,7 @@
 # make lab   opens JupyterLab on notebooks/00_start_here.ipynb     PORT=8889, BROWSER=none, ARGS=... are passed on
 # make test  ruff, mypy and every test                             ARGS="-k locks -x" goes to pytest
 # make check · make notebooks · make bench · make lock · make clean
-# From nothing: Python >= 3.11 (or uv) and make. Everything is installed into $(VENV); nothing else on the machine changes.
+# From nothing: Python >= 3.11 (or uv) and make. Everything goes into .venv (VENV=... elsewhere); nothing else on the machine changes.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -13,7 +13,7 @@ SHELL := /bin/sh
 .PHONY: help lab test check notebooks bench lock readme clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^#/!q;s/^# //p' Makefile
 
 lab: $(READY)
 	@exec $(PY) -m distsys lab $(if $(PORT),--port $(PORT)) $(if $(filter none,$(BROWSER)),--no-browser) $(ARGS)
@@ -30,7 +30,7 @@ notebooks: $(READY)
 	@$(PY) -m distsys.lab.notebooks $(ARGS)
 
 bench: $(READY)
-	@for script in benchmarks/[!_]*.py; do $(PY) "$$script" $(ARGS) || exit 1; done
+	@for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do $(PY) "$$script" $(ARGS) || exit 1; done
 
 readme: $(READY)
 	@$(PY) -m distsys.decide README.md

@@ -223,6 +223,8 @@ async def _climb(options: argparse.Namespace, candidate: Any) -> int:
 
 def _lab(options: argparse.Namespace) -> int:
     import_module("jupyterlab")
+    from jupyter_core.paths import jupyter_runtime_dir
+
     root = next(
         (p for p in (Path.cwd(), Path(__file__).parents[1]) if (p / "notebooks/00_start_here.ipynb").exists()), None
     )
@@ -234,6 +236,10 @@ def _lab(options: argparse.Namespace) -> int:
     if options.port and not _free(options.port):
         other = next((p for p in range(options.port + 1, options.port + 100) if _free(p)), 0)
         raise Usage(f"port {options.port} is taken: run  PORT={other} make lab  or  distsys lab --port {other}")
+    try:
+        Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Usage(f"Jupyter cannot write to {problem.filename}: say  HOME=/a/folder/of/yours make lab") from problem
     if not os.access(path.parent, os.W_OK):
         print(f"distsys: {path.parent} is read-only: to keep your changes, copy the project's folder", file=sys.stderr)
     print("JupyterLab starts in a few seconds; Ctrl-C here stops it and all it started", flush=True)

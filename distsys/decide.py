@@ -166,14 +166,25 @@ class Decision:
     caveat: str | None = None
     evidence: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.topic}: {self.claim}.{f' Caveat: {self.caveat}.' if self.caveat else ''}"
+
 
 DECISIONS: tuple[Decision, ...] = (
     Decision(
         topic="Lock backend",
         claim="Redis for speed, PostgreSQL if already there, Redlock for high availability",
         patterns=("Distributed locks", "Fencing tokens"),
+        caveat="each of them can let a second holder in; where a double write costs money, add a fence",
+        evidence="`failover`, `majority-forgets`, `node-fails`, `select-for-update`",
     ),
-    Decision(topic="Lock TTL", claim="2-3x the expected operation", patterns=("Distributed locks", "Fencing tokens")),
+    Decision(
+        topic="Lock TTL",
+        claim="2-3x the expected operation",
+        patterns=("Distributed locks", "Fencing tokens"),
+        caveat="renew the lease, and the TTL bounds only the wait after a crash; no TTL outlasts a paused process",
+        evidence="`slow-holder`, `killed-holder`, `paused-holder`",
+    ),
     Decision(topic="Breaker recovery", claim="half-open probe with a sliding window", patterns=("Circuit breaker",)),
     Decision(topic="Retry", claim="exponential backoff + full jitter", patterns=("Retry & backoff",)),
     Decision(
@@ -318,7 +329,7 @@ class Recommendation:
     def __str__(self) -> str:
         lines = [f"{self.pattern.name} at {self.stage}, {_count(self.instances)}: {self.verdict}", self.reason]
         lines.append(f"{'Instead' if self.verdict in DONT else 'Simpler, where it is enough'}: {self.alternative}.")
-        lines += [f"{d.topic}: {d.claim}." for d in self.decisions if self.verdict not in DONT]
+        lines += [str(decision) for decision in self.decisions if self.verdict not in DONT]
         lines += [f"{label}: {path}" for label, path in self.links]
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from distsys.decide import DONT, PATTERNS, STAGES, Recommendation, Word, recommend
+from distsys.decide import DONT, PATTERNS, STAGES, Decision, Recommendation, Word, recommend
 
 TONES: dict[Word, tuple[str, str, str]] = {  # sign, ink, paper: at least 4.5 : 1
     "IN-PROCESS": ("○", "#3d4852", "#e8ecf0"),
@@ -33,7 +33,7 @@ def answer_html(answer: Recommendation, *, base: str = "../") -> str:
         f"<b>{'Instead' if answer.verdict in DONT else 'Simpler, where it is enough'}:</b> {escape(answer.alternative)}"
     ]
     if answer.verdict not in DONT:
-        rows += [f"<b>{escape(d.topic)}:</b> {escape(d.claim)}" for d in answer.decisions]
+        rows += [f"<b>{escape(d.topic)}:</b> {escape(d.claim)}{_caveat(d)}" for d in answer.decisions]
     links = " · ".join(
         f'<a href="{escape(base + path)}" target="_blank" rel="noopener" style="color:{LINK}">{escape(label)}</a>'
         for label, path in answer.links
@@ -87,6 +87,11 @@ class Dashboard(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
         return {**bundle, "text/plain": str(self.recommendation), "text/html": self.answer.value}
+
+
+def _caveat(decision: Decision) -> str:
+    style = f"margin-left:16px;color:{QUIET}"
+    return f'<div style="{style}">Caveat: {escape(decision.caveat)}.</div>' if decision.caveat else ""
 
 
 def _badge(word: Word) -> str:

@@ -153,3 +153,12 @@ def test_an_occupied_port_is_one_line_that_names_a_free_one(capsys: pytest.Captu
     said = capsys.readouterr().err
     assert said.startswith(f"distsys: port {port} is taken: run  PORT=")
     assert said.count("\n") == 1
+
+
+def test_a_home_that_cannot_be_written_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in many containers."""
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/proc/nowhere")
+    assert cli.main(["lab"]) == 2
+    assert capsys.readouterr().err.startswith("distsys: Jupyter cannot write to /proc/nowhere: say  HOME=")

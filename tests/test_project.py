@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,8 +31,14 @@ MAX_CELL = 12  # of a code cell, blank lines not counted
 MODULES = sorted((ROOT / "distsys").rglob("*.py"))
 NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=_name)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 
 
 # ---- the package
@@ -129,6 +136,34 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
     assert found == []
 
 
+OLD_PYTHON = '#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.1\nexit 1\n'
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PYTHON": "no-such-python"}, "no no-such-python: install Python >= 3.11, or say PYTHON="),
+        ({"PYTHON": "{tmp}/old"}, "Python 3.9.1 is too old: say PYTHON=python3.13 make lab"),
+        ({"VENV": "/proc/nowhere"}, "/proc/nowhere cannot be written here: copy this folder"),
+    ],
+    ids=["no python", "old python", "read-only"],
+)
+def test_make_names_the_remedy_in_one_line(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+    """What is missing on a fresh machine is said before anything is installed."""
+    (tmp_path / "old").write_text(OLD_PYTHON)
+    (tmp_path / "old").chmod(0o755)
+    for tool in ("sh", "mkdir", "cat", "make"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    variables = {"VENV": str(tmp_path / "venv"), **{k: v.format(tmp=tmp_path) for k, v in settings.items()}}
+    arguments = [f"{name}={value}" for name, value in variables.items()]
+    environment = {"PATH": str(tmp_path)}  # without uv
+    done = subprocess.run(
+        ["make", "lab", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith(f"distsys: {message}"), done.stderr
+
+
 # ---- the texts
 
 
@@ -138,9 +173,7 @@ def test_the_table_of_the_readme_is_fresh() -> None:
     assert decide.refresh(text) == text
 
 
-@pytest.mark.parametrize(
-    "path", [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[cr]*/*.md")), *NOTEBOOKS], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[cr]*/*.md")), *NOTEBOOKS], ids=_name)
 def test_every_link_leads_somewhere(path: Path) -> None:
     """Files exist, and headings too, where the link names one."""
     for text, anchors in _texts(path):
@@ -220,12 +253,20 @@ def test_no_cell_holds_what_hides_an_error(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.parent.name == "notebooks" and p.stem[:2] != "00"], ids=lambda p: p.stem
+    "path", [p for p in NOTEBOOKS if p.parent.name == "notebooks" and p.stem[:2] != "00"], ids=_name
 )
 def test_a_category_shows_its_row_of_the_matrix_in_its_title(path: Path) -> None:
     """Five chips: whether to read on at all."""
     title = nbformat.read(path, as_version=4).cells[0].source
     assert any(decide.stage_strip(pattern.name) in title for pattern in decide.PATTERNS)
+
+
+def test_the_start_notebook_shows_the_tables_of_today() -> None:
+    """Its committed outputs are what decide.py says now; `make notebooks` renews them."""
+    cells = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4).cells
+    shown = [output.get("data", {}).get("text/markdown") for cell in cells for output in cell.get("outputs", [])]
+    for table in (decide.matrix_markdown(), decide.decisions_markdown(), decide.rules_markdown("../")):
+        assert table in shown
 
 
 def _imports(path: Path) -> Iterator[str]:

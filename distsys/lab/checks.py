@@ -6,6 +6,7 @@ makes a counterexample; a "fail" did not happen. Rows of `Finding.violations` ar
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
@@ -77,24 +78,44 @@ def mutual_exclusion(history: History) -> Finding:
     )
 
 
-def _based_on(history: History) -> list[tuple[Any, Op | None, Op]]:
-    """(the value it was computed from, the op that told it, the write), for every write that certainly happened."""
+def _based_on(history: History, status: str = "ok") -> list[tuple[Any, Op | None, Op]]:
+    """(the value it was computed from, the op that told it, the write), for every write with that status."""
     known: dict[str, Op] = {}
     found: list[tuple[Any, Op | None, Op]] = []
     for op in sorted(history, key=lambda op: op.called):
-        if op.name in ("read", "write") and op.status == "ok":
-            if op.name == "write" and (source := known.get(op.process)):
+        if op.name == "write" and op.status == status:
+            if source := known.get(op.process):
                 found.append((source.value, source, op))
-            elif op.name == "write" and isinstance(op.value, int):
+            elif isinstance(op.value, int):
                 found.append((op.value - 1, None, op))
+        if op.name in ("read", "write") and op.status == "ok":
             known[op.process] = op
     return found
 
 
+def _added(writes: list[tuple[Any, Op | None, Op]]) -> list[int]:
+    """What each write adds; one that is no number counts as one more."""
+    known = [(write.value, value) for value, _, write in writes]
+    return [new - old if isinstance(new, int) and isinstance(old, int) else 1 for new, old in known]
+
+
+def _totals(least: int, most: int, maybe: list[int]) -> set[int] | range:
+    """What the sum can be, from `least` to `most`: each of `maybe` counts or does not."""
+    totals = {least - sum(amount for amount in maybe if amount < 0)}
+    for amount in maybe:
+        totals |= {total + amount for total in totals}
+        if len(totals) > 10_000:
+            return range(least, most + 1)  # then only the bounds can be told
+    return totals
+
+
 def no_lost_update(history: History) -> Finding:
-    """Each write is the last value + 1 and counts: no two come from one value; facts: "final" is "initial" + writes."""
+    """Each write adds to the last value, and counts: no two come from one value; facts: "final" is the sum of all.
+
+    When every process adds an amount of its own, the sum tells whose was lost, even where another's outcome is unknown.
+    """
     based, label = _based_on(history), labels(history)
-    sure, maybe = len(history.where("write", status="ok")), len(history.where("write", status="info"))
+    sure, maybe = _added(based), _added(_based_on(history, "info"))
     groups: dict[str, list[tuple[Op | None, Op]]] = defaultdict(list)
     for value, source, write in based:
         groups[repr(value)].append((source, write))
@@ -106,21 +127,25 @@ def no_lost_update(history: History) -> Finding:
             first, lost = first or _in_time([source, write, again, over]), lost + 1
     initial, final = history.facts.get("initial", 0), history.facts.get("final")
     if isinstance(final, int) and isinstance(initial, int):
-        low, high = initial + sure, initial + sure + maybe
-        if not low <= final <= high:
-            where = f", the counter is at {final:,} instead of {low:,}{f' to {high:,}' if maybe else ''}"
-        if final > high:
-            return Finding("VIOLATED", f"{final - high:,} more than was written{where}", first, tuple(rows))
-        lost = max(lost, low - final)
+        low = initial + sum(sure) + sum(amount for amount in maybe if amount < 0)
+        high = initial + sum(sure) + sum(amount for amount in maybe if amount > 0)
+        if final not in (totals := _totals(low, high, maybe)):
+            ends = sorted(totals) if len(totals) < 4 else ()
+            where = f", the counter is at {final:,} instead of "
+            where += " or ".join(f"{end:,}" for end in ends) or f"one of {low:,} to {high:,}"
+            if final > high:
+                return Finding("VIOLATED", f"{final - high:,} more than was written{where}", first, tuple(rows))
+            lost = max(lost, 1, math.ceil((low - final) / max(1, *sure)))
     if lost:
         witness = first or tuple(write for _, _, write in based[-1:])
-        return Finding("VIOLATED", f"{lost:,} of {count(sure, 'update')} lost{where}", witness, tuple(rows))
+        return Finding("VIOLATED", f"{lost:,} of {count(len(sure), 'update')} lost{where}", witness, tuple(rows))
     if not sure:
         return _unclear("nothing was written")
     cycles = [Span(write.process, read.called, write.end, write) for _, read, write in based if read]
     if not (waits(history) or any(meetings(cycles))):
-        return _unclear(f"no two processes were at it at the same time, {count(sure, 'write')}")
-    return Finding("HELD", f"{count(sure, 'update')}, none lost{f', {maybe} more of unknown outcome' if maybe else ''}")
+        return _unclear(f"no two processes were at it at the same time, {count(len(sure), 'write')}")
+    unknown = f", {len(maybe)} more of unknown outcome" if maybe else ""
+    return Finding("HELD", f"{count(len(sure), 'update')}, none lost{unknown}")
 
 
 def _older(ops: list[Op]) -> Pairs:

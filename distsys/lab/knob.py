@@ -24,7 +24,7 @@ class LockKnob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
     def __init__(self, lab: Lab, locks: Mapping[str, Any]) -> None:
         style: Any = {"description_width": "70px"}
         self._lab, self._locks, self._loop = lab, dict(locks), asyncio.get_running_loop()
-        self._running: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[LockKnob] | None = None
         self.lock = w.Dropdown(options=list(self._locks), description="Lock", style=style)
         self.fault = w.Dropdown(options=FAULTS, value="slow-holder", description="Fault", style=style)
         self.account = w.ToggleButtons(options=list(ACCOUNTS), description="Account", style=style)

@@ -52,6 +52,12 @@ class Process:
     def __repr__(self) -> str:
         return f"<{self.name}: pid {self.pid}, {self.state}{'' if self.code is None else f' with {self.code}'}>"
 
+    async def end(self, sig: int = signal.SIGKILL) -> int:
+        """Sends the signal, unless it has exited, and waits until it has."""
+        if self.state != "exited":
+            self.signal(sig)
+        return await self.exited()
+
     def signal(self, sig: int) -> None:
         """Sends a signal; a process that has exited is refused, for its number may belong to a stranger by now."""
         if self.state == "exited":
@@ -136,6 +142,7 @@ class Processes:
     ) -> Process:
         """Starts a server in a session of its own; it prints to `folder/name.log`. `env` adds to this process's own.
 
+        Cancelled, it leaves no server: by the time it raises, one that was started has ended.
         `ending` is the signal that ends it with the lab; `uid`, for root only, is the user it runs as.
         """
         where = str(cwd or self.folder)
@@ -146,7 +153,7 @@ class Processes:
     async def fork(self, target: str, payload: bytes, *, name: str) -> Process:
         """Starts a worker: it calls `target` ("package.module:function") with the payload and its end of a socket.
 
-        Cancelled, it leaves no worker. One that is killed before it has read its work is returned all the same.
+        Cancelled, it leaves no worker either. One that is killed before it has read its work is returned all the same.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -159,8 +166,8 @@ class Processes:
                 await self._loop.sock_sendall(ours, FRAME.pack(len(header), len(payload)) + header + payload)
         except BaseException:
             ours.close()
-            if process is not None and process.state != "exited":
-                process.signal(signal.SIGKILL)
+            if process is not None:
+                await process.end()
             raise
         finally:
             theirs.close()
@@ -203,8 +210,15 @@ class Processes:
             message = json.dumps({"id": number, "op": op, "name": name, **more}).encode() + b"\n"
             future: asyncio.Future[Process | None] = self._loop.create_future()
             self._requests[number] = (name, ours, future)
-            socket.send_fds(self._control, [message], [theirs.fileno()] if theirs else [])
-            return await future
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so to the future
+                socket.send_fds(self._control, [message], [theirs.fileno()] if theirs else [])
+            try:
+                return await asyncio.shield(future)
+            except asyncio.CancelledError:
+                with suppress(OSError, RuntimeError):  # it was refused, or the supervisor has ended: nothing to end
+                    if (process := await future) is not None:
+                        await process.end(more["ending"])
+                raise
 
     def _read(self) -> None:
         try:
@@ -242,7 +256,7 @@ class Processes:
             self._all.add(process)
         if not future.done():
             future.set_exception(OSError(error)) if error else future.set_result(process)
-        elif process is not None:  # whoever asked was cancelled meanwhile
+        elif process is not None:  # whoever asked was cancelled, and again while waiting for this
             process.signal(signal.SIGKILL)
 
     def _lost(self) -> None:

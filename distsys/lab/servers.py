@@ -287,10 +287,10 @@ class Servers:
     async def _given(self, kind: Kind, name: str, url: str) -> Server:
         """A server that runs already, somewhere."""
         where = urlsplit(url)
-        port = where.port or (6379 if kind == "redis" else 5432)
-        server = Server(name, kind, url, "", "url", where.hostname or "127.0.0.1", port)
+        host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
+        server = Server(name, kind, url, "", "url", host, port)
         try:
-            server.version = await _ask_version(server)
+            server.version = await asyncio.wait_for(_ask_version(server), 10)
         except Exception as error:  # whatever a client can meet at an address it was given
             variable = "DISTSYS_REDIS_URL" if kind == "redis" else "DISTSYS_POSTGRES_URL"
             message = f"no {kind} answers at {server.host}:{port} ({error}); start it, or unset {variable}"
@@ -313,8 +313,8 @@ class Servers:
         try:
             container = await asyncio.to_thread(start)
         except Exception as error:  # no testcontainers, no engine, no image: each with an error of its own library
-            message = f"no container from {image} ({error}); start Docker or Podman, or unset DISTSYS_BACKEND"
-            raise ServerUnavailable(message) from error
+            message = f"no container from {image}: start Docker or Podman, name another image, or unset DISTSYS_BACKEND"
+            raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
         host = container.get_container_host_ip()
         host = "127.0.0.1" if host == "localhost" else host
@@ -376,8 +376,7 @@ class Servers:
                         server.port = port
                         return process
                 except BaseException:  # cancelled, or never ready: the next start finds the place free
-                    process.signal(ending)
-                    await process.exited()
+                    await process.end(ending)
                     raise
                 said = _read(log)[before:]
                 if "ddress already in use" not in said:
@@ -387,7 +386,7 @@ class Servers:
 
         server.process = await start()
         server._start = start
-        server.url = server.url.format(port=server.port)
+        server.url = server.url.replace("{port}", str(server.port))
         return server
 
 
@@ -482,5 +481,6 @@ async def _ask_version(server: Server) -> str:
     import psycopg
 
     async with await psycopg.AsyncConnection.connect(server.url, connect_timeout=5) as connection:
+        server.host, server.port = connection.info.host, connection.info.port  # a DSN need not be a URL
         major, minor = divmod(connection.info.server_version, 10000)
     return f"PostgreSQL {major}.{minor}"

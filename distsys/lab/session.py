@@ -1,4 +1,4 @@
-"""The lab a notebook opens: servers, workers, verdicts; and nothing left of them when it is closed or its kernel dies."""
+"""The lab a notebook opens: servers, workers, verdicts; none of it outlives `close()` or the kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS = {"quick": 1, "full": 5}  # of each arm: the script fixes the interleaving
 
 
 class Lab:
-    """`lab = await Lab.open()`, then `await lab.run(name)`, `await lab.test(MyLock, name)`, `await lab.try_lock(MyLock)`."""
+    """`lab = await Lab.open()`; then lab.run(name), lab.test(MyLock, name), lab.try_lock(MyLock), all awaited."""
 
     def __init__(self, processes: Processes, servers: Servers, profile: Profile, seed: int, workers: int) -> None:
         self.processes, self.servers = processes, servers
@@ -101,8 +101,8 @@ class Lab:
     ) -> Verdict:
         """One candidate of yours under an experiment's workload, faults and check.
 
-        `point` is a checkpoint of yours, where the fault strikes; `params` go to the workload (ttl=, account=, rounds=);
-        `keep=False` leaves the verdict out of the summary.
+        `point` is a checkpoint of yours, where the fault strikes; `params` (ttl=, account=, rounds=) go to the
+        workload; `keep=False` leaves the verdict out of the summary.
         """
         chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
         arm = Arm(name=name or _label(candidate), candidate=candidate, expected=expected, point=point, params=params)

@@ -130,7 +130,8 @@ def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple
         if over:
             newer = over.token is not None and op.token is not None and op.token < over.token
             text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
-            text += ": one update is lost" if over.value == op.value else ""
+            seen = [r.end for r in history.where("read", process=op.process, status="ok") if r.end <= op.called]
+            text += ": one update is lost" if seen and seen[-1] <= over.called else ""
         found.append((op, text + ("." if op.status == "ok" else ", perhaps.")))
     return found
 

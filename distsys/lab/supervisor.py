@@ -105,10 +105,13 @@ class Supervisor:
             if work is not None:
                 self._preload(len(self.todo))
             me = os.getpid()
+            # Until the child has put our handlers off, signals wait: one of ours would swallow what is sent to it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             pid = os.fork()
             if not pid:
                 self._become(request, work, me)
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             if work is not None:
                 os.close(work)
         self.endings[pid] = request["ending"]
@@ -154,6 +157,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for sig in (*_ENDS, signal.SIGCHLD):
                 signal.signal(sig, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             log = os.open(self.folder / f"{request['name']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
                 os.dup2(source, target)

@@ -2,7 +2,7 @@
 
 A worker is a fork of the supervisor. It tells its controller of each call before it makes it and again after
 (`Worker.op`), and obeys at named points (`checkpoint`): stop itself with SIGSTOP, be killed, hold while its event loop
-runs on, or block its event loop. All of it travels over one socket, as JSON lines; never through the servers under test.
+runs on, or block its event loop. All of it travels over one socket, as JSON lines; never through the tested servers.
 """
 
 from __future__ import annotations

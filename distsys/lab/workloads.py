@@ -1,6 +1,7 @@
-"""The guarded work of the lock experiments: read a balance, think, write it back one higher.
+"""The guarded work of the lock experiments: read a balance, think, write it back with something added.
 
 It is the smallest work that a broken lock damages visibly: when two workers are inside at once, one increment is lost.
+Each worker adds an amount of its own (w1 adds 1, w2 adds 10, ...), so that the balance tells whose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from distsys.errors import LockLost, Rejected
 from distsys.lab.worker import Guard, Worker, task_name
-from distsys.locks.fencing import fenced_set, fenced_update
+from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
 class RedisAccount:
@@ -23,7 +24,7 @@ class RedisAccount:
     async def open(cls, worker: Worker) -> RedisAccount:
         return cls(await worker.client("bank"), worker.resource)
 
-    async def read(self) -> int:
+    async def read(self, token: int | None) -> int:
         return int(await self.redis.get(self.key) or 0)
 
     async def write(self, balance: int, token: int | None) -> None:
@@ -37,6 +38,15 @@ class FencedRedisAccount(RedisAccount):
         if token is None:
             raise TypeError("this lock hands out no fencing token, and the account asks for one")
         await fenced_set(self.redis, self.key, balance, token=token)
+
+
+class FencedReadsRedisAccount(FencedRedisAccount):
+    """A fence for reads too: from a holder's read on, nobody older writes."""
+
+    async def read(self, token: int | None) -> int:
+        if token is None:
+            raise TypeError("this lock hands out no fencing token, and the account asks for one")
+        return int(await fenced_get(self.redis, self.key, token=token) or 0)
 
 
 class FairRedisAccount(FencedRedisAccount):
@@ -56,7 +66,7 @@ class PostgresAccount:
     async def open(cls, worker: Worker) -> PostgresAccount:
         return cls(await worker.client("conn"), worker.resource)
 
-    async def read(self) -> int:
+    async def read(self, token: int | None) -> int:
         cursor = await self.conn.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
         return int((await cursor.fetchone())[0])
 
@@ -74,6 +84,7 @@ class FencedPostgresAccount(PostgresAccount):
 ACCOUNTS: dict[str, type[RedisAccount] | type[PostgresAccount]] = {
     "redis": RedisAccount,
     "redis, fenced": FencedRedisAccount,
+    "redis, reads fenced too": FencedReadsRedisAccount,
     "redis, fenced where it can be": FairRedisAccount,
     "postgres": PostgresAccount,
     "postgres, fenced": FencedPostgresAccount,
@@ -83,10 +94,11 @@ ACCOUNTS: dict[str, type[RedisAccount] | type[PostgresAccount]] = {
 async def increments(
     worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis", pool_size: int = 2
 ) -> None:
-    """`rounds` times: build the lock anew, enter, read, write one more, leave."""
+    """`rounds` times: build the lock anew, enter, read, write it with this worker's amount added, leave."""
     ledger = await ACCOUNTS[account].open(worker)
+    base = 10 ** len(str(rounds))  # no sum of one worker's amounts reaches the next one's
     for _ in range(rounds):
-        await increment(worker, await worker.build(candidate), ledger)
+        await increment(worker, await worker.build(candidate), ledger, base ** (int(worker.name[1:]) - 1))
 
 
 async def increments_by_tasks(
@@ -99,27 +111,29 @@ async def increments_by_tasks(
     async def one(name: str) -> None:
         task_name.set(f"{worker.name}.{name}")
         await worker.checkpoint(f"start-{name}")
-        await increment(worker, lock, ledger, prefix=f"{name}-")
+        await increment(worker, lock, ledger, 10 ** (2 * int(worker.name[1:]) - 2 + tasks.index(name)), f"{name}-")
 
     for name in tasks:
         worker.tasks[name] = asyncio.create_task(one(name))
     await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
 
 
-async def increment(worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, prefix: str = "") -> None:
+async def increment(
+    worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, amount: int, prefix: str = ""
+) -> None:
     """One critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
     guard, failure = Guard(lock), None
     await worker.checkpoint(f"{prefix}acquiring")
     try:
         async with worker.op("acquire", {"ttl": worker.ttl} if worker.leased else None) as call:
             lease = await guard.enter()
-            call.token = token_of(lease, lock)
+            call.token = token = token_of(lease, lock)
     except Rejected:
         return  # on the record as failed
     try:
         async with worker.op("read") as call:
-            call.value = await ledger.read()
-        balance, token = call.value + 1, token_of(lease, lock)
+            call.value = await ledger.read(token)
+        balance = call.value + amount
         await worker.checkpoint(f"{prefix}before-write")
         async with worker.op("write", balance, token=token):
             await ledger.write(balance, token)

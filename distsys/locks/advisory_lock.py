@@ -6,7 +6,7 @@ Not      a fence: a client cut off by the network learns of it by TCP keepalive 
          the DSN), and the server may free the lock before; safe across a failover, which forgets every lock; fresh in
          REPEATABLE READ, where a transaction lock is waited for *after* the snapshot was taken.
 Units    seconds, float. A name becomes a signed 64-bit id; two int4 are a second key space, apart from the first.
-Errors   LockNotAcquired after `timeout`, LockDeadlock, LockLost; psycopg.Error passes through.
+Errors   LockNotAcquired after `timeout`, LockDeadlock, LockLost, SharedSession behind a proxy; psycopg.Error passes.
 Source   PostgreSQL documentation, 13.3.5 "Advisory Locks" and 9.28.10; its src/backend/storage/lmgr/README.
 """
 
@@ -32,7 +32,7 @@ from psycopg.rows import kwargs_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from distsys.clock import elapsed
-from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired
+from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.lease import check_name, check_timeout
 
 Key = int | tuple[int, int]
@@ -310,7 +310,7 @@ class AdvisoryLock:
                 await self._undo(conn, error)
                 raise
         if row is None:
-            raise RuntimeError(
+            raise SharedSession(
                 f"{self}: scope='session' is refused, for the server's process is not the one we were told of when we "
                 "connected. A proxy in between may run our next statement in another session and give others this one, "
                 "locked. Use scope='transaction', or connect directly, or say proxy='session' if it pools sessions"

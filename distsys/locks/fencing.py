@@ -2,9 +2,10 @@
 
 Promise  once a write with token t is accepted, no write with a token below t is, while the resource keeps its data: a
          holder that was paused, partitioned or forgotten by a failover can't overwrite its successor's work.
-Not      a lock: two holders may both work, only the older one's late writes are refused. No help for resources that
-         can't compare tokens (an e-mail, a payment provider without idempotency keys). Tokens of two sources don't
-         compare.
+Not      a lock: two holders may both work, only the older one's late writes are refused. Not closed for a write that
+         comes after the successor has read and before it writes, unless the read shows its token as well: fenced_get,
+         or fence() before SELECT. No help for resources that can't compare tokens (an e-mail, a payment provider
+         without idempotency keys). Tokens of two sources don't compare.
 Units    tokens are positive integers below 2^53; TTLs in seconds.
 Errors   StaleToken(expected, actual): refused, nothing was written. LookupError: no row matched at all.
 Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 2016 "How to do distributed locking".
@@ -37,6 +38,14 @@ redis.call('SET', KEYS[2], ARGV[2])
 return 0
 """
 
+# KEYS as above    ARGV - token    Returns {newer token or 0, value}; from now on an older token is refused.
+_GET = """
+local newest = tonumber(redis.call('GET', KEYS[2]) or 0)
+if newest > tonumber(ARGV[1]) then return {newest, false} end
+redis.call('SET', KEYS[2], ARGV[1])
+return {0, redis.call('GET', KEYS[1])}
+"""
+
 
 def current_token(name: str | None = None) -> int:
     """The fencing token of the innermost lease held here (of the lock `name`), for code not handed the lease."""
@@ -55,6 +64,14 @@ async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: flo
     newest = await async_client(redis).eval(_SET, 2, *keys, value, check_token(token), ms)
     if newest:
         raise _stale(key, newest, token)
+
+
+async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
+    """GET that shows its token: what is computed from the answer can't be overtaken by an older holder's late write."""
+    newest, value = await async_client(redis).eval(_GET, 2, key, guard_key(key), check_token(token))
+    if newest:
+        raise _stale(key, newest, token)
+    return value
 
 
 def guard_key(key: str) -> str:

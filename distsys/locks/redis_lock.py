@@ -2,8 +2,10 @@
 
 Promise  one holder per name while the server keeps its data; waiters are served first come, first served; each lease
          carries a token larger than every earlier one; the holder is told before the server can grant the next lease.
-Not      safe against a stale write by itself: a holder paused past its lease still writes (fence the write);
-         safe across a failover, which may forget the newest grant (fence, min_replicas, or Redlock); re-entrant.
+Not      safe against a stale write by itself: a holder paused past its lease still writes (fence the write); safe
+         across a failover, which may forget the newest grant (fence, min_replicas, or Redlock) and orders tokens only
+         as far as both servers' clocks agree; safe when the server's clock leaps forward, which ends leases early (let
+         NTP slew it); re-entrant.
 Units    seconds, float; tokens are integers, microseconds of the server's clock made strictly increasing.
 Errors   LockNotAcquired after `timeout`; LockLost when the lease ended under the body; redis.RedisError passes.
 Source   redis.io "Distributed Locks with Redis"; Gray & Cheriton 1989 (leases); Kulkarni 2014 (hybrid clocks).
@@ -178,7 +180,8 @@ class RedisLock:
     renew         extends the lease every ttl/3 while the body runs
     on_lost       "cancel" ends the body of `async with` and raises LockLost; "flag" only sets lease.lost. A lease from
                   acquire() has no body: look at lease.lost, or call lease.check() before what can't be undone
-    min_replicas  replicas that must confirm the grant, or it is given back: narrows a failover's window only
+    min_replicas  replicas that must confirm the grant, or it is given back: narrows a failover's window only,
+                  and not for renewals: a replica may hold the shorter TTL
     tokens        draws the fencing token elsewhere (fencing.postgres_tokens), checked against the lease afterwards
     """
 
@@ -233,7 +236,7 @@ class RedisLock:
         """Who holds the lock, from where, for how long, and how many wait."""
         owner, left, token, waiting, now = await self._run(_EXPLAIN)
         owner = _text(owner)
-        host, pid, _ = owner.split("|") if owner else (None, None, None)
+        host, pid = owner.split("|")[:2] if owner.count("|") == 2 else (None, None)  # else not one of ours wrote it
         return LockState(
             name=self.name,
             owner=owner or None,

@@ -4,7 +4,8 @@ Promise  one holder per name while a majority of the nodes keeps its data and cl
          a minority that is dead, hung or refusing delays nobody by more than `node_timeout`.
 Not      a source of fencing tokens: owners are random, and no order of grants exists that a majority has agreed on (a
          counter on each node would need consensus). Not safe when a node restarts empty inside a lease: keep such a
-         node down for one TTL, or fsync every grant. Not fair: after a split vote, chance decides.
+         node down for one TTL, or fsync every grant. Not safe when the clocks of a majority leap forward. Not fair:
+         after a split vote, chance decides.
 Units    seconds, float.
 Errors   LockNotAcquired (granted, needed, errors) after `timeout`; LockLost when the lease ended under the body.
 Source   redis.io "The Redlock algorithm"; Kleppmann 2016 "How to do distributed locking"; antirez 2016 "Is Redlock
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,7 +104,7 @@ class Redlock:
             raise ValueError(
                 f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, else a dead node eats the lease"
             )
-        self.quorum = len(self.clients) // 2 + 1
+        self.quorum, self._nodes = len(self.clients) // 2 + 1, range(len(self.clients))
         if not retry_delay >= 0:
             raise ValueError(f"retry_delay={retry_delay}: a pause is not negative")
         self.retry_delay, self.renew, self.on_lost = retry_delay, renew, check_on_lost(on_lost)
@@ -139,44 +140,46 @@ class Redlock:
         give_up = None if timeout is None else self.clock() + timeout
         while True:
             owner, asked_at = os.urandom(16).hex(), self.clock()
+            votes = self._ask(self._run, _GRANT, owner, milliseconds(self.ttl))
             try:
-                votes = await self._vote(_GRANT, owner, milliseconds(self.ttl))
-            except BaseException:  # cancelled: who has granted it, or still will, is unknown
-                await self._take_back(owner, _Votes(len(self.clients)))
+                await votes.decided
+            except BaseException:
+                await self._take_back(owner, votes)
                 raise
-            granted, errors, too_late = votes.yes, votes.errors, self.clock() >= local_deadline(asked_at, self.ttl)
-            if granted >= self.quorum and not too_late:
+            too_late = self.clock() >= local_deadline(asked_at, self.ttl)
+            if votes.yes >= self.quorum and not too_late:
                 return self._lease(owner, votes, asked_at)
             await self._take_back(owner, votes)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
                 raise LockNotAcquired(
-                    f"{self.name!r}: {granted} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
+                    f"{self.name!r}: {votes.yes} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
                     + (f", and too late for ttl={self.ttl:g}" if too_late else "")
-                    + (f"; {errors[0]!r}" if errors else ""),
+                    + (f"; {votes.errors[0]!r}" if votes.errors else ""),
                     name=self.name,
-                    granted=granted,
+                    granted=votes.yes,
                     needed=self.quorum,
-                    errors=errors,
+                    errors=votes.errors,
                 )
             await asyncio.sleep(pause)
 
-    async def _take_back(self, owner: str, votes: _Votes) -> None:
-        """Nothing of a lost round may stand in the way of others: not what was granted, not what may still arrive."""
-        frees = [
-            self._free(client, owner, "" if answer is True else "1")
-            for client, answer in zip(self.clients, votes.answers, strict=True)
-            if answer is not False
-        ]
-        if frees:  # a node that can't be reached keeps its grant until its TTL; its error is among the votes
-            undo = in_background(asyncio.gather(*frees, return_exceptions=True), f"taking back {self.name!r}")
-            await asyncio.wait({undo}, timeout=self.node_timeout)
+    async def _take_back(self, owner: str, grants: _Votes) -> None:
+        """Nothing of a lost round may stand in the way of others; slow nodes are left to the background."""
+        undo = asyncio.gather(*(self._undo(node, owner, grants) for node in self._nodes), return_exceptions=True)
+        # A node that can't be reached keeps what it granted until its TTL; its error is among the votes.
+        await asyncio.wait({in_background(undo, f"taking back {self.name!r}")}, timeout=self.node_timeout)
 
-    async def _free(self, client: Redis, owner: str, late: str) -> bool:
-        async with asyncio.timeout(UNDO_WAIT):
-            return await self._run(client, _FREE, owner, late)
+    async def _undo(self, node: int, owner: str, grants: _Votes) -> None:
+        await grants.answered(node)
+        if grants.answers[node] is not False:
+            async with asyncio.timeout(UNDO_WAIT):
+                await self._free(node, owner, grants)
 
-    def _lease(self, owner: str, votes: _Votes, asked_at: float) -> Lease:
+    async def _free(self, node: int, owner: str, grants: _Votes) -> bool:
+        await grants.answered(node)  # or the grant might come after its release
+        return await self._run(node, _FREE, owner, "" if isinstance(grants.answers[node], bool) else "1")
+
+    def _lease(self, owner: str, grants: _Votes, asked_at: float) -> Lease:
         return Lease(
             self.name,
             key=self._key,
@@ -184,52 +187,26 @@ class Redlock:
             token=None,
             ttl=self.ttl,
             asked_at=asked_at,
-            extend=lambda _, ttl: self._ours(_EXTEND, owner, milliseconds(ttl)),
-            release=lambda _: self._ours(_FREE, owner, "" if votes.complete else "1"),
+            extend=lambda _, ttl: self._ours(self._run, _EXTEND, owner, milliseconds(ttl)),
+            release=lambda _: self._ours(self._free, owner, grants),
             renew=self.renew,
             on_lost=self.on_lost,
             clock=self.clock,
         )
 
-    async def _ours(self, script: str, *args: Any) -> bool:
+    async def _ours(self, *question: Any) -> bool:
         """Whether a majority held it for us. Silent nodes may: then it is an error, and the lease's time decides."""
-        votes = await self._vote(script, *args)
+        votes = self._ask(*question)
+        await votes.decided
         if votes.yes < self.quorum and votes.no <= len(self.clients) - self.quorum:
             raise votes.errors[0]
         return votes.yes >= self.quorum
 
-    async def _vote(self, script: str, *args: Any) -> _Votes:
-        """Asks all nodes at once: until a majority says yes, or can't any more. Who is silent for too long has not."""
-        loop = asyncio.get_running_loop()
-        votes, decided = _Votes(len(self.clients)), loop.create_future()
-        tasks = [loop.create_task(self._run(client, script, *args)) for client in self.clients]
+    def _ask(self, ask: Callable[..., Coroutine[Any, Any, bool]], *args: Any) -> _Votes:
+        return _Votes((ask(node, *args) for node in self._nodes), quorum=self.quorum, timeout=self.node_timeout)
 
-        def count(task: asyncio.Task[bool]) -> None:
-            if not task.cancelled():
-                votes.answers[tasks.index(task)] = task.exception() or task.result()
-            if None not in votes.answers:
-                timer.cancel()
-            decide()
-
-        def decide() -> None:
-            possible = votes.yes + votes.answers.count(None)
-            if (votes.yes >= self.quorum or possible < self.quorum) and not decided.done():
-                decided.set_result(None)
-
-        def time_out() -> None:
-            for node, task in enumerate(tasks):
-                if votes.answers[node] is None:
-                    votes.answers[node] = TimeoutError(f"no answer in {self.node_timeout} s")
-                    task.cancel()
-            decide()
-
-        timer = loop.call_later(self.node_timeout, time_out)
-        for task in tasks:
-            task.add_done_callback(count)
-        await decided
-        return votes
-
-    async def _run(self, client: Redis, script: str, *args: Any) -> bool:
+    async def _run(self, node: int, script: str, *args: Any) -> bool:
+        client = self.clients[node]
         try:
             return bool(await client.evalsha(_SHA[script], 1, self._key, *args))
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
@@ -237,10 +214,17 @@ class Redlock:
 
 
 class _Votes:
-    """What each node has answered; None: nothing yet."""
+    """What all nodes, asked at once, answer. `decided` by a majority for it, or as soon as there can be none."""
 
-    def __init__(self, nodes: int) -> None:
-        self.answers: list[bool | BaseException | None] = [None] * nodes
+    def __init__(self, asked: Iterable[Coroutine[Any, Any, bool]], *, quorum: int, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.decided: asyncio.Future[None] = loop.create_future()
+        self._quorum, self._timeout = quorum, timeout
+        self._tasks = [loop.create_task(one) for one in asked]
+        self.answers: list[bool | BaseException | None] = [None] * len(self._tasks)
+        self._timer = loop.call_later(timeout, self._time_out)
+        for task in self._tasks:
+            task.add_done_callback(self._count)
 
     @property
     def yes(self) -> int:
@@ -254,10 +238,29 @@ class _Votes:
     def errors(self) -> list[BaseException]:
         return [answer for answer in self.answers if isinstance(answer, BaseException)]
 
-    @property
-    def complete(self) -> bool:
-        """Whether no request is under way any more."""
-        return all(isinstance(answer, bool) for answer in self.answers)
+    async def answered(self, node: int) -> None:
+        """Waits for one node's answer, at most until the node timeout."""
+        if self.answers[node] is None:
+            await asyncio.wait({self._tasks[node]}, timeout=self._timeout)
+
+    def _count(self, task: asyncio.Task[bool]) -> None:
+        if not task.cancelled():
+            self.answers[self._tasks.index(task)] = task.exception() or task.result()
+        if None not in self.answers:
+            self._timer.cancel()
+        self._decide()
+
+    def _time_out(self) -> None:
+        for node, task in enumerate(self._tasks):
+            if self.answers[node] is None:
+                self.answers[node] = TimeoutError(f"no answer in {self._timeout} s")
+                task.cancel()
+        self._decide()
+
+    def _decide(self) -> None:
+        possible = self.yes + self.answers.count(None)
+        if (self.yes >= self._quorum or possible < self._quorum) and not self.decided.done():
+            self.decided.set_result(None)
 
 
 def _node(client: Redis) -> object:

@@ -51,6 +51,10 @@ STOPPED_AND_WROTE = history(
 SHARED = history(*section("w1", 0, 1, 3, value={"shared": True}), *section("w2", 0.5, 2, 4, value={"shared": True}))
 TWO_LOCKS = history(*section("w1", 0, 1, 3, value={"lock": "a"}), *section("w2", 0.5, 2, 4, value={"lock": "b"}))
 TASKS_DIE = history(op("w1.a", "acquire", 0, 1), *section("w2", 1.5, 4, 5), faults=[(2, "killed", "w1")])
+REBORN = history(  # what a new w1 does later says nothing about the dead one
+    op("w1", "acquire", 0, 1), *section("w2", 1.5, 4, 5), *section("w1", 4.5, 6, 7), faults=[(2, "killed", "w1")]
+)
+NAMESAKE = history(op("w10", "acquire", 0, 1), *section("w2", 1.5, 4, 5), faults=[(2, "killed", "w1")])
 
 LOST = history(
     op("w1", "read", 0, 1, 5), op("w2", "read", 0.5, 1.5, 5), op("w1", "write", 2, 3, 6), op("w2", "write", 4, 5, 6)
@@ -62,6 +66,9 @@ COUNTED = history(
 VANISHED = replace(COUNTED, facts={"initial": 5, "final": 6})  # no two writes met, and yet one is gone
 MAYBE_LANDED = replace(COUNTED, ops=(*COUNTED.ops, op("w3", "write", 7, None, 8)), facts={"initial": 5, "final": 8})
 MAYBE_NOT = replace(MAYBE_LANDED, facts={"initial": 5, "final": 7})
+ADDS_A_LOT = replace(COUNTED, ops=(*COUNTED.ops, op("w3", "read", 6, 6.5, 7), op("w3", "write", 7, None, 17)))
+LOT_LANDED = replace(ADDS_A_LOT, facts={"initial": 5, "final": 17})
+LOT_IN_PART = replace(ADDS_A_LOT, facts={"initial": 5, "final": 9})  # between the bounds, and yet no sum gives it
 MAYBE_TWIN = history(  # the write that read the same value may never have happened
     op("w1", "read", 0, 1, 5), op("w2", "read", 0.5, 1.5, 5), op("w1", "write", 2, None, 6), op("w2", "write", 4, 5, 6)
 )
@@ -97,6 +104,7 @@ STALE_REFUSED = history(
 )
 STALE_UNKNOWN = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w1", 6, None, 7))
 STALE_FIRST = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w1", 4, 5, 7))  # granted is not yet written
+SAME_TOKEN_TWICE = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w2", 6, 7, 8))
 STALE_MEANWHILE = history(put("w2", 4, 7, 8), put("w1", 5, 6, 7))
 
 GOES_ON = history(op("w1", "acquire", 0, 1), op("w2", "acquire", 1.5, 4), faults=[(2, "killed", "w1")])
@@ -152,24 +160,24 @@ EMPTY = history()
 
 VERDICTS: dict[Check, dict[str, str]] = {
     checks.mutual_exclusion: {
-        "HELD": "IN_TURN TOUCHING TOLD STOPPED_THEN_TOLD UNANSWERED DEAD TASKS_DIE",
-        "VIOLATED": "OVERLAP EXPIRED STOPPED STOPPED_AND_WROTE",
+        "HELD": "IN_TURN TOUCHING TOLD STOPPED_THEN_TOLD UNANSWERED DEAD TASKS_DIE REBORN",
+        "VIOLATED": "OVERLAP EXPIRED STOPPED STOPPED_AND_WROTE NAMESAKE",
         "INCONCLUSIVE": "EMPTY APART SHARED TWO_LOCKS ALONE",
     },
     checks.no_lost_update: {
-        "HELD": "COUNTED MAYBE_LANDED MAYBE_NOT REFUSED_TWIN TWICE_BY_ONE",
-        "VIOLATED": "LOST VANISHED",
+        "HELD": "COUNTED MAYBE_LANDED MAYBE_NOT LOT_LANDED REFUSED_TWIN TWICE_BY_ONE",
+        "VIOLATED": "LOST VANISHED LOT_IN_PART",
         "INCONCLUSIVE": "EMPTY ALONE MAYBE_TWIN",
     },
     checks.monotonic_tokens: {
-        "HELD": "RISING SIDE_BY_SIDE REFUSED_TOKEN STALE_REFUSED STALE_UNKNOWN",
+        "HELD": "RISING SIDE_BY_SIDE REFUSED_TOKEN STALE_REFUSED STALE_UNKNOWN SAME_TOKEN_TWICE",
         "VIOLATED": "SAME_TOKEN FALLING STALE",
         "INCONCLUSIVE": "EMPTY IN_TURN",
     },
     checks.no_stale_write: {
         "HELD": "STALE_REFUSED",
         "VIOLATED": "STALE",
-        "INCONCLUSIVE": "EMPTY RISING STALE_UNKNOWN STALE_FIRST STALE_MEANWHILE",
+        "INCONCLUSIVE": "EMPTY RISING STALE_UNKNOWN STALE_FIRST STALE_MEANWHILE SAME_TOKEN_TWICE",
     },
     checks.progress: {
         "HELD": "GOES_ON GOES_ON_THEN_RESUMED KILLED_WHILE_ASKING REDIS_DIED GOES_ON_THEN_HELD",
@@ -255,6 +263,14 @@ def test_tokens_are_shown_by_their_order() -> None:
     assert labels(RISING) == {10**15: "#1", 10**15 + 1: "#2"}
 
 
+def test_a_hold_ends_with_the_next_grant_and_only_by_what_came_after_it() -> None:
+    """A process runs one section at a time; a release sent before the grant arrived was for something else."""
+    again = history(op("w1", "acquire", 0, 1), op("w1", "acquire", 2, 3), op("w1", "release", 4, 5))
+    assert [(h.start, h.end) for h in holds(again)] == [(1, 3), (3, 4)]
+    early = history(op("w1", "acquire", 0, 2), op("w1", "release", 1, 1.5), op("w1", "release", 3, 4))
+    assert [(h.start, h.end) for h in holds(early)] == [(2, 3)]
+
+
 def test_an_extension_moves_the_end_of_the_lease() -> None:
     """The lease ends a ttl after the grant came back, or after the last extension that succeeded."""
     late = history(
@@ -338,6 +354,10 @@ def first_write_unseen(o: Op) -> Op:
     return replace(o, value=5) if (o.name, o.value) == ("write", 6) else o
 
 
+def within_bounds(h: History) -> bool:
+    return h.facts["initial"] + 2 <= h.facts["final"] <= h.facts["initial"] + 12
+
+
 def never_falls(h: History) -> bool:
     return all((a.token or 0) <= (b.token or 0) for a, b in pairwise(h.where("acquire")))
 
@@ -376,6 +396,8 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (lost_update, "looks at pairs alone", factless(lost_update), "VANISHED"),
     (lost_update, "ignores info writes", edited(lost_update, without("write", "info")), "MAYBE_LANDED"),
     (lost_update, "counts info writes as done", edited(lost_update, becomes("write", "info", "ok")), "MAYBE_NOT"),
+    (lost_update, "counts every write as one more", edited(lost_update, without("read")), "LOT_LANDED"),
+    (lost_update, "looks at the bounds alone", held_if(within_bounds), "LOT_IN_PART"),
     (lost_update, "counts refused writes as done", edited(lost_update, becomes("write", "fail", "ok")), "REFUSED_TWIN"),
     (lost_update, "computes every write from the last read", edited(lost_update, first_write_unseen), "TWICE_BY_ONE"),
     (tokens, "lets a token return", held_if(never_falls), "SAME_TOKEN"),

@@ -134,6 +134,8 @@ async def test_a_url_is_used_as_it_is_and_can_not_be_harmed(lab: Servers, monkey
         for fault in (server.kill, server.pause, server.resume, server.restart):
             with pytest.raises(ServerUnavailable, match=rf"{server.name} .*, url\) was not started by this lab"):
                 await fault()
+    dsn = f"host=127.0.0.1 port={postgres.port} user=postgres dbname=postgres"
+    assert (await Servers(lab._processes, pg_dsn=dsn).postgres()).port == postgres.port
     beside = await given.redis("beside")
     assert beside.controllable
 
@@ -255,9 +257,9 @@ async def test_a_restart_on_a_port_taken_meanwhile_says_so(lab: Servers) -> None
 
 async def test_a_cancelled_start_leaves_no_server(lab: Servers) -> None:
     """Asked again, it starts."""
-    for step in range(6):
+    for step in range(20):
         start = asyncio.create_task(lab.postgres())
-        await asyncio.sleep(step * 0.02)
+        await asyncio.sleep(step * 0.01)
         start.cancel()
         await asyncio.wait([start])
         if not start.cancelled():

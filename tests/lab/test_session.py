@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import psutil
 import psycopg
@@ -187,3 +187,13 @@ async def test_the_knob_runs_what_its_controls_say(lab: Lab) -> None:
         while "HELD" not in knob.answer.value:
             await asyncio.sleep(0.01)
     assert "HELD" in knob._repr_mimebundle_()["text/html"]
+
+
+# ---- in your own tests
+
+
+def test_the_pytest_fixture_climbs_the_same_ladder(prove_lock: Callable[..., ladder.Climb]) -> None:
+    """It needs no event loop and no server of its own."""
+    climb = prove_lock(candidates.SetNxWithoutTtl)
+    assert not climb.passed
+    assert climb.level == 1

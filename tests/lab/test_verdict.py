@@ -270,6 +270,31 @@ def test_the_story_of_a_lock_that_nobody_gets_again() -> None:
     ]
 
 
+def test_the_story_calls_an_update_lost_if_its_overwriter_had_read_before_it() -> None:
+    """Whatever the values: who read after the other's write keeps it."""
+    both = [*section("w1", 0, 1, 9), *section("w2", 0.5, 2, 8), op("w2", "write", 3, 3.1, 10)]
+    blind = history(*both, op("w1", "read", 2, 2.5, 0), op("w1", "write", 4, 4.1, 1))
+    assert "w1 wrote 1 at 4.10 s, over w2's 10: one update is lost." in story(blind, checks.mutual_exclusion(blind))
+    aware = history(*both, op("w1", "read", 3.5, 3.6, 10), op("w1", "write", 4, 4.1, 11))
+    assert "w1 wrote 11 at 4.10 s, over w2's 10." in story(aware, checks.mutual_exclusion(aware))
+
+
+def test_the_story_tells_the_last_two_of_many_writes() -> None:
+    """The last one is what the others are lost under."""
+    ops = [op("w2", "write", t, t + 0.1, value) for t, value in ((2.1, 1), (2.3, 2), (2.5, 3))]
+    crowd = history(*section("w1", 0, 1, 9), *section("w2", 0.5, 2, 8), *ops, op("w1", "write", 3, 3.1, 1))
+    told = story(crowd, checks.mutual_exclusion(crowd))
+    assert told[2:4] == ["w2 wrote 3 at 2.60 s.", "w1 wrote 1 at 3.10 s, over w2's 3."]
+
+
+def test_the_story_blames_a_lease_only_on_evidence() -> None:
+    """It may have been renewed: only a later grant shows that the server let it end."""
+    early = history(*section("w1", 0, 1, 9, value={"ttl": 5.0}), *section("w2", 0.5, 2, 8))
+    assert not any("lease" in text for text in story(early, checks.mutual_exclusion(early)))
+    alone = history(op("w1", "acquire", 0, 1, {"ttl": 5.0}), op("w2", "acquire", 2, None), faults=[(3, "killed", "w1")])
+    assert not any("lease" in text for text in story(alone, checks.progress(alone)))
+
+
 # --- the verdict
 
 

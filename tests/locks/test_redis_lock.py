@@ -584,6 +584,14 @@ async def test_explain_says_who_holds_the_lock_and_how_many_wait(redis: Redis) -
         assert 0 < state.remaining <= 20
 
 
+async def test_explain_shows_an_owner_that_another_program_wrote(redis: Redis) -> None:
+    """As it stands there; host and pid are unknown, and it can be released by force."""
+    await redis.set("distsys:lock:{foreign}", "somebody else's", px=5_000)
+    state = await RedisLock(redis, "foreign").explain()
+    assert (state.owner, state.host, state.pid) == ("somebody else's", None, None)
+    assert await RedisLock(redis, "foreign").force_release() == "somebody else's"
+
+
 async def test_force_release_hands_the_lock_on_and_the_holder_learns_of_it(redis: Redis) -> None:
     """Released from outside, the lock goes to the first waiter; a free lock answers None."""
     lock = RedisLock(redis, "force")

@@ -24,6 +24,7 @@ QUIET = (
 SECONDS = 1000
 OUTPUT = ".jp-OutputArea-output"
 ERROR = f'{OUTPUT}[data-mime-type="application/vnd.jupyter.error"]'
+expect.set_options(timeout=20 * SECONDS)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: on Debian run  apt install chromium")
 
 

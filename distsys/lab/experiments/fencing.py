@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from distsys.lab.checks import no_lost_update
 from distsys.lab.experiment import Arm, Experiment
 from distsys.lab.experiments.lock_scripts import (
@@ -9,20 +11,22 @@ from distsys.lab.experiments.lock_scripts import (
     either_balance,
     on_both,
     on_redis,
+    overtaken_reader,
     paused_holder,
-    redis_balance,
 )
 from distsys.lab.workloads import increments
 from distsys.locks.redis_lock import RedisLock
 
 FENCED = {"account": "redis, fenced"}
+# on_lost="cancel" ends the body too late as well, on the answer to its write; "flag" waits for it, and so shows it.
+PERSISTENT = partial(RedisLock, on_lost="flag")
 
 
 paused = Experiment(
     name="paused-holder",
     claim="A process that stands still past its lease writes when it wakes up. Only the resource can refuse it.",
     arms=(
-        Arm(name="RedisLock, no fence", candidate=RedisLock, expected="VIOLATED"),
+        Arm(name="RedisLock, no fence", candidate=PERSISTENT, expected="VIOLATED"),
         Arm(name="RedisLock, fence in Redis", candidate=RedisLock, expected="HELD", params=FENCED),
         Arm(
             name="RedisLock, fence in PostgreSQL",
@@ -44,15 +48,35 @@ blocked = Experiment(
     name="blocked-loop",
     claim="A blocked event loop is a paused process: no timer can renew the lease or cancel the body in time.",
     arms=(
-        Arm(name="RedisLock, no fence", candidate=RedisLock, expected="VIOLATED"),
+        Arm(name="RedisLock, no fence", candidate=PERSISTENT, expected="VIOLATED"),
         Arm(name="RedisLock, fence in Redis", candidate=RedisLock, expected="HELD", params=FENCED),
     ),
     workload=increments,
     script=blocked_loop,
     check=no_lost_update,
     prepare=on_redis,
-    final=redis_balance,
+    final=either_balance,
     patience_ttls=4,
 )
 
-EXPERIMENTS = (paused, blocked)
+overtaken = Experiment(
+    name="overtaken-reader",
+    claim="A fence refuses what is older than it has seen: a successor must show its token when it reads, too.",
+    arms=(
+        Arm(name="fence on writes", candidate=PERSISTENT, expected="VIOLATED", params=FENCED),
+        Arm(
+            name="fence on reads and writes",
+            candidate=RedisLock,
+            expected="HELD",
+            params={"account": "redis, reads fenced too"},
+        ),
+    ),
+    workload=increments,
+    script=overtaken_reader,
+    check=no_lost_update,
+    prepare=on_redis,
+    final=either_balance,
+    patience_ttls=4,
+)
+
+EXPERIMENTS = (paused, blocked, overtaken)

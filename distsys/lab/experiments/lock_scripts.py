@@ -64,6 +64,18 @@ async def paused_holder(run: Run) -> None:
     w1.resume()
 
 
+async def overtaken_reader(run: Run) -> None:
+    """w1's process stands still past its lease; w2 has read and not yet written when w1 wakes up and writes."""
+    w1, w2 = await run.start(2)
+    w1.go(stop="before-write")
+    await w1.reached("before-write")
+    w2.go(hold="before-write")
+    await run.until(w2.at("before-write"), w2.waiting("acquire"), w2.ended)
+    w1.resume()
+    await run.until(w1.did("write"), w1.failed("write"), w1.broke("write"), w1.ended)
+    w2.release("before-write")
+
+
 async def late_release(run: Run) -> None:
     """w1 has written and is stopped on its way out, past its lease; w2 is inside when w1 releases; w3 comes."""
     point = run.arm.point or "before-release"

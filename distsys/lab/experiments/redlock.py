@@ -110,7 +110,7 @@ forgetful_majority = Experiment(
     name="majority-forgets",
     claim="Redlock counts on nodes that remember: one that restarts empty can be the deciding vote for two.",
     arms=(
-        Arm(name="Redlock, restarted at once", candidate=Redlock, expected="VIOLATED"),
+        Arm(name="Redlock, restarted at once", candidate=Redlock, expected="VIOLATED", params={"ttl": 5.0}),
         Arm(name="Redlock, restarted after the lease", candidate=Redlock, expected="HELD", point="delayed"),
     ),
     workload=increments,
