@@ -25,7 +25,7 @@ Sixteen rules for distributed systems, each shown breaking and holding on real R
 
   distsys lab                                  open the notebooks in JupyterLab
   distsys run --list                           the experiments and their claims
-  distsys run no_lock --runs 20                run one; every arm gets a verdict: HELD, VIOLATED or INCONCLUSIVE
+  distsys run slow-holder --runs 20            run one; every arm gets a verdict: HELD, VIOLATED or INCONCLUSIVE
   distsys prove mypkg.locks:MyLock --as lock   put your own lock under the same faults and the same checker
   distsys decide locks --stage MVP --instances 3
 
@@ -63,9 +63,12 @@ def parser() -> argparse.ArgumentParser:
     lab.add_argument("--port", type=int, help="exactly this port (default: 8888, or the next free one)")
     lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
 
-    run = command("run", _run, "run experiments and print a verdict per arm", "distsys run no_lock --runs 20 --seed 7")
+    run = command(
+        "run", _run, "run experiments and print a verdict per arm", "distsys run slow-holder --runs 20 --seed 7"
+    )
     run.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="names; none lists them")
     run.add_argument("--list", action="store_true", help="list names and claims, run nothing")
+    run.add_argument("--story", action="store_true", help="tell what happened in the run that decided")
 
     prove = command(
         "prove",
@@ -76,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     prove.add_argument("candidate", metavar="MODULE:NAME", help="importable from the current folder")
     prove.add_argument("--as", dest="kind", choices=["lock"], required=True, help="what it promises to be")
     prove.add_argument("--level", type=int, metavar="N", help="stop after level N (default: all)")
+    prove.add_argument(
+        "--ttl",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="seconds; what it is given or has built in (default: 0.3)",
+    )
     for sub, runs in ((run, 3), (prove, None)):
         if runs:
             sub.add_argument(
@@ -157,7 +167,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.list or not options.experiments:
         for name in experiments.names():
-            print(f"{name:<28} {experiments.load(name).claim}")
+            print(f"{name:<30} {experiments.load(name).claim}")
         return 0
     if options.runs < 1:
         raise Usage(f"--runs {options.runs}: at least 1")
@@ -168,6 +178,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _verdicts(options: argparse.Namespace, chosen: list[Any]) -> int:
+    from distsys.lab.story import story
+
     found: list[Any] = []
     async with await _open(options.seed) as lab:
         for experiment in chosen:
@@ -177,6 +189,8 @@ async def _verdicts(options: argparse.Namespace, chosen: list[Any]) -> int:
                 found.append(verdict)
                 if not options.json:
                     print(f"  {verdict}", flush=True)
+                    for sentence in story(verdict.history, verdict.finding) if options.story else ():
+                        print(f"      {sentence}")
     wrong = [v for v in found if not v.as_expected]
     if options.json:
         _print_json([v.to_dict() for v in found])
@@ -213,7 +227,10 @@ def _prove(options: argparse.Namespace) -> int:
 
 async def _climb(options: argparse.Namespace, candidate: Any) -> int:
     async with await _open(options.seed) as lab:
-        ladder = await lab.try_lock(candidate, upto=options.level)
+        try:
+            ladder = await lab.try_lock(candidate, ttl=options.ttl, upto=options.level)
+        except ValueError as problem:
+            raise Usage(str(problem)) from None
     if options.json:
         _print_json(ladder.to_dict())
     else:

@@ -1,7 +1,7 @@
 """How the package learns the time: a monotonic clock that goes on while the machine sleeps.
 
-CLOCK_MONOTONIC stands still during suspend on Linux, and a lease must not: a laptop lid or a paused virtual machine would
-otherwise stretch every local deadline. On macOS CLOCK_MONOTONIC_RAW stops too and CLOCK_MONOTONIC does not.
+On Linux CLOCK_MONOTONIC stands still during suspend, and a lease must not: a laptop lid or a paused virtual machine
+would stretch every local deadline. CLOCK_BOOTTIME goes on; where there is none, CLOCK_MONOTONIC has to do.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from collections.abc import Callable
 Clock = Callable[[], float]
 """Seconds since an arbitrary point, never decreasing."""
 
-
-def _clock_id() -> int:
-    return getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-_CLOCK = _clock_id()
+_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def elapsed() -> float:
-    """Seconds since boot, time spent suspended included."""
+    """Seconds, time spent suspended included."""
     return time.clock_gettime(_CLOCK)

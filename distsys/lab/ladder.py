@@ -11,7 +11,9 @@ from distsys.lab.checks import no_lost_update
 from distsys.lab.experiment import Arm, Run
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.proxy import TcpProxy
+from distsys.lab.story import story
 from distsys.lab.verdict import Verdict
+from distsys.locks.lease import check_ttl
 
 if TYPE_CHECKING:
     from distsys.lab.session import Lab
@@ -102,7 +104,9 @@ class Climb:
         for i, (level, mark, said) in enumerate(self._rows(), 1):
             lines.append(f"  {mark} {i}. {level.title}{f' - {said}' if said else ''}")
         if self.verdicts and self.verdicts[-1].status != "HELD":
-            lines.append(f"  hint: {LEVELS[self.level].hint}")
+            last = self.verdicts[-1]
+            lines += ["", *(f"  {sentence}" for sentence in story(last.history, last.finding))]
+            lines += ["", f"  hint: {LEVELS[self.level].hint}"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -144,6 +148,7 @@ async def climb(lab: Lab, candidate: Any, *, ttl: float, upto: int | None) -> Cl
     verdicts: list[Verdict] = []
     if upto is not None and not 1 <= upto <= len(LEVELS):
         raise ValueError(f"upto={upto}: the ladder has levels 1 to {len(LEVELS)}")
+    check_ttl(ttl)
     for level in LEVELS[:upto]:
         # What counts here is the damage: two holders at once are no failure when the account refuses the older one.
         experiment = replace(experiments.load(level.experiment), **level.changes)

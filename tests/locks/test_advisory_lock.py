@@ -474,6 +474,22 @@ async def test_a_cancelled_wait_leaves_the_transaction_usable_and_nothing_held(c
     assert await value(b, "SHOW lock_timeout") == "0"
 
 
+@pytest.mark.parametrize("scope", ["transaction", "session"])
+async def test_cancelled_before_the_connection_was_free_it_ends_at_once(connect: Connect, scope: Any) -> None:
+    """Another task's statement is under way on the connection: nothing was sent yet, so there is nothing to undo."""
+    conn = await connect(autocommit=False)
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        await conn.execute("SELECT 1/0")
+    async with conn.lock:
+        task = asyncio.create_task(AdvisoryLock(conn, "x", scope=scope).acquire())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert task.cancelled()
+
+
 async def test_a_transaction_that_has_failed_already_says_so(connect: Connect) -> None:
     """psycopg's own errors pass through unchanged."""
     conn = await connect(autocommit=False)

@@ -27,10 +27,10 @@ paused = Experiment(
     claim="A process that stands still past its lease writes when it wakes up. Only the resource can refuse it.",
     arms=(
         Arm(name="RedisLock, no fence", candidate=PERSISTENT, expected="VIOLATED"),
-        Arm(name="RedisLock, fence in Redis", candidate=RedisLock, expected="HELD", params=FENCED),
+        Arm(name="RedisLock, fence in Redis", candidate=PERSISTENT, expected="HELD", params=FENCED),
         Arm(
             name="RedisLock, fence in PostgreSQL",
-            candidate=RedisLock,
+            candidate=PERSISTENT,
             expected="HELD",
             params={"account": "postgres, fenced"},
             prepare=on_both,
@@ -49,7 +49,7 @@ blocked = Experiment(
     claim="A blocked event loop is a paused process: no timer can renew the lease or cancel the body in time.",
     arms=(
         Arm(name="RedisLock, no fence", candidate=PERSISTENT, expected="VIOLATED"),
-        Arm(name="RedisLock, fence in Redis", candidate=RedisLock, expected="HELD", params=FENCED),
+        Arm(name="RedisLock, fence in Redis", candidate=PERSISTENT, expected="HELD", params=FENCED),
     ),
     workload=increments,
     script=blocked_loop,
@@ -66,7 +66,7 @@ overtaken = Experiment(
         Arm(name="fence on writes", candidate=PERSISTENT, expected="VIOLATED", params=FENCED),
         Arm(
             name="fence on reads and writes",
-            candidate=RedisLock,
+            candidate=PERSISTENT,
             expected="HELD",
             params={"account": "redis, reads fenced too"},
         ),
