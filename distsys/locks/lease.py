@@ -7,6 +7,7 @@ once: the local deadline, the renewal, the news of the loss, and the end of the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import math
@@ -131,7 +132,7 @@ class Lease:
 
     def guard(self) -> Lease:
         """Ties the lease to the running task: when the lease is lost, its body is cancelled and LockLost raised."""
-        self._body = asyncio.current_task()
+        self._body = self._task
         assert self._body is not None
         self._cancelling = self._body.cancelling()
         return self
@@ -222,6 +223,7 @@ class Lease:
         self._ended = why
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None  # its context knows the leases before this one, and theirs the ones before
         if self._renewal is not None and self._renewal is not asyncio.current_task():
             self._renewal.cancel()
 
@@ -240,8 +242,7 @@ def local_deadline(asked_at: float, ttl: float) -> float:
 
 def refuse_reentry(key: object, name: str) -> None:
     """A task that waits for a lock it holds itself would wait for ever: say so at once."""
-    task = asyncio.current_task()
-    if any(lease.key == key and lease._task is task and lease.held for lease in held_leases.get()):
+    if any(lease.key == key and lease.held and lease._task is asyncio.current_task() for lease in held_leases.get()):
         raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
 
 
@@ -344,11 +345,16 @@ def check_name(name: str) -> str:
 
 def async_client(redis: Any) -> Any:
     """The client itself, if it is an asyncio one."""
-    from redis import Redis, RedisCluster
-
-    if isinstance(redis, (Redis, RedisCluster)) or not hasattr(redis, "evalsha"):
+    if _blocks(type(redis)) or not hasattr(redis, "evalsha"):
         raise TypeError(f"{redis!r} is not an asyncio client of Redis: pass redis.asyncio.Redis(...)")
     return redis
+
+
+@functools.cache  # the look at these classes costs more than all other checks of a lock together
+def _blocks(client: type) -> bool:
+    from redis import Redis, RedisCluster
+
+    return issubclass(client, (Redis, RedisCluster))
 
 
 def hash_tag(name: str) -> str:

@@ -29,6 +29,7 @@ from distsys.locks.fencing import (
     current_token,
     ensure_schema,
     fence,
+    fenced_get,
     fenced_set,
     fenced_update,
     guard_key,
@@ -128,6 +129,24 @@ async def test_of_writers_at_once_the_newest_remains(redis: Redis) -> None:
     assert await redis.mget("crowd", guard_key("crowd")) == [b"50", b"50"]
 
 
+async def test_a_read_that_shows_its_token_shuts_out_older_writes(redis: Redis) -> None:
+    """The predecessor's late write can't come between the successor's read and its write."""
+    await fenced_set(redis, "read", "first", token=1)
+    assert await fenced_get(redis, "read", token=2) == b"first"
+    with pytest.raises(StaleToken) as refused:
+        await fenced_set(redis, "read", "late", token=1)
+    assert (refused.value.expected, refused.value.actual) == (2, 1)
+    await fenced_set(redis, "read", "second", token=2)
+
+
+async def test_an_older_token_may_not_read(redis: Redis) -> None:
+    """What it computed from the answer would be refused anyway; a key that is not there is None, and fenced as well."""
+    assert await fenced_get(redis, "nothing", token=5) is None
+    with pytest.raises(StaleToken):
+        await fenced_get(redis, "nothing", token=4)
+    assert await redis.get(guard_key("nothing")) == b"5"
+
+
 async def test_a_holder_forgotten_by_the_server_can_t_overwrite_its_successor(redis: Redis) -> None:
     """The lock is lost with all its data and granted again: the first holder's late write is refused."""
     first = await RedisLock(redis, "account").acquire()
@@ -180,6 +199,8 @@ async def test_any_client_will_do(redis: Redis, redis_server: Server, options: d
         await fenced_set(client, "any", "x", token=2)
         with pytest.raises(StaleToken):
             await fenced_set(client, "any", "y", token=1)
+        assert await fenced_get(client, "any", token=2) in ("x", b"x")
+        assert await fenced_get(client, "none", token=2) is None
 
 
 async def test_a_blocking_client_is_refused_before_it_writes(redis: Redis, redis_server: Server) -> None:
@@ -681,7 +702,9 @@ async def test_a_lost_lease_gives_no_token(redis: Redis) -> None:
 async def test_what_is_no_token_is_refused_before_anything_is_written(
     redis: Redis, conn: AsyncConnection[Any], token: Any, error: type[Exception], message: str
 ) -> None:
-    """By all three fences."""
+    """By every fence."""
+    with pytest.raises(error, match=message):
+        await fenced_get(redis, "key", token=token)
     with pytest.raises(error, match=message):
         await fenced_set(redis, "key", 1, token=token)
     with pytest.raises(error, match=message):
