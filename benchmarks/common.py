@@ -41,7 +41,7 @@ ANSWER = 120.0  # seconds within which a child answers, or the run fails
 class Contender:
     """A row. `make` names an async context manager of the script: the child enters it, and measures what it yields."""
 
-    name: str
+    name: str  # with ", ours" in it, the chart shows it in colour
     make: str
     args: Sequence[str]
     floor: str = ""  # the name of the row it is compared with; "" is a floor itself
@@ -83,6 +83,7 @@ class Bench:
         self.topic, self.options, self.processes = topic, options, processes
         self.servers = Servers(processes)
         self.tables: list[Table] = []
+        self.packages = {"redis", "hiredis", "psycopg"}  # whose versions matter
         self.skipped: list[str] = []
 
     @classmethod
@@ -90,7 +91,7 @@ class Bench:
     async def open(cls, topic: str) -> AsyncIterator[Bench]:
         parser = argparse.ArgumentParser(description=f"Benchmark of {topic}: medians and ratios to the raw commands.")
         parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds that count (default 7)")
-        parser.add_argument("--quick", action="store_true", help="a third of the time each; keeps no results")
+        parser.add_argument("--quick", action="store_true", help="a third of the time; keeps no results")
         parser.add_argument("--only", default="", metavar="REGEX", help="of the tables' titles")
         parser.add_argument("--unpinned", action="store_true", help="client and server on all cores")
         parser.add_argument("--out", type=Path, help=f"folder for the results (default {RESULTS.name}, --quick: none)")
@@ -117,27 +118,38 @@ class Bench:
         return full / 3 if self.options.quick else full
 
     async def rounds(
-        self, contenders: Sequence[Contender], do: str, *, processes: int = 1, **request: Any
+        self,
+        title: str,
+        contenders: Sequence[Contender],
+        do: str,
+        *,
+        processes: int = 1,
+        times: int = 1,
+        **request: Any,
     ) -> dict[str, list[list[Any]]]:
         """Each contender's answers, round by round, of each of its processes; `do` is a function of the script."""
+        rounds = times * self.options.rounds
         groups: dict[str, list[_Child]] = {}
         try:
             for contender in contenders:
-                if contender.needs and _version(contender.needs) is None:
-                    reason = f"{contender.name} was left out: {contender.needs} is not installed (extra `bench`)"
-                    self.skipped += [reason] * (reason not in self.skipped)
-                    continue
+                if contender.needs:
+                    self.packages.add(contender.needs)
+                    if _version(contender.needs) is None:
+                        self.skipped.append(
+                            f"{title}: without {contender.name}, for {contender.needs} is not installed"
+                        )
+                        continue
                 starting = (_Child.start(self.processes, contender, number) for number in range(processes))
                 groups[contender.name] = await asyncio.gather(*starting)
             answers: dict[str, list[list[Any]]] = {name: [] for name in groups}
-            for number in range(1 + self.options.rounds):
+            for number in range(1 + rounds):
                 for name, children in groups.items():
                     start = time.monotonic() + 0.01 * processes
                     asked = (child.ask(do=do, start=start, **request) for child in children)
                     answer = await asyncio.gather(*asked)
                     if number:
                         answers[name].append(answer)
-                print(f"\r  round {number} of {self.options.rounds} ", end="", file=sys.stderr, flush=True)
+                print(f"\r{title}: round {number} of {rounds} ", end="", file=sys.stderr, flush=True)
             print("\r\033[K", end="", file=sys.stderr)
         finally:
             await asyncio.gather(*(child.close() for children in groups.values() for child in children))
@@ -147,8 +159,7 @@ class Bench:
         """A table of rates: medians, ratios to the floor, CPU per operation, and whether the goal is met."""
         if not self.wanted(title):
             return
-        print(f"{title} ...", file=sys.stderr)
-        answers = await self.rounds(contenders, do, seconds=self.seconds(0.45))
+        answers = await self.rounds(title, contenders, do, times=1 if self.options.quick else 3, seconds=0.15)
         rates = {name: [of[0]["rate"] for of in each] for name, each in answers.items()}
         costs = {name: [of[0]["cpu_us"] for of in each] for name, each in answers.items()}
         rows, bars = [], {}
@@ -167,13 +178,13 @@ class Bench:
         self.show(Table(title, columns, rows, note, bars, f"{unit}/s, ratio to the floor", goal, samples=samples))
 
     def show(self, table: Table) -> None:
+        table.note = table.note.strip()
         self.tables.append(table)
         print(f"\n{table}\n", flush=True)
 
     # ---- results
 
     def facts(self) -> dict[str, Any]:
-        packages = ["redis", "hiredis", "psycopg", *sorted(_PEERS)]
         return {
             "topic": self.topic,
             "date": time.strftime("%Y-%m-%d"),
@@ -182,7 +193,7 @@ class Bench:
             "quick": self.options.quick,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
-            "packages": {name: found for name in packages if (found := _version(name))},
+            "packages": {name: found for name in sorted(self.packages) if (found := _version(name))},
             "servers": sorted({str(server) for server in self.servers.running.values()}),
         }
 
@@ -203,9 +214,16 @@ class Bench:
 """
         parts = [head, *self.skipped, *map(str, self.tables)]
         (out / f"{self.topic}.md").write_text("\n\n".join(parts) + "\n")
-        data = {table.title: table.samples for table in self.tables}
-        rounded = json.loads(json.dumps(facts | {"tables": data}), parse_float=lambda text: float(f"{float(text):.4g}"))
-        (out / f"{self.topic}.json").write_text(json.dumps(rounded, indent=1) + "\n")
+        tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "samples": t.samples} for t in self.tables]
+        data = json.loads(
+            json.dumps(facts | {"tables": tables}),
+            parse_float=lambda text: float(f"{float(text):.4g}"),
+            parse_constant=lambda _: None,  # infinite: a waiter that never got the lock
+        )
+        text = re.sub(
+            r"\[\s+([^][{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(data, indent=1)
+        )
+        (out / f"{self.topic}.json").write_text(text + "\n")
         self._chart(out / f"{self.topic}.svg")
         print(f"{out}/{self.topic}.md .json .svg")
 
@@ -219,8 +237,7 @@ class Bench:
             axes = figure.subplots(len(self.tables), squeeze=False, height_ratios=heights)[:, 0]
             for ax, table in zip(axes, self.tables, strict=True):
                 for y, (name, values) in enumerate(table.bars.items()):
-                    ours = re.search(r"Redlock\(|Lock, ours|distsys", name)
-                    ax.barh(y, median(values), height=0.62, color="#2e7d5b" if ours else "#b8bec6")
+                    ax.barh(y, median(values), height=0.62, color="#2e7d5b" if ", ours" in name else "#b8bec6")
                     ax.plot(values, [y] * len(values), "|", color="#30363d", markersize=5, alpha=0.6)  # each round
                 if table.goal:
                     ax.axvline(table.goal, color="#b54708", linestyle="--", linewidth=1)
@@ -254,9 +271,6 @@ def judge(*goals: tuple[str, bool]) -> str:
     return " · ".join(f"{goal} {'met' if met else '**not met**'}" for goal, met in goals)
 
 
-_PEERS: set[str] = set()
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -273,8 +287,6 @@ class _Child:
 
     @classmethod
     async def start(cls, processes: Processes, contender: Contender, number: int) -> _Child:
-        if contender.needs:
-            _PEERS.add(contender.needs)
         job = {"script": Path(sys.argv[0]).stem, "make": contender.make, "args": list(contender.args)}
         label = re.sub(r"\W+", "-", contender.name)
         process = await processes.fork("common:child", json.dumps(job).encode(), name=f"{label}-{number}")

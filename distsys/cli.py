@@ -191,7 +191,7 @@ async def _verdicts(options: argparse.Namespace, chosen: list[Any]) -> int:
                     print(f"  {verdict}", flush=True)
                     for sentence in story(verdict.history, verdict.finding) if options.story else ():
                         print(f"      {sentence}")
-    wrong = [v for v in found if not v.as_expected]
+    wrong = [v for v in found if v.was_run and not v.as_expected]
     if options.json:
         _print_json([v.to_dict() for v in found])
     else:

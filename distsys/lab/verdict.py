@@ -56,6 +56,11 @@ class Verdict:
         return cls(status=status, summary=summary, expected=expected, history=history, finding=finding, **more)
 
     @property
+    def was_run(self) -> bool:
+        """False when a server that the experiment needs could not be had; the summary then says which and why."""
+        return not self.summary.startswith("not run: ")
+
+    @property
     def as_expected(self) -> bool:
         return self.expected in (None, self.status)
 

@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from types import EllipsisType
@@ -70,12 +70,12 @@ class Hold:
 
     def __init__(self, lock: AdvisoryLock, connection: AsyncConnection[Any]) -> None:
         self.lock, self.connection = lock, connection
-        self._exits = AsyncExitStack()
+        self._transaction: AbstractAsyncContextManager[Any] | None = None  # begun by us, on a pool's connection
         self._backend_pid = 0  # of the session that holds the lock
         self._task: asyncio.Task[Any] | None = None
-        self._body = self._cancelled = False  # is there a body to cancel; did we
-        self._fd = -1
-        self._timer: asyncio.TimerHandle | None = None
+        self._body = self._cancelled = self._ended = False  # is there a body to cancel; did we
+        self._fd, self._reading = -1, False
+        self._look: asyncio.Handle | None = None
         self._lost = ""  # why
         self._cause: BaseException | None = None
 
@@ -97,23 +97,28 @@ class Hold:
         self._loop, self._task, self._body = asyncio.get_running_loop(), asyncio.current_task(), body
         self._cancelling = self._task.cancelling() if self._task else 0
         self._fd = os.dup(self.connection.pgconn.socket)
-        self._loop.add_reader(self._fd, self._readable)
+        self._look = self._loop.call_soon(self._read)  # a body that never waits is over before
         self.lock._holds[self._task] = self
 
     def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._fd >= 0:
+        if self._look is not None:
+            self._look.cancel()
+        if self._reading:
             self._loop.remove_reader(self._fd)
+        if self._fd >= 0:
             os.close(self._fd)
-        self._timer, self._fd = None, -1
+        self._look, self._reading, self._fd = None, False, -1
+
+    def _read(self) -> None:
+        self._loop.add_reader(self._fd, self._readable)
+        self._reading = True
 
     def _readable(self) -> None:
         pgconn = self.connection.pgconn
         if self.connection.lock.locked() or pgconn.pipeline_status != PipelineStatus.OFF:
             # psycopg reads, and will meet the end by itself. A slow COPY leaves data unread for long: don't spin on it.
             self._loop.remove_reader(self._fd)
-            self._timer = self._loop.call_later(BUSY, self._loop.add_reader, self._fd, self._readable)
+            self._look, self._reading = self._loop.call_later(BUSY, self._read), False
             return
         try:
             pgconn.consume_input()
@@ -130,13 +135,18 @@ class Hold:
 
     async def _leave(self, error: BaseException | None) -> bool:
         """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
+        if self._ended:
+            return False
         self._unwatch()
-        own, handled = error, False
+        own, handled, self._ended = error, False, True
         if self._cancelled and self._task and self._task.uncancel() <= self._cancelling:
             own = None if isinstance(error, asyncio.CancelledError) else error
         try:
-            details = (type(error), error, error.__traceback__) if error else (None, None, None)
-            handled = bool(await self._exits.__aexit__(*details))
+            try:
+                if self.lock.scope == "session":
+                    await self._unlock(error)
+            finally:
+                handled = await self._give_back(error)
         except psycopg.OperationalError as failure:
             if not self.connection.closed:
                 raise
@@ -148,7 +158,21 @@ class Hold:
             own.add_note(str(loss))
         return handled
 
-    async def _unlock(self, _: object, error: BaseException | None, __: object) -> None:
+    async def _give_back(self, error: BaseException | None) -> bool:
+        """The connection goes back to where it came from. True when that settles `error`, as it does psycopg.Rollback."""
+        source, handled = self.lock.source, False
+        try:
+            if self._transaction is not None:
+                details = (type(error), error, error.__traceback__) if error else (None, None, None)
+                handled = bool(await self._transaction.__aexit__(*details))
+        finally:
+            if isinstance(source, AsyncConnectionPool):
+                await source.putconn(self.connection)
+            elif self.lock.scope == "session":
+                _session_keys[source].discard(self.lock.keys[0])
+        return handled
+
+    async def _unlock(self, error: BaseException | None) -> None:
         """The end of a session hold. What is not proved unlocked is closed, which unlocks it: no pool ever gets it."""
         conn, unlocked = self.connection, False
         try:
@@ -254,44 +278,47 @@ class AdvisoryLock:
         if asyncio.current_task() in self._holds:
             raise RuntimeError(f"this task already holds {self}: it is not re-entrant, pass the hold on instead")
         started = elapsed()
-        async with AsyncExitStack() as exits:  # whatever fails from here on, the connection goes back as it came
-            hold = Hold(self, await self._connection(exits, timeout))
-            if hold.connection.pgconn.pipeline_status != PipelineStatus.OFF:
-                raise RuntimeError(f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`")
-            lock = self._lock_session if self.scope == "session" else self._lock_transaction
-            try:
-                if not await lock(hold, timeout and max(0.001, started + timeout - elapsed())):
-                    raise self._refusal(started)
-            except (LockNotAvailable, QueryCanceled, DeadlockDetected) as error:
-                raise self._refusal(started, error) from error
-            if self.scope == "session":
-                exits.push_async_exit(hold._unlock)
+        hold = Hold(self, await self._connection(timeout))
+        try:
+            if not await self._lock(hold, timeout and max(0.001, started + timeout - elapsed())):
+                raise self._refusal(started)  # noqa: TRY301  the way out is the same as for the errors below
             if self.scope == "session" or body:
                 hold._watch(body=body)
-            hold._exits = exits.pop_all()
+        except BaseException as error:
+            await hold._give_back(error)
+            if isinstance(error, (LockNotAvailable, QueryCanceled, DeadlockDetected)):
+                raise self._refusal(started, error) from error
+            raise
         return hold
 
-    async def _connection(self, exits: AsyncExitStack, timeout: float | None) -> AsyncConnection[Any]:
+    async def _connection(self, timeout: float | None) -> AsyncConnection[Any]:
         source, key = self.source, self.keys[0]
-        if isinstance(source, AsyncConnection):
-            if self.scope == "session":
-                keys = _session_keys.setdefault(source, set())
-                if key in keys:
-                    raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
-                keys.add(key)
-                exits.callback(keys.discard, key)
-            return source
-        conn: AsyncConnection[Any]
-        try:
-            if self.scope == "session":
-                conn = await source.getconn(timeout or None)
-                exits.push_async_callback(source.putconn, conn)
-                return conn
-            conn = await exits.enter_async_context(source.connection(timeout or None))
-        except PoolTimeout as error:
-            raise LockNotAcquired(f"{self}: the pool has no connection free ({error}); raise its max_size") from error
-        await exits.enter_async_context(conn.transaction())
-        return conn
+        if isinstance(source, AsyncConnectionPool):
+            try:
+                conn: AsyncConnection[Any] = await source.getconn(timeout or None)
+            except PoolTimeout as error:
+                raise LockNotAcquired(
+                    f"{self}: the pool has no connection free ({error}); raise its max_size"
+                ) from error
+            return conn
+        if self.scope == "session":
+            keys = _session_keys.setdefault(source, set())
+            if key in keys:
+                raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
+            keys.add(key)
+        return source
+
+    async def _lock(self, hold: Hold, timeout: float | None) -> bool:
+        conn = hold.connection
+        if conn.pgconn.pipeline_status != PipelineStatus.OFF:
+            raise RuntimeError(f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`")
+        if self.scope == "session":
+            return await self._lock_session(hold, timeout)
+        if isinstance(self.source, AsyncConnectionPool):
+            transaction = conn.transaction()
+            await transaction.__aenter__()
+            hold._transaction = transaction
+        return await self._lock_transaction(conn, timeout)
 
     async def _lock_session(self, hold: Hold, timeout: float | None) -> bool:
         """One round trip, which begins no transaction."""
@@ -338,9 +365,9 @@ class AdvisoryLock:
             if not undone:
                 conn.pgconn.finish()
 
-    async def _lock_transaction(self, hold: Hold, timeout: float | None) -> bool:
+    async def _lock_transaction(self, conn: AsyncConnection[Any], timeout: float | None) -> bool:
         """One round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""
-        conn, got = hold.connection, True
+        got = True
         if conn.autocommit and conn.pgconn.transaction_status == TransactionStatus.IDLE:
             raise RuntimeError(
                 f"{self}: in autocommit and outside a transaction it would be gone at once; acquire it inside "

@@ -29,7 +29,7 @@ RELEASED, UNRELEASED = "was released", "could not be released"
 held_leases: ContextVar[tuple[Lease, ...]] = ContextVar("distsys_held_leases", default=())
 """The leases of this context, outermost first: nested code finds its fencing token here."""
 
-_background: set[asyncio.Task[Any]] = set()  # asyncio keeps only weak references to tasks
+_background: set[asyncio.Future[Any]] = set()  # asyncio keeps only weak references to tasks
 
 
 class Lease:
@@ -67,7 +67,7 @@ class Lease:
         self._renewal: asyncio.Task[None] | None = None
         self._deadline = -math.inf
         self._granted(asked_at, ttl)
-        held_leases.set((*(lease for lease in held_leases.get() if lease._ended != RELEASED), self))
+        held_leases.set((*[lease for lease in held_leases.get() if lease._ended != RELEASED], self))
 
     def __repr__(self) -> str:
         state = self._ended or f"{self.remaining():.3g} s left"
@@ -104,7 +104,11 @@ class Lease:
         Raises LockLost when the lease is no longer ours.
         """
         self.check()
-        if not await self._ask_again(self.ttl if ttl is None else check_ttl(ttl)):
+        before = cancellations()
+        ours = await self._ask_again(self.ttl if ttl is None else check_ttl(ttl))
+        if cancellations() > before:
+            raise asyncio.CancelledError
+        if not ours:
             raise self._loss()
 
     async def release(self) -> bool:
@@ -116,6 +120,7 @@ class Lease:
         if self._ended not in ("", UNRELEASED):
             return self._ended == RELEASED
         self._end(RELEASED)
+        before = cancellations()
         try:
             ours = await self._release(self)
         except asyncio.CancelledError:
@@ -126,6 +131,8 @@ class Lease:
             raise
         if not ours:
             self._ended = "was no longer ours when it was released"
+        if cancellations() > before:
+            raise asyncio.CancelledError
         return ours
 
     # ---- the body of `async with`
@@ -228,7 +235,8 @@ class Lease:
             self._renewal.cancel()
 
     def _forget(self) -> None:
-        held_leases.set(tuple(lease for lease in held_leases.get() if lease is not self))
+        others = [lease for lease in held_leases.get() if lease is not self]
+        held_leases.set(tuple(others))
 
     def _loss(self) -> LockLost:
         why = self._ended or "ended while the event loop was busy"
@@ -246,22 +254,33 @@ def refuse_reentry(key: object, name: str) -> None:
         raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
 
 
+def cancellations() -> int:
+    """How often the running task was asked to cancel; asyncio.timeout() counts while it does.
+
+    wait_for of Python 3.11, by which redis-py sends, can swallow a cancellation: counted, it is not lost.
+    """
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
+
+
 def _cancel(body: asyncio.Task[Any]) -> bool:
     """Cancels a task; False if it would not notice, and should be asked again in the next turn of the event loop.
 
-    wait_for of Python 3.11, by which redis-py sends, takes a cancellation for its timeout once its work is done, and
-    returns: a body busy with Redis would run on. Work that has not begun is done by the time the body is woken.
+    wait_for of Python 3.11 returns the result when it is cancelled and its work is done by the time the task is woken:
+    a body busy with Redis would run on. Work that is about to run is waited for, or cancelled if it has not begun.
     """
     if sys.version_info < (3, 12):
         inner: Any = body.get_coro()
         while asyncio.iscoroutine(getattr(inner, "cr_await", None)):
             inner = inner.cr_await
         frame = getattr(inner, "cr_frame", None)
-        work: Any = frame.f_locals["fut"] if frame is not None and frame.f_code is asyncio.wait_for.__code__ else None
-        if asyncio.isfuture(work) and work.done():
-            return False
-        if hasattr(work, "get_coro") and getcoroutinestate(work.get_coro()) == CORO_CREATED:
-            work.cancel()
+        if frame is not None and frame.f_code is asyncio.wait_for.__code__:
+            work = frame.f_locals["fut"]
+            waits = getattr(work, "_fut_waiter", work)
+            if hasattr(work, "get_coro") and getcoroutinestate(work.get_coro()) == CORO_CREATED:
+                work.cancel()
+            elif work.done() or waits is None or waits.done():
+                return False
     return body.cancel()
 
 
@@ -288,19 +307,18 @@ class Holders:
         return lease
 
 
-def in_background(work: Awaitable[Any], what: str) -> asyncio.Task[Any]:
+def in_background(work: Awaitable[Any], what: str) -> asyncio.Future[Any]:
     """Runs `work` to its end whatever happens to the caller; a failure is logged, for nobody is left to raise it to."""
 
-    async def run() -> Any:
-        try:
-            return await work
-        except Exception as error:  # noqa: BLE001  logged
+    def done(future: asyncio.Future[Any]) -> None:
+        _background.discard(future)
+        if not future.cancelled() and (error := future.exception()) is not None:
             logger.warning("%s failed: %r", what, error)
 
-    task = asyncio.get_running_loop().create_task(run())
-    _background.add(task)
-    task.add_done_callback(_background.discard)
-    return task
+    future = asyncio.ensure_future(work)
+    _background.add(future)
+    future.add_done_callback(done)
+    return future
 
 
 def check_ttl(ttl: float) -> float:
@@ -345,7 +363,7 @@ def check_name(name: str) -> str:
 
 def async_client(redis: Any) -> Any:
     """The client itself, if it is an asyncio one."""
-    if _blocks(type(redis)) or not hasattr(redis, "evalsha"):
+    if _blocks(redis.__class__) or not hasattr(redis, "evalsha"):
         raise TypeError(f"{redis!r} is not an asyncio client of Redis: pass redis.asyncio.Redis(...)")
     return redis
 

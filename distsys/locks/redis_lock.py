@@ -18,7 +18,7 @@ import math
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -33,6 +33,7 @@ from distsys.locks.lease import (
     Lease,
     OnLost,
     async_client,
+    cancellations,
     check_name,
     check_on_lost,
     check_timeout,
@@ -53,12 +54,15 @@ SLICE = 1.0  # longest single BLPOP: it must end before the client's socket time
 PATIENCE_MS = 3_000  # a waiter silent for longer counts as dead and is skipped: three slices
 CLAIM_MS = 1_000  # how long a lock handed to a waiter waits for it to take it up
 
-# KEYS[1] - lock: its owner, with the lease as TTL    KEYS[2] - fence: the newest token, kept a week
-# KEYS[3] - queue: waiting owners, oldest first       KEYS[4] - seen: owner -> alive until (server's microseconds)
-# Each waiter blocks on KEYS[1]:wake:<owner>. All carry the same hash tag, so they share one cluster slot.
+# KEYS[1] - lock: its owner, with the lease as TTL. The other keys are named after it and so share its hash tag and its
+# cluster slot. They are not listed, because not all can be: some are named after a waiter whom only the script finds.
+#   :fence         the newest token, kept a week      :queue         waiting owners, oldest first
+#   :seen          owner -> alive until (server's microseconds)
+#   :wake:<owner>  what a waiter blocks on            :gone:<owner>  gave up; a request of theirs may still be on its way
 # ARGV[1] - the owner who asks
 _SHARED = """
-local lock, fence, queue, seen, me = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
+local lock, me = KEYS[1], ARGV[1]
+local fence, queue, seen = lock .. ':fence', lock .. ':queue', lock .. ':seen'
 local function now()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
@@ -138,8 +142,8 @@ return 1
 # Returns {owner, ms left, newest token, waiters, now}
 _EXPLAIN = """
 local t = redis.call('TIME')
-return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[2]),
-  redis.call('LLEN', KEYS[3]), t[1] * 1000000 + t[2]}
+return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[1] .. ':fence'),
+  redis.call('LLEN', KEYS[1] .. ':queue'), t[1] * 1000000 + t[2]}
 """
 
 _SHA = {script: sha1(script) for script in (_ASK, _LEAVE, _EXTEND, _EXPLAIN)}
@@ -153,10 +157,11 @@ class _Attempt:
 
     owner: str
     token: int = 0
+    stamp: int = 0  # the token this server drew, which is the lease's unless `tokens` drew another
     asked_at: float = 0.0
     left: float = 0.0  # seconds of the present lease
     holder: str = ""
-    cancellations: int = field(default_factory=lambda: _cancellations())
+    cancellations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +210,7 @@ class RedisLock:
         self.ttl, self.timeout = check_ttl(ttl), check_timeout(timeout)
         self.renew, self.on_lost, self.clock = renew, check_on_lost(on_lost), clock
         self.min_replicas, self.tokens = min_replicas, tokens
-        base = f"distsys:lock:{{{hash_tag(name)}}}"
-        self._keys = (base, f"{base}:fence", f"{base}:queue", f"{base}:seen")
+        self._key = f"distsys:lock:{{{hash_tag(name)}}}"
         self._holders = Holders(name)
 
     async def __aenter__(self) -> Lease:
@@ -260,8 +264,8 @@ class RedisLock:
     # ---- acquire: ask; if it is taken, queue, sleep until woken, ask again
 
     async def _acquire(self, timeout: float | None) -> Lease:
-        refuse_reentry(self._keys[0], self.name)
-        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}")
+        refuse_reentry(self._key, self.name)
+        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}", cancellations=cancellations())
         try:
             if timeout:
                 async with asyncio.timeout(timeout):
@@ -279,13 +283,13 @@ class RedisLock:
             raise self._refused(attempt, 0.0)
         return Lease(
             self.name,
-            key=self._keys[0],
+            key=self._key,
             owner=attempt.owner,
             token=attempt.token,
             ttl=self.ttl,
             asked_at=attempt.asked_at,
             extend=self._extend,
-            release=self._leave,
+            release=lambda lease: self._leave(lease, attempt.stamp),
             renew=self.renew,
             on_lost=self.on_lost,
             clock=self.clock,
@@ -304,15 +308,15 @@ class RedisLock:
             while not await self._granted(attempt, queue=True):
                 # Until the lock is handed to us, the present lease ends, or it is time for a sign of life.
                 longest = min(SLICE, (_option(self.redis, "socket_timeout") or math.inf) / 2, attempt.left + 0.001)
-                await self.redis.blpop([f"{self._keys[0]}:wake:{attempt.owner}"], timeout=max(0.01, longest))
+                await self.redis.blpop([f"{self._key}:wake:{attempt.owner}"], timeout=max(0.01, longest))
 
     async def _granted(self, attempt: _Attempt, *, queue: bool) -> bool:
         attempt.asked_at = self.clock()
         answer = await self._ask(attempt.owner, PATIENCE_MS if queue else "")
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
-        attempt.left, attempt.holder = left_ms / 1000, _text(holder)
-        if _cancellations() > attempt.cancellations:
-            raise asyncio.CancelledError  # Python 3.11's wait_for, inside the client, can swallow one: it still counts
+        attempt.stamp, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
+        if cancellations() > attempt.cancellations:
+            raise asyncio.CancelledError
         if token and self.tokens is not None:
             # Drawn after the grant it may come too late. If the lease still stands now, every later holder draws later.
             drawn = await self.tokens()
@@ -321,11 +325,13 @@ class RedisLock:
             attempt.token = token
         return attempt.token > 0
 
-    async def _ask(self, owner: str, patience: int | str) -> Any:
-        if not self.min_replicas:
-            return await self._run(_ASK, owner, milliseconds(self.ttl), patience)
+    def _ask(self, owner: str, patience: int | str) -> Awaitable[Any]:
+        ask = self._ask_replicated if self.min_replicas else self._run
+        return ask(_ASK, owner, milliseconds(self.ttl), patience)
+
+    async def _ask_replicated(self, *args: Any) -> Any:
         async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks for the writes of its own connection
-            pipe.eval(_ASK, 4, *self._keys, owner, milliseconds(self.ttl), patience)
+            pipe.eval(args[0], 1, self._key, *args[1:])
             pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
             answer, confirmed = await pipe.execute()
         if not isinstance(answer, list) and confirmed < self.min_replicas:
@@ -359,22 +365,16 @@ class RedisLock:
     async def _extend(self, lease: Lease, ttl: float) -> bool:
         return bool(await self._run(_EXTEND, lease.owner, milliseconds(ttl)) == 1)
 
-    async def _leave(self, lease: Lease) -> bool:
-        answer = await self._run(_LEAVE, lease.owner, lease.token or 0)
+    async def _leave(self, lease: Lease, stamp: int) -> bool:
+        answer = await self._run(_LEAVE, lease.owner, stamp)
         # 2 inside the lease's own time: the client retried a release whose reply was lost. Nobody came between.
         return answer == 1 or (answer == 2 and lease.covered)
 
     async def _run(self, script: str, *args: Any) -> Any:
         try:
-            return await self.redis.evalsha(_SHA[script], 4, *self._keys, *args)
+            return await self.redis.evalsha(_SHA[script], 1, self._key, *args)
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
-            return await self.redis.eval(script, 4, *self._keys, *args)
-
-
-def _cancellations() -> int:
-    """How often the running task was asked to cancel; asyncio.timeout() counts while it does."""
-    task = asyncio.current_task()
-    return task.cancelling() if task else 0
+            return await self.redis.eval(script, 1, self._key, *args)
 
 
 def _text(reply: bytes | str | None) -> str:

@@ -658,10 +658,10 @@ async def test_it_runs_on_a_cluster(servers: Servers) -> None:
 @given(st.text(min_size=1, max_size=40).filter(lambda s: s.encode("utf-8", "ignore").decode() == s))
 def test_all_keys_of_any_name_share_one_slot(name: str) -> None:
     """Braces, spaces and unicode included; two names never share keys."""
-    lock = RedisLock(Redis(), name)
-    wake = f"{lock._keys[0]}:wake:owner"
-    assert len({key_slot(key.encode()) for key in (*lock._keys, wake)}) == 1
-    assert RedisLock(Redis(), name + "}")._keys[0] != lock._keys[0]
+    key = RedisLock(Redis(), name)._key
+    named_after_it = [f"{key}:{part}" for part in ("fence", "queue", "seen", "wake:owner", "gone:owner")]
+    assert len({key_slot(each.encode()) for each in (key, *named_after_it)}) == 1
+    assert RedisLock(Redis(), name + "}")._key != key
 
 
 @pytest.mark.parametrize("name", ["two words", "ключ ✓", "{braces}", "}{", "%7B", "x" * 10_000])
