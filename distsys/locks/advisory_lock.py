@@ -74,7 +74,7 @@ class Hold:
         self._backend_pid = 0  # of the session that holds the lock
         self._task: asyncio.Task[Any] | None = None
         self._body = self._cancelled = self._ended = False  # is there a body to cancel; did we
-        self._fd, self._reading = -1, False
+        self._fd, self._reading = -1, False  # of the watch
         self._look: asyncio.Handle | None = None
         self._lost = ""  # why
         self._cause: BaseException | None = None
@@ -96,7 +96,6 @@ class Hold:
     def _watch(self, *, body: bool) -> None:
         self._loop, self._task, self._body = asyncio.get_running_loop(), asyncio.current_task(), body
         self._cancelling = self._task.cancelling() if self._task else 0
-        self._fd = os.dup(self.connection.pgconn.socket)
         self._look = self._loop.call_soon(self._read)  # a body that never waits is over before
         self.lock._holds[self._task] = self
 
@@ -159,7 +158,7 @@ class Hold:
         return handled
 
     async def _give_back(self, error: BaseException | None) -> bool:
-        """The connection goes back to where it came from. True when that settles `error`, as it does psycopg.Rollback."""
+        """The connection goes back where it came from. True when that settles `error`, as it does psycopg.Rollback."""
         source, handled = self.lock.source, False
         try:
             if self._transaction is not None:
@@ -279,12 +278,16 @@ class AdvisoryLock:
             raise RuntimeError(f"this task already holds {self}: it is not re-entrant, pass the hold on instead")
         started = elapsed()
         hold = Hold(self, await self._connection(timeout))
+        watched = body or self.scope == "session"
         try:
+            if watched:
+                hold._fd = os.dup(hold.connection.pgconn.socket)  # before the lock is ours, for this may fail
             if not await self._lock(hold, timeout and max(0.001, started + timeout - elapsed())):
                 raise self._refusal(started)  # noqa: TRY301  the way out is the same as for the errors below
-            if self.scope == "session" or body:
+            if watched:
                 hold._watch(body=body)
         except BaseException as error:
+            hold._unwatch()
             await hold._give_back(error)
             if isinstance(error, (LockNotAvailable, QueryCanceled, DeadlockDetected)):
                 raise self._refusal(started, error) from error

@@ -58,7 +58,7 @@ CLAIM_MS = 1_000  # how long a lock handed to a waiter waits for it to take it u
 # cluster slot. They are not listed, because not all can be: some are named after a waiter whom only the script finds.
 #   :fence         the newest token, kept a week      :queue         waiting owners, oldest first
 #   :seen          owner -> alive until (server's microseconds)
-#   :wake:<owner>  what a waiter blocks on            :gone:<owner>  gave up; a request of theirs may still be on its way
+#   :wake:<owner>  what a waiter blocks on            :gone:<owner>  gave up; its request may still be on the way
 # ARGV[1] - the owner who asks
 _SHARED = """
 local lock, me = KEYS[1], ARGV[1]

@@ -1,10 +1,11 @@
-"""Bugs planted in Redlock and in the fences, by name, and the test that each one kills: this tests the tests."""
+"""Bugs planted in Redlock, the fences and the lease, by name, and the test that each one kills."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +16,11 @@ from redis.asyncio import Redis
 
 from distsys.lab.servers import Server
 from distsys.locks import fencing, redlock
-from distsys.locks.lease import Lease, held_leases
+from distsys.locks import lease as leases
+from distsys.locks.lease import Holders, Lease, held_leases
 from distsys.locks.redlock import _EXTEND, _FREE, _GRANT, Redlock, _Votes
 from tests.locks import test_fencing as fences
+from tests.locks import test_lease as told
 from tests.locks import test_redlock as votes
 from tests.locks.test_fencing import Connect, conn, connect
 from tests.locks.test_redlock import all_well, nodes, servers_5, three
@@ -46,6 +49,10 @@ async def dies(test: Test, *, within: float = 2, **fixtures: Any) -> bool:
                 task.cancel()
             await asyncio.wait(left, timeout=0.1)
     return False
+
+
+def name_of(test: Test) -> str:
+    return str(getattr(test, "func", test).__name__)
 
 
 def planted(name: str, *bug: Any, caught_by: Test) -> Any:
@@ -419,10 +426,71 @@ async def test_a_bug_in_a_function_of_fencing_is_caught(
     assert await dies(killer, redis=redis)
 
 
+# ---- the lease
+
+
+def shortened(lease: Lease, asked_at: float, ttl: float) -> None:
+    lease.ttl, lease._deadline = ttl, leases.local_deadline(asked_at, ttl)
+
+
+def kept(holders: Holders, lease: Lease) -> Lease:
+    holders._leases.append(lease)
+    return lease
+
+
+LEASE = [
+    planted(
+        "no allowance for drift",
+        *(leases, "local_deadline", lambda asked_at, ttl: asked_at + ttl),
+        caught_by=told.test_a_lease_knows_from_the_clock_alone_that_it_is_over,
+    ),
+    planted(
+        "the last answer decides the deadline",
+        *(Lease, "_granted", shortened),
+        caught_by=told.test_extensions_that_overtake_each_other_keep_the_longer_one,
+    ),
+    planted(
+        "a cancellation swallowed by the client is forgotten",
+        *(leases, "cancellations", lambda: 0),
+        caught_by=partial(told.test_a_cancellation_that_the_stores_client_swallows_still_counts, call="release"),
+    ),
+    planted(
+        "a released lease is remembered for ever",
+        *(Holders, "add", kept),
+        caught_by=told.test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them,
+    ),
+    planted(
+        "the body is told when it can't hear",
+        *(leases, "_cancel", lambda body: body.cancel()),
+        caught_by=partial(told.test_a_body_that_only_waits_for_quick_work_is_stopped, turns=1, work_turns=1),
+    ),
+]
+if sys.version_info >= (3, 12):
+    LEASE.pop()  # there wait_for swallows nothing
+
+
+@pytest.mark.parametrize(("home", "attribute", "broken", "killer"), LEASE)
+async def test_a_bug_in_the_lease_is_caught(
+    monkeypatch: pytest.MonkeyPatch, home: Any, attribute: str, broken: Any, killer: Test
+) -> None:
+    """Each mutant by the test that is named beside it."""
+    monkeypatch.setattr(home, attribute, broken)
+    assert await dies(killer)
+
+
+# ---- controls
+
+
+@pytest.mark.parametrize("killer", sorted({param.values[-1] for param in LEASE}, key=str), ids=name_of)
+async def test_without_a_bug_the_tests_of_the_lease_live(killer: Test) -> None:
+    """Or their deaths would prove nothing."""
+    assert not await dies(killer, within=20)
+
+
 @pytest.mark.parametrize(
     "killer",
     sorted({param.values[-1] for group in (SCRIPTS, CODE) for param in group}, key=str),
-    ids=lambda test: getattr(test, "func", test).__name__,
+    ids=name_of,
 )
 async def test_without_a_bug_the_tests_of_redlock_live(
     servers_5: list[Server],
@@ -430,7 +498,7 @@ async def test_without_a_bug_the_tests_of_redlock_live(
     three: list[Redis],
     killer: Test,
 ) -> None:
-    """Or their deaths would prove nothing: run as above, each passes."""
+    """The same."""
     assert not await dies(killer, within=20, servers_5=servers_5, nodes=nodes, three=three)
     await all_well(servers_5)
 
@@ -438,7 +506,7 @@ async def test_without_a_bug_the_tests_of_redlock_live(
 @pytest.mark.parametrize(
     "killer",
     sorted({param.values[-1] for group in (LUA, SQL, PYTHON) for param in group}, key=str),
-    ids=lambda test: getattr(test, "func", test).__name__,
+    ids=name_of,
 )
 async def test_without_a_bug_the_tests_of_fencing_live(
     redis: Redis,

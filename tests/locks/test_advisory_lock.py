@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -1037,6 +1038,25 @@ async def test_a_grant_whose_answer_never_came_is_not_held(
         await until(admin, held=0, waiting=0)
 
 
+@pytest.mark.parametrize("scope", ["transaction", "session"])
+async def test_a_lock_that_cannot_be_watched_is_not_taken(
+    pg_pool: AsyncConnectionPool, admin: AsyncConnection[Any], monkeypatch: pytest.MonkeyPatch, scope: Any
+) -> None:
+    """The process is out of file descriptors: the error comes out, and the pool gets an unlocked connection back."""
+
+    def exhausted(fd: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    lock = AdvisoryLock(pg_pool, "x", scope=scope)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", exhausted)
+        with pytest.raises(OSError, match="Too many open files"):
+            await lock.__aenter__()
+    assert await states(admin) == []
+    async with lock:
+        assert len(await states(admin)) == 1
+
+
 # ---- the watch does not disturb
 
 
@@ -1277,7 +1297,7 @@ async def test_a_connection_that_dies_while_waiting_passes_its_error_through(con
         with pytest.raises(psycopg.OperationalError):
             await task
     for scope in ("session", "transaction"):
-        with pytest.raises(psycopg.OperationalError, match=r"closed|no connection"):
+        with pytest.raises(psycopg.OperationalError, match=r"connection is (closed|lost)"):
             await AdvisoryLock(conn, "x", scope=scope).acquire()  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The mutants of the locks run in a pytest of their own: what a broken lock leaves open must not trouble other tests."""
+"""The mutants run in a pytest of their own: what a broken lock leaves open must not trouble other tests."""
 
 from __future__ import annotations
 
