@@ -5,9 +5,12 @@ How a number is made
   is runs; the others sleep in a read. Client and server share one core (--unpinned: all of them), for on two cores of
   an idle machine a round trip is mostly the wake-up of the other core, which hides what the client costs.
 - Rounds are interleaved, A B C A B C, after one that warms up. A value is the median over the rounds, a ratio the
-  median of the ratios to the floor *of the same round*: a neighbour that takes half of the machine takes it from both.
-- The floor is the least a client can do: the raw commands, through the same client. CPU is the contender's own process.
-- Rates drift by 2x from run to run and are for orientation. Compare ratios.
+  median of the ratios to the floor *of the same round*. The floor is the least a client can do: the raw commands,
+  through the same client.
+- On one core an operation takes the CPU time of the client and the server. The ratio to the floor is the ratio of these
+  sums, so that others who use the machine do not count; where it can't be measured (not Linux, --unpinned, a server
+  that was not started here) it is the ratio of the rates.
+- Rates drift by 2x from run to run, and count the neighbours in. Compare ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 from distsys.lab.processes import Process, Processes
 from distsys.lab.servers import Servers, ServerUnavailable
@@ -47,6 +52,11 @@ class Contender:
     floor: str = ""  # the name of the row it is compared with; "" is a floor itself
     goal: float | None = None  # of the ratio, at least
     needs: str = ""  # the package of a peer; missing, the row is skipped and says so
+
+
+class Round(NamedTuple):
+    answers: list[Any]  # of each process of a contender
+    server_cpu: float | None  # seconds that all servers together were busy meanwhile, if it can be told
 
 
 @dataclass
@@ -126,8 +136,8 @@ class Bench:
         processes: int = 1,
         times: int = 1,
         **request: Any,
-    ) -> dict[str, list[list[Any]]]:
-        """Each contender's answers, round by round, of each of its processes; `do` is a function of the script."""
+    ) -> dict[str, list[Round]]:
+        """What each contender answers, round by round; `do` is a function of the script."""
         rounds = times * self.options.rounds
         groups: dict[str, list[_Child]] = {}
         try:
@@ -141,14 +151,18 @@ class Bench:
                         continue
                 starting = (_Child.start(self.processes, contender, number) for number in range(processes))
                 groups[contender.name] = await asyncio.gather(*starting)
-            answers: dict[str, list[list[Any]]] = {name: [] for name in groups}
+            answers: dict[str, list[Round]] = {name: [] for name in groups}
+            pids: list[int] = []
             for number in range(1 + rounds):
+                if number < 2:  # in the second round all are connected
+                    pids = self._server_pids()
                 for name, children in groups.items():
+                    before = _cpu_time(pids)
                     start = time.monotonic() + 0.01 * processes
-                    asked = (child.ask(do=do, start=start, **request) for child in children)
-                    answer = await asyncio.gather(*asked)
+                    got = await asyncio.gather(*(child.ask(do=do, start=start, **request) for child in children))
+                    after = _cpu_time(pids)
                     if number:
-                        answers[name].append(answer)
+                        answers[name].append(Round(got, after - before if after and before else None))
                 print(f"\r{title}: round {number} of {rounds} ", end="", file=sys.stderr, flush=True)
             print("\r\033[K", end="", file=sys.stderr)
         finally:
@@ -156,26 +170,36 @@ class Bench:
         return answers
 
     async def speed(self, title: str, unit: str, contenders: Sequence[Contender], *, do: str, note: str) -> None:
-        """A table of rates: medians, ratios to the floor, CPU per operation, and whether the goal is met."""
+        """A table of rates: medians, CPU per operation, ratios to the floor, and whether the goal is met."""
         if not self.wanted(title):
             return
-        answers = await self.rounds(title, contenders, do, times=1 if self.options.quick else 3, seconds=0.15)
-        rates = {name: [of[0]["rate"] for of in each] for name, each in answers.items()}
-        costs = {name: [of[0]["cpu_us"] for of in each] for name, each in answers.items()}
+        answers = await self.rounds(title, contenders, do, times=3 if self.options.quick else 9, seconds=0.05)
+        found = {name: [_cost(*one) for one in each] for name, each in answers.items()}
+        told = all(one["server_us"] is not None for each in found.values() for one in each)
+        if told and not self.options.unpinned:
+            took = {name: [one["client_us"] + one["server_us"] for one in each] for name, each in found.items()}
+        else:
+            took = {name: [1 / one["rate"] for one in each] for name, each in found.items()}
         rows, bars = [], {}
-        for contender in (c for c in contenders if c.name in answers):
-            floor = contender.floor or contender.name
-            bars[contender.name] = ratios(rates[contender.name], rates[floor])
-            ratio, cost = median(bars[contender.name]), median(ratios(costs[contender.name], costs[floor]))
-            goal = [(f"≥ {contender.goal:g}", ratio >= contender.goal)] if contender.goal else []
-            numbers = [f"{median(rates[contender.name]):,.0f}", f"{ratio:.2f}"]
-            rows.append(
-                [contender.name, *numbers, f"{median(costs[contender.name]):,.0f}", f"{cost:.2f}", judge(*goal)]
-            )
-        columns = ["", f"{unit}/s", "to its floor", "client CPU µs", "to its floor", "goal"]
+        for contender in (c for c in contenders if c.name in found):
+            name = contender.name
+            bars[name] = ratios(took[contender.floor or name], took[name])
+            ratio = median(bars[name])
+            numbers = [f"{median([one[key] for one in found[name]]):,.0f}" for key in ("rate", "client_us")]
+            numbers += [f"{median([one['server_us'] for one in found[name]]):,.0f}" if told else "-", f"{ratio:.2f}"]
+            goals = [(f"≥ {contender.goal:g}", ratio >= contender.goal)] if contender.goal else []
+            rows.append([name, *numbers, judge(*goals)])
+        columns = ["", f"{unit}/s", "client CPU µs", "server CPU µs", "to its floor", "goal"]
         goal = next((c.goal for c in contenders if c.goal), None)
-        samples = {"rate": rates, "cpu_us": costs}
-        self.show(Table(title, columns, rows, note, bars, f"{unit}/s, ratio to the floor", goal, samples=samples))
+        self.show(Table(title, columns, rows, note, bars, f"{unit}, speed to the floor's", goal, samples=found))
+
+    def _server_pids(self) -> list[int]:
+        """Of the servers started here and what they have forked; none if one of them was not."""
+        started = [server.process for server in self.servers.running.values()]
+        if not all(started):
+            return []
+        roots = [psutil.Process(process.pid) for process in started if process]
+        return [part.pid for root in roots for part in (root, *root.children(recursive=True))]
 
     def show(self, table: Table) -> None:
         table.note = table.note.strip()
@@ -271,6 +295,22 @@ def judge(*goals: tuple[str, bool]) -> str:
     return " · ".join(f"{goal} {'met' if met else '**not met**'}" for goal, met in goals)
 
 
+def _cost(answers: list[Any], server_cpu: float | None) -> dict[str, Any]:
+    """What `repeat` answered, for one operation."""
+    (one,) = answers
+    per = 1e6 / one["count"]
+    server = None if server_cpu is None else per * server_cpu
+    return {"rate": one["count"] / one["seconds"], "client_us": per * one["cpu"], "server_us": server}
+
+
+def _cpu_time(pids: Sequence[int]) -> float | None:
+    """Seconds, exact to the nanosecond: what psutil tells is counted in ticks of 10 ms."""
+    try:
+        return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9 if pids else None
+    except FileNotFoundError:
+        return None
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -333,13 +373,12 @@ async def repeat(once: Callable[[], Any], seconds: float) -> dict[str, float]:
     """Calls a function, or awaits a coroutine function, over and over."""
     count, awaited = 0, asyncio.iscoroutinefunction(once)
     cpu, begin = time.process_time(), time.perf_counter()
-    end = now = begin
-    end += seconds
-    while now < end:
+    now = begin
+    while now < begin + seconds:
         if awaited:
             await once()
         else:
             once()
         count += 1
         now = time.perf_counter()
-    return {"rate": count / (now - begin), "cpu_us": 1e6 * (time.process_time() - cpu) / count}
+    return {"count": count, "seconds": now - begin, "cpu": time.process_time() - cpu}

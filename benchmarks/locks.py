@@ -342,7 +342,7 @@ async def contended(
         seconds=bench.seconds(1.5),
         waiters=WAITERS // processes,
     )
-    found = {name: [handed_on(name, each) for each in rounds] for name, rounds in answers.items()}
+    found = {name: [handed_on(name, one.answers) for one in rounds] for name, rounds in answers.items()}
     rates = {name: [one["rate"] for one in each] for name, each in found.items()}
     rows, bars = [], {}
     for contender in (c for c in contenders if c.name in found):

@@ -14,19 +14,41 @@ if TYPE_CHECKING:
     from distsys.errors import LockLost as LockLost
     from distsys.errors import LockNotAcquired as LockNotAcquired
     from distsys.errors import Rejected as Rejected
+    from distsys.errors import SharedSession as SharedSession
     from distsys.errors import StaleToken as StaleToken
     from distsys.locks.advisory_lock import AdvisoryLock as AdvisoryLock
     from distsys.locks.advisory_lock import advisory_locks as advisory_locks
+    from distsys.locks.advisory_lock import held_advisory_locks as held_advisory_locks
     from distsys.locks.fencing import current_token as current_token
+    from distsys.locks.fencing import fence as fence
+    from distsys.locks.fencing import fenced_get as fenced_get
     from distsys.locks.fencing import fenced_set as fenced_set
     from distsys.locks.fencing import fenced_update as fenced_update
+    from distsys.locks.fencing import postgres_tokens as postgres_tokens
+    from distsys.locks.fencing import ttl_advice as ttl_advice
     from distsys.locks.redis_lock import RedisLock as RedisLock
     from distsys.locks.redlock import Redlock as Redlock
 
 _HOME = {
-    "errors": ("Indeterminate", "LockDeadlock", "LockLost", "LockNotAcquired", "Rejected", "StaleToken"),
-    "locks.advisory_lock": ("AdvisoryLock", "advisory_locks"),
-    "locks.fencing": ("current_token", "fenced_set", "fenced_update"),
+    "errors": (
+        "Indeterminate",
+        "LockDeadlock",
+        "LockLost",
+        "LockNotAcquired",
+        "Rejected",
+        "SharedSession",
+        "StaleToken",
+    ),
+    "locks.advisory_lock": ("AdvisoryLock", "advisory_locks", "held_advisory_locks"),
+    "locks.fencing": (
+        "current_token",
+        "fence",
+        "fenced_get",
+        "fenced_set",
+        "fenced_update",
+        "postgres_tokens",
+        "ttl_advice",
+    ),
     "locks.redis_lock": ("RedisLock",),
     "locks.redlock": ("Redlock",),
 }

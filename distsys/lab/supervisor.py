@@ -32,6 +32,7 @@ IDLE = 0.1  # seconds without a request before the next of these is imported: se
 FRAME = struct.Struct(">II")  # in front of a worker's work: the lengths of its header (JSON) and of its payload
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_KEPT = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # the last two: Python ignores them
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -155,7 +156,7 @@ class Supervisor:
             if os.getppid() != supervisor:  # which has come already
                 os._exit(code)
             signal.set_wakeup_fd(-1)
-            for sig in (*_ENDS, signal.SIGCHLD):
+            for sig in signal.valid_signals() - _KEPT:  # a shell's background jobs, for one, ignore SIGQUIT and SIGINT
                 signal.signal(sig, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             log = os.open(self.folder / f"{request['name']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -176,7 +177,7 @@ class Supervisor:
 
 
 def _execute(argv: list[str], env: dict[str, str], cwd: str, uid: int | None, **_: Any) -> NoReturn:
-    for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a new program would inherit that
+    for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # a program that is not Python would inherit that
         signal.signal(sig, signal.SIG_DFL)
     os.chdir(cwd)
     if uid is not None:

@@ -156,12 +156,12 @@ class _Attempt:
     """One acquisition on its way."""
 
     owner: str
+    cancellations: int  # that the task had been asked for before
     token: int = 0
     stamp: int = 0  # the token this server drew, which is the lease's unless `tokens` drew another
     asked_at: float = 0.0
     left: float = 0.0  # seconds of the present lease
     holder: str = ""
-    cancellations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ class RedisLock:
 
     async def _acquire(self, timeout: float | None) -> Lease:
         refuse_reentry(self._key, self.name)
-        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}", cancellations=cancellations())
+        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}", cancellations())
         try:
             if timeout:
                 async with asyncio.timeout(timeout):
@@ -329,9 +329,9 @@ class RedisLock:
         ask = self._ask_replicated if self.min_replicas else self._run
         return ask(_ASK, owner, milliseconds(self.ttl), patience)
 
-    async def _ask_replicated(self, *args: Any) -> Any:
+    async def _ask_replicated(self, script: str, *args: Any) -> Any:
         async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks for the writes of its own connection
-            pipe.eval(args[0], 1, self._key, *args[1:])
+            pipe.eval(script, 1, self._key, *args)
             pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
             answer, confirmed = await pipe.execute()
         if not isinstance(answer, list) and confirmed < self.min_replicas:

@@ -111,6 +111,20 @@ async def test_a_stop_from_outside_and_its_end_are_both_seen(processes: Processe
     assert await process.exited() == -signal.SIGTERM
 
 
+async def test_signals_a_program_ignores_are_not_ignored_by_what_it_starts() -> None:
+    """A shell's background jobs ignore SIGQUIT and SIGINT; a server must not inherit that, or it could not be ended."""
+    ignored = {sig: signal.signal(sig, signal.SIG_IGN) for sig in (signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        processes = await Processes.start()
+    finally:
+        for sig, handler in ignored.items():
+            signal.signal(sig, handler)
+    for sig in ignored:
+        process = await processes.launch(["sleep", "60"], name="sleep")
+        assert await process.end(sig) == -sig
+    await processes.aclose()
+
+
 async def test_a_process_that_has_exited_is_not_signalled(processes: Processes) -> None:
     """Its number may belong to a stranger: the error names the process."""
     process = await processes.launch(["true"], name="brief")

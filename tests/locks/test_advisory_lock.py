@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from hypothesis import given
@@ -1102,6 +1103,35 @@ async def test_unread_data_of_a_slow_copy_does_not_spin_the_event_loop(
                 async for _ in copy:
                     pass
             await until_cancelled(terminate(admin, conn))
+
+
+async def test_a_hold_leaves_no_descriptor_and_no_callback_behind(connect: Connect) -> None:
+    """Granted, refused, cancelled, lost: as many files are open as before, and nothing fires after the end."""
+    conn, other, admin = await connect(), await connect(), await connect()
+    loop, process = asyncio.get_running_loop(), psutil.Process()
+    late: list[dict[str, Any]] = []
+    lock = AdvisoryLock(conn, "x", scope="session")
+    before = process.num_fds()
+    loop.set_exception_handler(lambda _, context: late.append(context))
+    try:
+        async with lock:
+            pass  # over before the watch begins to look
+        await asyncio.sleep(0)
+        async with lock:
+            await conn.execute("SELECT 1")
+        async with AdvisoryLock(other, "x", scope="session"):
+            assert await lock.try_acquire() is None
+            async with asking(lock, who=admin) as task:
+                task.cancel()
+                await asyncio.wait([task])
+        assert process.num_fds() == before
+        with pytest.raises(LockLost):
+            async with lock:
+                await until_cancelled(terminate(admin, conn))
+        assert process.num_fds() == before - 1  # libpq has closed its own
+    finally:
+        loop.set_exception_handler(None)
+    assert late == []
 
 
 async def test_a_busy_connection_works_as_ever_under_the_watch(connect: Connect) -> None:
