@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -69,7 +71,7 @@ class Table:
     axis: str
     goal: float | None = None
     log: bool = False
-    samples: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # row -> what each round gave
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
@@ -228,17 +230,28 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         facts = self.facts()
         versions = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
-        pinned = "client and server on one core" if facts["pinned"] else "unpinned"
+        pinned = "client and server on one core" if facts["pinned"] else "on all cores"
         head = f"""# Benchmark: {self.topic}
 
 {facts["date"]}, {facts["machine"]}, Python {facts["python"]}, {versions}; {"; ".join(facts["servers"])}.
-{facts["rounds"]} interleaved rounds, {pinned}. Medians; a ratio is to the floor of the same round. See `common.py`.
+{facts["rounds"]} interleaved rounds, {pinned}; medians. A ratio is to the floor of the same round, and on one
+core by the CPU time of client and server, so that neighbours do not count. Rates and milliseconds drift.
 
 ![ratios]({self.topic}.svg)
 """
         parts = [head, *self.skipped, *map(str, self.tables)]
         (out / f"{self.topic}.md").write_text("\n\n".join(parts) + "\n")
-        tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "samples": t.samples} for t in self.tables]
+        tables = [
+            {
+                "title": table.title,
+                "columns": table.columns,
+                "rows": table.rows,
+                "samples": {
+                    name: {key: [one[key] for one in each] for key in each[0]} for name, each in table.samples.items()
+                },
+            }
+            for table in self.tables
+        ]
         data = json.loads(
             json.dumps(facts | {"tables": tables}),
             parse_float=lambda text: float(f"{float(text):.4g}"),
@@ -255,23 +268,26 @@ class Bench:
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
-        heights = [len(table.bars) + 1.5 for table in self.tables]
+        heights = [len(table.bars) + 1.8 for table in self.tables]
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.topic, "font.size": 9}):
             figure = Figure(figsize=(9, 0.27 * sum(heights)), layout="constrained")
             axes = figure.subplots(len(self.tables), squeeze=False, height_ratios=heights)[:, 0]
             for ax, table in zip(axes, self.tables, strict=True):
                 for y, (name, values) in enumerate(table.bars.items()):
                     ax.barh(y, median(values), height=0.62, color="#2e7d5b" if ", ours" in name else "#b8bec6")
-                    ax.plot(values, [y] * len(values), "|", color="#30363d", markersize=5, alpha=0.6)  # each round
+                    middle_half = percentile(values, 25), percentile(values, 75)
+                    ax.plot(middle_half, (y, y), color="#30363d", linewidth=1.5)
                 if table.goal:
                     ax.axvline(table.goal, color="#b54708", linestyle="--", linewidth=1)
-                    ax.text(table.goal, -0.75, f"goal {table.goal:g}", color="#b54708", fontsize=7, ha="center")
+                    ax.text(table.goal, -0.7, f"goal {table.goal:g}", color="#b54708", fontsize=7, ha="center")
                 ax.set_yticks(range(len(table.bars)), list(table.bars))
                 ax.invert_yaxis()
-                ax.set_title(f"{table.title}: {table.axis}", loc="left", fontsize=9, pad=9)
+                ax.set_title(f"{table.title}: {table.axis}", loc="left", fontsize=9, pad=13)
                 ax.spines[["top", "right"]].set_visible(False)
                 if table.log:
                     ax.set_xscale("log")
+                    ax.xaxis.set_major_formatter("{x:g}")
+            figure.supxlabel("bar: the median of the rounds, line: their middle half", fontsize=8)
             figure.savefig(path, metadata={"Date": None})
 
 
@@ -283,7 +299,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratios(values: Sequence[float], floor: Sequence[float]) -> list[float]:
-    return [value / least for value, least in zip(values, floor, strict=True)]
+    return [value / least if least else math.inf for value, least in zip(values, floor, strict=True)]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -371,7 +387,7 @@ async def _serve(sock: socket.socket, script: str, make: str, args: list[str]) -
 
 async def repeat(once: Callable[[], Any], seconds: float) -> dict[str, float]:
     """Calls a function, or awaits a coroutine function, over and over."""
-    count, awaited = 0, asyncio.iscoroutinefunction(once)
+    count, awaited = 0, inspect.iscoroutinefunction(once)
     cpu, begin = time.process_time(), time.perf_counter()
     now = begin
     while now < begin + seconds:

@@ -56,8 +56,9 @@ def leave(payload: bytes, sock: socket.socket) -> None:
 
 
 def sleep(payload: bytes, sock: socket.socket) -> None:
-    """A worker that has a process of its own, in a session of its own, and never ends."""
-    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    """A worker that never ends, and leaves behind a process in a session of its own, whose parent is gone."""
+    orphan = subprocess.Popen(["sh", "-c", "sleep 600 &"], start_new_session=True)
+    orphan.wait()
     sock.sendall(payload)
     time.sleep(600)
 
