@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from distsys.errors import Rejected as Rejected
     from distsys.errors import SharedSession as SharedSession
     from distsys.errors import StaleToken as StaleToken
+    from distsys.locks.advisory_keys import held_advisory_locks as held_advisory_locks
+    from distsys.locks.advisory_keys import lock_id as lock_id
     from distsys.locks.advisory_lock import AdvisoryLock as AdvisoryLock
     from distsys.locks.advisory_lock import advisory_locks as advisory_locks
-    from distsys.locks.advisory_lock import held_advisory_locks as held_advisory_locks
     from distsys.locks.fencing import current_token as current_token
     from distsys.locks.fencing import fence as fence
     from distsys.locks.fencing import fenced_get as fenced_get
@@ -39,7 +40,8 @@ _HOME = {
         "SharedSession",
         "StaleToken",
     ),
-    "locks.advisory_lock": ("AdvisoryLock", "advisory_locks", "held_advisory_locks"),
+    "locks.advisory_keys": ("held_advisory_locks", "lock_id"),
+    "locks.advisory_lock": ("AdvisoryLock", "advisory_locks"),
     "locks.fencing": (
         "current_token",
         "fence",

@@ -13,56 +13,34 @@ Source   PostgreSQL documentation, 13.3.5 "Advisory Locks" and 9.28.10; its src/
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import itertools
 import math
 import os
-from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from datetime import datetime
 from types import EllipsisType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import AsyncConnection, generators
-from psycopg.errors import DeadlockDetected, LockNotAvailable, QueryCanceled, error_from_result
+from psycopg.errors import DeadlockDetected, InvalidSqlStatementName, LockNotAvailable, QueryCanceled, error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
-from psycopg.rows import kwargs_row, tuple_row
+from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from distsys.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
-from distsys.locks.lease import check_name, check_timeout
+from distsys.locks.advisory_keys import Key, lock_key, oids, order
+from distsys.locks.lease import check_timeout
 
-Key = int | tuple[int, int]
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
 IN_TRANSACTION = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 ROLL_BACK = b"ROLLBACK TO distsys_lock; RELEASE distsys_lock"
 
 _session_keys: WeakKeyDictionary[AsyncConnection[Any], set[Key]] = WeakKeyDictionary()
-
-
-def lock_id(name: str) -> int:
-    """The signed 64-bit id of a name: the first 8 bytes of its SHA-256, big-endian; the same on every machine.
-
-    In SQL: `('x' || left(encode(sha256(convert_to(name, 'UTF8')), 'hex'), 16))::bit(64)::bigint`. Among n names two
-    share an id with odds of about n^2 / 2^65, one in 37 million for a million names; such two only wait for each other.
-    """
-    return int.from_bytes(hashlib.sha256(check_name(name).encode()).digest()[:8], "big", signed=True)
-
-
-def lock_key(name: str | Key) -> Key:
-    """The key of a str (its lock_id), of an int (the same 64-bit space) or of two int4 (a space of their own)."""
-    if isinstance(name, str):
-        return lock_id(name)
-    parts, bits = (name, 32) if isinstance(name, tuple) else ((name,), 64)
-    if len(parts) != 64 // bits or not all(type(part) is int for part in parts):
-        raise TypeError(f"name={name!r} names no lock: give a str, an int, or a tuple of two ints")
-    if not all(-(1 << bits - 1) <= part < 1 << bits - 1 for part in parts):
-        raise ValueError(f"name={name!r} does not fit into signed {bits} bits: give its str, which is hashed")
-    return name
+_prepared: WeakKeyDictionary[AsyncConnection[Any], dict[str, bytes]] = WeakKeyDictionary()  # SQL -> its name, or b""
+_numbers = itertools.count()
 
 
 class Hold:
@@ -181,8 +159,8 @@ class Hold:
             finally:
                 async with conn.lock:
                     if conn.pgconn.transaction_status == TransactionStatus.IDLE:
-                        unlock = f"SELECT {self.lock._calls('pg_advisory_unlock')[0]}"
-                        unlocked = await _run(conn, f"{unlock} WHERE pg_backend_pid() = {self._backend_pid}") == [b"t"]
+                        ours = "pg_backend_pid() = $1", self._backend_pid
+                        unlocked = await self.lock._ask(conn, "advisory_unlock", *ours) == [ours[1], b"t"]
             if not unlocked:
                 self._lost = self._lost or "at its end this session did not hold it any more, or was another one"
         finally:
@@ -326,16 +304,15 @@ class AdvisoryLock:
     async def _lock_session(self, hold: Hold, timeout: float | None) -> bool:
         """One round trip, which begins no transaction."""
         conn = hold.connection
+        limit = math.ceil(timeout * 1000) if timeout else ""
+        # A proxy tells its clients a pid of its own making. Then no row comes back, and the lock is not even tried.
+        where, pid = "$1 IN (0, pg_backend_pid())", 0 if self.proxy else conn.pgconn.backend_pid
+        where += " AND ($2 = '' OR set_config('lock_timeout', $2, true) <> '')"  # for this statement alone
         async with conn.lock:
             if conn.pgconn.transaction_status in IN_TRANSACTION:
                 raise RuntimeError(f"{self}: this connection is in a transaction; commit, or use scope='transaction'")
-            # A proxy tells its clients a pid of its own making. Then no row comes back, and the lock is not even tried.
-            where = "" if self.proxy else f" WHERE pg_backend_pid() = {conn.pgconn.backend_pid}"
-            # Two statements in one message are one transaction, and SET LOCAL ends with it.
-            limit = f"SET LOCAL lock_timeout = {math.ceil(timeout * 1000)}; " if timeout else ""
-            call = self._calls("pg_try_advisory_lock" if timeout == 0 else "pg_advisory_lock")[0]
             try:
-                row = await _run(conn, f"{limit}SELECT pg_backend_pid(), {call}{where}")
+                row = await self._ask(conn, "try_advisory_lock" if timeout == 0 else "advisory_lock", where, pid, limit)
             except BaseException as error:
                 await self._undo(conn, error)
                 raise
@@ -345,22 +322,21 @@ class AdvisoryLock:
                 "connected. A proxy in between may run our next statement in another session and give others this one, "
                 "locked. Use scope='transaction', or connect directly, or say proxy='session' if it pools sessions"
             )
-        hold._backend_pid = int(row[0] or 0)
-        return row[1] != b"f"
+        hold._backend_pid = row[0]
+        return bool(row[1] != b"f")
 
     async def _undo(self, conn: AsyncConnection[Any], error: BaseException) -> None:
         """A grant may race the timeout or the cancel: then Postgres reports the error and keeps the lock all the same.
 
         Each key has at most one hold on a connection, so what pg_locks shows of ours can only be that grant.
         """
-        high, low, space = _oids(self.keys[0])
+        high, low, space = oids(self.keys[0])
         mode, undone = "ShareLock" if self.shared else "ExclusiveLock", False
         try:
             if conn.pgconn.status == ConnStatus.OK:
-                (unlock,) = self._calls("pg_advisory_unlock")
                 ours = f"pid = pg_backend_pid() AND granted AND locktype = 'advisory' AND mode = '{mode}'"
                 key = f"(classid, objid, objsubid) = ({high}, {low}, {space})"
-                await _run(conn, f"SELECT {unlock} FROM pg_locks WHERE {ours} AND {key}")  # noqa: S608 numbers only
+                await self._ask(conn, "advisory_unlock", f"EXISTS (SELECT FROM pg_locks WHERE {ours} AND {key})")
             undone = True
         except psycopg.Error as failure:
             error.add_note(f"the connection is closed: it could not say whether {self} was granted ({failure})")
@@ -402,6 +378,15 @@ class AdvisoryLock:
             raise
         return got
 
+    async def _ask(self, conn: AsyncConnection[Any], function: str, where: str, *args: object) -> list[Any] | None:
+        """The answer of the server's process, and who it is: [pid, answer]; None where `where` does not hold."""
+        key = self.keys[0]
+        ids = key if isinstance(key, tuple) else (key,)
+        numbers = ", ".join(f"${number}" for number in range(len(args) + 1, len(args) + len(ids) + 1))
+        call = f"pg_{function}{'_shared' if self.shared else ''}({numbers})"
+        row = await _run(conn, f"SELECT pg_backend_pid(), {call} WHERE {where}", *args, *ids)
+        return row and [int(row[0] or 0), row[1]]
+
     def _calls(self, function: str) -> list[str]:
         keys = (f"'{k[0]}'::int, '{k[1]}'::int" if isinstance(k, tuple) else f"'{k}'::bigint" for k in self.keys)
         return [f"{function}{'_shared' if self.shared else ''}({key})" for key in keys]
@@ -427,68 +412,38 @@ def advisory_locks(
     if not names:
         raise ValueError("advisory_locks() without names would lock nothing: give at least one")
     lock = AdvisoryLock(conn_or_pool, names[0], shared=shared, timeout=timeout)
-    lock.keys, lock.name = tuple(sorted({lock_key(name) for name in names}, key=_order)), names
+    lock.keys, lock.name = tuple(sorted({lock_key(name) for name in names}, key=order)), names
     return lock
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdvisoryLockState:
-    """A session that holds an advisory lock, or waits for it."""
+async def _run(conn: AsyncConnection[Any], sql: str, *args: object) -> list[bytes | None] | None:
+    """The first row of a statement, with conn.lock held, beside psycopg's implicit transactions.
 
-    key: Key
-    name: str | Key | None  # as `names` told; an id does not give its name back
-    pid: int | None  # None: a prepared transaction
-    application_name: str
-    mode: Literal["shared", "exclusive"]
-    granted: bool
-    waiting_since: datetime | None  # the server remembers it only for those who wait
-    blocked_by: list[int]  # pids of the holders, and of those ahead in the queue
+    From its second use on it is prepared: parsing and planning are a third of what the server does for a lock.
+    """
+    names, values = _prepared.setdefault(conn, {}), [str(arg).encode() for arg in args]
 
+    async def answer() -> Any:
+        result = (await conn.wait(generators.execute(conn.pgconn)))[-1]
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise error_from_result(result)
+        return result
 
-async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | Key] = ()) -> list[AdvisoryLockState]:
-    """Who holds, who waits for the advisory locks of this database: by key, holders first. `names` label the keys."""
-    labels = {lock_key(name): name for name in names}
-
-    def state(high: int, low: int, space: int, **facts: Any) -> AdvisoryLockState:
-        key: Key = (_signed(high, 32), _signed(low, 32)) if space == 2 else _signed(high << 32 | low, 64)
-        return AdvisoryLockState(key=key, name=labels.get(key), **facts)
-
-    async with conn.transaction(), conn.cursor(row_factory=kwargs_row(state)) as cursor:
-        await cursor.execute(
-            """
-            SELECT classid::bigint AS high, objid::bigint AS low, objsubid AS space, pid, granted,
-              waitstart AS waiting_since, coalesce(application_name, '') AS application_name,
-              CASE mode WHEN 'ShareLock' THEN 'shared' ELSE 'exclusive' END AS mode,
-              CASE WHEN granted THEN '{}' ELSE pg_blocking_pids(pid) END AS blocked_by
-            FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
-            WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-            ORDER BY granted DESC, waitstart
-            """
-        )
-        return sorted(await cursor.fetchall(), key=lambda state: _order(state.key))
-
-
-async def _run(conn: AsyncConnection[Any], sql: str) -> list[bytes | None] | None:
-    """One message, with conn.lock held, beside psycopg's implicit transactions; the first row of its last result."""
-    conn.pgconn.send_query(sql.encode())
-    result = (await conn.wait(generators.execute(conn.pgconn)))[-1]
-    if result.status == ExecStatus.FATAL_ERROR:
-        raise error_from_result(result)
+    if names.get(sql) == b"":
+        name = b"distsys_%d" % next(_numbers)
+        conn.pgconn.send_prepare(name, sql.encode())
+        await answer()
+        names[sql] = name
+    try:
+        if name := names.setdefault(sql, b""):
+            conn.pgconn.send_query_prepared(name, values)
+        else:
+            conn.pgconn.send_query_params(sql.encode(), values)
+        result = await answer()
+    except InvalidSqlStatementName:  # DISCARD ALL, by a pool that resets what comes back to it
+        names.clear()
+        return await _run(conn, sql, *args)
     return [result.get_value(0, column) for column in range(result.nfields)] if result.ntuples else None
-
-
-def _order(key: Key) -> tuple[bool, tuple[int, ...]]:
-    return (True, key) if isinstance(key, tuple) else (False, (key,))
-
-
-def _oids(key: Key) -> tuple[int, int, int]:
-    """The key as pg_locks shows it: classid, objid, objsubid."""
-    high, low = key if isinstance(key, tuple) else (key >> 32, key)
-    return high & 0xFFFFFFFF, low & 0xFFFFFFFF, 2 if isinstance(key, tuple) else 1
-
-
-def _signed(number: int, bits: int) -> int:
-    return number - (number >> bits - 1 << bits)
 
 
 def _check_timeout(timeout: float | None) -> float | None:

@@ -25,14 +25,8 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed
 from distsys.errors import Indeterminate, LockDeadlock, LockLost, LockNotAcquired, Rejected, SharedSession
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.servers import Server, Servers, ServerUnavailable
-from distsys.locks.advisory_lock import (
-    AdvisoryLock,
-    Hold,
-    advisory_locks,
-    held_advisory_locks,
-    lock_id,
-    lock_key,
-)
+from distsys.locks.advisory_keys import held_advisory_locks, lock_id, lock_key
+from distsys.locks.advisory_lock import AdvisoryLock, Hold, advisory_locks
 
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
 INT4, INT8 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
@@ -581,13 +575,45 @@ async def test_a_session_lock_is_free_at_the_end_of_its_block(connect: Connect) 
 
 
 async def test_a_session_lock_and_its_unlock_are_one_round_trip_each(connect: Connect, tmp_path: Path) -> None:
-    """No BEGIN, no pid look-up, no SET: with a timeout or without."""
-    conn = await connect(autocommit=False)
-    for timeout in (None, 0, 60):
+    """No BEGIN, no pid look-up, no SET: with a timeout or without, parsed anew or prepared."""
+    conn, round_trips = await connect(autocommit=False), []
+    for timeout in (None, 60, 60, None, 0, 0, 0):
         traced = trace(conn, tmp_path / "trace")
         async with AdvisoryLock(conn, "x", scope="session", timeout=timeout):
             pass
-        assert traced().count("\tF\t") == 2
+        round_trips.append(traced().count("\tSync"))
+    assert round_trips == [2, 4, 2, 2, 2, 3, 2]  # each of the three statements is prepared when it comes again
+
+
+async def test_many_names_are_few_prepared_statements(connect: Connect) -> None:
+    """Names, timeouts and pids are parameters: a connection that locks a million invoices keeps what it kept."""
+    conn = await connect()
+    for number in range(10):
+        for name in (f"invoice:{number}", (number, 7)):
+            for timeout in (None, 0, 60 + number):
+                async with AdvisoryLock(conn, name, scope="session", timeout=timeout):
+                    pass
+    (found,) = await (await conn.execute("SELECT count(*) FROM pg_prepared_statements")).fetchone() or (None,)
+    assert found == 6  # lock, try, unlock, for each of the two key spaces
+
+
+@pytest.mark.parametrize("forget", ["DISCARD ALL", "DEALLOCATE ALL"])
+async def test_a_session_that_forgot_its_prepared_statements_is_survived(connect: Connect, forget: str) -> None:
+    """Pools clean what comes back to them; the server's answer says so, and the statement is sent in full again."""
+    conn, other = await connect(), await connect()
+    for _ in range(4):
+        for _ in range(3):
+            async with AdvisoryLock(conn, "x", scope="session"):
+                assert await AdvisoryLock(other, "x", scope="session").try_acquire() is None
+        hold = await AdvisoryLock(conn, "x", scope="session").acquire()
+        await conn.execute(forget.encode())
+        if forget == "DISCARD ALL":  # which unlocks, too
+            with pytest.raises(LockLost):
+                await hold.release()
+            conn = await connect()
+        else:
+            await hold.release()
+        assert await states(other) == []
 
 
 async def test_waiters_are_served_in_order_of_arrival(connect: Connect) -> None:

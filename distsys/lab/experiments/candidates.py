@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from distsys.lab.worker import checkpoint
-from distsys.locks.advisory_lock import AdvisoryLock, lock_id
+from distsys.locks.advisory_keys import lock_id
+from distsys.locks.advisory_lock import AdvisoryLock
 
 OWNED_DEL = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 MANY = range(3000)  # tries, 10 ms apart: longer than any run

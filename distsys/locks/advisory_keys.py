@@ -1,0 +1,88 @@
+"""The keys of PostgreSQL's advisory locks, and who holds them: a name becomes a key, a row of pg_locks a state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from psycopg import AsyncConnection
+from psycopg.rows import kwargs_row
+
+from distsys.locks.lease import check_name
+
+Key = int | tuple[int, int]
+
+
+def lock_id(name: str) -> int:
+    """The signed 64-bit id of a name: the first 8 bytes of its SHA-256, big-endian; the same on every machine.
+
+    In SQL: `('x' || left(encode(sha256(convert_to(name, 'UTF8')), 'hex'), 16))::bit(64)::bigint`. Among n names two
+    share an id with odds of about n^2 / 2^65, one in 37 million for a million names; such two only wait for each other.
+    """
+    return int.from_bytes(hashlib.sha256(check_name(name).encode()).digest()[:8], "big", signed=True)
+
+
+def lock_key(name: str | Key) -> Key:
+    """The key of a str (its lock_id), of an int (the same 64-bit space) or of two int4 (a space of their own)."""
+    if isinstance(name, str):
+        return lock_id(name)
+    parts, bits = (name, 32) if isinstance(name, tuple) else ((name,), 64)
+    if len(parts) != 64 // bits or not all(type(part) is int for part in parts):
+        raise TypeError(f"name={name!r} names no lock: give a str, an int, or a tuple of two ints")
+    if not all(-(1 << bits - 1) <= part < 1 << bits - 1 for part in parts):
+        raise ValueError(f"name={name!r} does not fit into signed {bits} bits: give its str, which is hashed")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvisoryLockState:
+    """A session that holds an advisory lock, or waits for it."""
+
+    key: Key
+    name: str | Key | None  # as `names` told; an id does not give its name back
+    pid: int | None  # None: a prepared transaction
+    application_name: str
+    mode: Literal["shared", "exclusive"]
+    granted: bool
+    waiting_since: datetime | None  # the server remembers it only for those who wait
+    blocked_by: list[int]  # pids of the holders, and of those ahead in the queue
+
+
+async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | Key] = ()) -> list[AdvisoryLockState]:
+    """Who holds, who waits for the advisory locks of this database: by key, holders first. `names` label the keys."""
+    labels = {lock_key(name): name for name in names}
+
+    def state(high: int, low: int, space: int, **facts: Any) -> AdvisoryLockState:
+        key: Key = (_signed(high, 32), _signed(low, 32)) if space == 2 else _signed(high << 32 | low, 64)
+        return AdvisoryLockState(key=key, name=labels.get(key), **facts)
+
+    async with conn.transaction(), conn.cursor(row_factory=kwargs_row(state)) as cursor:
+        await cursor.execute(
+            """
+            SELECT classid::bigint AS high, objid::bigint AS low, objsubid AS space, pid, granted,
+              waitstart AS waiting_since, coalesce(application_name, '') AS application_name,
+              CASE mode WHEN 'ShareLock' THEN 'shared' ELSE 'exclusive' END AS mode,
+              CASE WHEN granted THEN '{}' ELSE pg_blocking_pids(pid) END AS blocked_by
+            FROM pg_locks LEFT JOIN pg_stat_activity USING (pid)
+            WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            ORDER BY granted DESC, waitstart
+            """
+        )
+        return sorted(await cursor.fetchall(), key=lambda state: order(state.key))
+
+
+def order(key: Key) -> tuple[bool, tuple[int, ...]]:
+    return (True, key) if isinstance(key, tuple) else (False, (key,))
+
+
+def oids(key: Key) -> tuple[int, int, int]:
+    """The key as pg_locks shows it: classid, objid, objsubid."""
+    high, low = key if isinstance(key, tuple) else (key >> 32, key)
+    return high & 0xFFFFFFFF, low & 0xFFFFFFFF, 2 if isinstance(key, tuple) else 1
+
+
+def _signed(number: int, bits: int) -> int:
+    return number - (number >> bits - 1 << bits)
