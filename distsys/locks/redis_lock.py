@@ -298,21 +298,24 @@ class RedisLock:
     async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
         """Fills in the attempt's token; without `wait` it may come back without one."""
         slots = self._slots()
-        if await self._granted(attempt, queue=wait and not slots.locked()):
+        queued = wait and not slots.locked()
+        if await self._granted(attempt, queue=queued):
             return
         if not wait and attempt.holder == attempt.owner:
             raise self._refused(attempt, 0.0)  # granted too late to be of use, and given back
         if not wait:
             return
         async with slots:
-            while not await self._granted(attempt, queue=True):
+            granted = False
+            while not granted:
                 # Until the lock is handed to us, the present lease ends, or it is time for a sign of life.
-                longest = min(SLICE, (_option(self.redis, "socket_timeout") or math.inf) / 2, attempt.left + 0.001)
-                await self.redis.blpop([f"{self._key}:wake:{attempt.owner}"], timeout=max(0.01, longest))
+                longest = min(SLICE, self.ttl / 3, (_option(self.redis, "socket_timeout") or math.inf) / 2)
+                block = max(0.01, min(longest, attempt.left + 0.001)) if queued else 0.0
+                granted, queued = await self._granted(attempt, queue=True, block=block), True
 
-    async def _granted(self, attempt: _Attempt, *, queue: bool) -> bool:
-        attempt.asked_at = self.clock()
-        answer = await self._ask(attempt.owner, PATIENCE_MS if queue else "")
+    async def _granted(self, attempt: _Attempt, *, queue: bool, block: float = 0.0) -> bool:
+        attempt.asked_at = self.clock()  # from here the lease counts, though what is blocked is granted later
+        answer = await self._ask(attempt.owner, PATIENCE_MS if queue else "", block)
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
         attempt.stamp, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
         if cancellations() > attempt.cancellations:
@@ -325,15 +328,19 @@ class RedisLock:
             attempt.token = token
         return attempt.token > 0
 
-    def _ask(self, owner: str, patience: int | str) -> Awaitable[Any]:
-        ask = self._ask_replicated if self.min_replicas else self._run
-        return ask(_ASK, owner, milliseconds(self.ttl), patience)
-
-    async def _ask_replicated(self, script: str, *args: Any) -> Any:
-        async with self.redis.pipeline(transaction=False) as pipe:  # WAIT speaks for the writes of its own connection
-            pipe.eval(script, 1, self._key, *args)
-            pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
-            answer, confirmed = await pipe.execute()
+    async def _ask(self, owner: str, patience: int | str, block: float = 0.0) -> Any:
+        """Asks at once; or lets the server wait for our wake-up and ask then, without a turn through the client."""
+        args = owner, milliseconds(self.ttl), patience
+        if not block and not self.min_replicas:
+            return await self._run(_ASK, *args)
+        async with self.redis.pipeline(transaction=False) as pipe:
+            if block:
+                pipe.blpop([f"{self._key}:wake:{owner}"], timeout=block)
+            pipe.eval(_ASK, 1, self._key, *args)
+            if self.min_replicas:  # WAIT speaks for the writes of its own connection
+                pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
+            replies = await pipe.execute()
+        answer, confirmed = replies[-2:] if self.min_replicas else (replies[-1], 0)
         if not isinstance(answer, list) and confirmed < self.min_replicas:
             raise LockNotAcquired(
                 f"{self.name!r}: {confirmed} of min_replicas={self.min_replicas} replicas confirmed the grant",

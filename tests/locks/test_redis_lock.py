@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 import redis as sync_redis
@@ -246,9 +247,18 @@ async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redi
     """Python 3.11's asyncio.wait_for, which redis-py uses, can return a result instead of the CancelledError."""
 
     class Swallowing(Redis):
-        async def blpop(self, *args: object, **kwargs: object) -> None:  # type: ignore[override]
-            with contextlib.suppress(asyncio.CancelledError):
-                await super().blpop(*args, **kwargs)
+        def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+            pipe = super().pipeline(*args, **kwargs)
+            execute = pipe.execute
+
+            async def swallow() -> Any:
+                try:
+                    return await execute()
+                except asyncio.CancelledError:
+                    return [None, [0, 1000, b"the holder"]]
+
+            pipe.execute = swallow  # type: ignore[method-assign,assignment]
+            return pipe
 
     lock = RedisLock(redis, "swallow")
     async with Swallowing(connection_pool=redis.connection_pool) as client, hold_in_another_task(lock):
@@ -259,6 +269,24 @@ async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redi
         await asyncio.wait({waiter}, timeout=5)
         assert waiter.cancelled()
         assert (await lock.explain()).waiting == 0
+
+
+async def test_a_lease_that_was_waited_for_counts_from_before_the_wait(
+    redis_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server grants it at some time during the wait; only the time before is certainly not too late."""
+    monkeypatch.setattr("distsys.locks.redis_lock.SLICE", 60)
+    now = 1000.0
+    async with Redis.from_url(redis_server.url, socket_timeout=None) as redis:
+        lock = RedisLock(redis, "waited-for", ttl=300)
+        async with hold_in_another_task(lock):
+            waiter = asyncio.create_task(RedisLock(redis, "waited-for", ttl=300, clock=lambda: now).acquire())
+            await waiting(lock, 1)
+            await until_idle(redis)
+            now += 10
+        lease = await waiter
+        assert lease.remaining() == pytest.approx(0.99 * 300 - 0.002 - 10)
+        assert await lease.release()
 
 
 async def test_a_lost_wake_up_costs_at_most_the_remaining_ttl(redis: Redis) -> None:
