@@ -83,36 +83,36 @@ local function reserve(waiter)
 end
 """.replace("CLAIM_MS", str(CLAIM_MS))
 
-# ARGV[2] - ttl in ms    ARGV[3] - patience in ms, or "" not to queue
+# ARGV[2] - ttl in ms    ARGV[3] - there when the asker does not want to queue
 # Returns the token when granted (alone, for a table costs the server as much as three commands), else {0, ms until the
 # present lease ends, holder}. To ask again is always safe: the owner decides, so a client that retries after a lost
 # reply is still the one that was granted.
 _ASK = (
     _SHARED
     + """
-if redis.call('EXISTS', lock .. ':gone:' .. me) == 1 then return {0, 0, ''} end
-local holder = redis.call('GET', lock)
+local known = redis.call('MGET', lock, fence, lock .. ':gone:' .. me)
+local holder, newest, gone = known[1], known[2], known[3]
+if gone then return {0, 0, ''} end
 if not holder then
   holder = next_waiter() or me
   if holder ~= me then reserve(holder) end
 end
 if holder == me then
   local token = now()
-  local newest = redis.call('GET', fence)
   if newest and tonumber(newest) >= token then token = tonumber(newest) + 1 end
   redis.call('SET', lock, me, 'PX', ARGV[2])
   redis.call('SET', fence, string.format('%.0f', token), 'PX', 604800000)
   return token
 end
-if ARGV[3] ~= '' then
-  if redis.call('HSET', seen, me, string.format('%.0f', now() + ARGV[3] * 1000)) == 1 then
+if not ARGV[3] then
+  if redis.call('HSET', seen, me, string.format('%.0f', now() + PATIENCE_MS * 1000)) == 1 then
     redis.call('RPUSH', queue, me)
   end
   redis.call('PEXPIRE', queue, 60000)
   redis.call('PEXPIRE', seen, 60000)
 end
 return {0, redis.call('PTTL', lock), holder}
-"""
+""".replace("PATIENCE_MS", str(PATIENCE_MS))
 )
 
 # ARGV[2] - the lease's token    ARGV[3] - "1" when the reply to an ask was never seen: that ask may still be on its way
@@ -315,7 +315,7 @@ class RedisLock:
 
     async def _granted(self, attempt: _Attempt, *, queue: bool, block: float = 0.0) -> bool:
         attempt.asked_at = self.clock()  # from here the lease counts, though what is blocked is granted later
-        answer = await self._ask(attempt.owner, PATIENCE_MS if queue else "", block)
+        answer = await self._ask(attempt.owner, queue, block)
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
         attempt.stamp, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
         if cancellations() > attempt.cancellations:
@@ -328,9 +328,9 @@ class RedisLock:
             attempt.token = token
         return attempt.token > 0
 
-    async def _ask(self, owner: str, patience: int | str, block: float = 0.0) -> Any:
+    async def _ask(self, owner: str, queue: bool, block: float = 0.0) -> Any:
         """Asks at once; or lets the server wait for our wake-up and ask then, without a turn through the client."""
-        args = owner, milliseconds(self.ttl), patience
+        args = (owner, milliseconds(self.ttl), *(() if queue else ("once",)))
         if not block and not self.min_replicas:
             return await self._run(_ASK, *args)
         async with self.redis.pipeline(transaction=False) as pipe:

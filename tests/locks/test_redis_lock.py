@@ -19,7 +19,7 @@ from distsys.lab.proxy import TcpProxy
 from distsys.lab.servers import Server, Servers
 from distsys.locks.fencing import current_token
 from distsys.locks.lease import Lease
-from distsys.locks.redis_lock import _LEAVE, CLAIM_MS, PATIENCE_MS, RedisLock
+from distsys.locks.redis_lock import _LEAVE, CLAIM_MS, RedisLock
 
 Redis = redis.asyncio.Redis
 
@@ -123,13 +123,13 @@ async def test_a_token_never_decreases_when_the_servers_clock_stepped_back(redis
 
 
 async def test_only_one_of_many_holds_it(redis: Redis) -> None:
-    """Forty tasks, each reading and writing with a pause between: no increment is lost."""
+    """Forty tasks, each reading and writing while the server names it the owner: no increment is lost."""
     await redis.set("counter", 0)
 
     async def increment() -> None:
-        async with RedisLock(redis, "counter-lock"):
+        async with (lock := RedisLock(redis, "counter-lock")) as lease:
             value = int(await redis.get("counter"))
-            await asyncio.sleep(0)
+            assert (await lock.explain()).owner == lease.owner
             await redis.set("counter", value + 1)
 
     await asyncio.gather(*(increment() for _ in range(40)))
@@ -184,7 +184,7 @@ async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
     """When the lock falls free, one try by somebody new is refused as long as others wait."""
     lock = RedisLock(redis, "barge")
     async with hold_in_another_task(lock):
-        await lock._ask("host|1|waiter", PATIENCE_MS)
+        await lock._ask("host|1|waiter", queue=True)
     assert await RedisLock(redis, "barge").try_acquire() is None
     assert (await lock.explain()).owner == "host|1|waiter"
 
@@ -193,7 +193,7 @@ async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -
     """Nobody released it, so nobody was woken: whoever asks next hands it to the first in the queue."""
     lock = RedisLock(redis, "ran-out")
     async with hold_in_another_task(lock):
-        await lock._ask("host|1|waiter", PATIENCE_MS)
+        await lock._ask("host|1|waiter", queue=True)
         await redis.delete("distsys:lock:{ran-out}")
         assert await RedisLock(redis, "ran-out").try_acquire() is None
         assert (await lock.explain()).owner == "host|1|waiter"
@@ -205,7 +205,7 @@ async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
     lock = RedisLock(redis, "one", ttl=60)
     async with hold_in_another_task(lock):
         for i in range(3):
-            await lock._ask(f"host|1|{i}", PATIENCE_MS)
+            await lock._ask(f"host|1|{i}", queue=True)
     assert await redis.keys("distsys:lock:{one}:wake:*") == [b"distsys:lock:{one}:wake:host|1|0"]
 
 
@@ -213,9 +213,9 @@ async def test_a_dead_waiter_is_skipped(redis: Redis) -> None:
     """A waiter that gave no sign of life in time is dropped at the next hand-over."""
     lock = RedisLock(redis, "dead")
     async with hold_in_another_task(lock):
-        await lock._ask("host|1|dead", PATIENCE_MS)
+        await lock._ask("host|1|dead", queue=True)
         await redis.hset("distsys:lock:{dead}:seen", "host|1|dead", 1)
-        await lock._ask("host|1|alive", PATIENCE_MS)
+        await lock._ask("host|1|alive", queue=True)
     assert (await lock.explain()).owner == "host|1|alive"
 
 
@@ -223,7 +223,7 @@ async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_claim_only
     """Nobody takes up the hand-over: when the claim ends, the next waiter enters, long before any TTL."""
     lock = RedisLock(redis, "just-died", ttl=3600)
     async with hold_in_another_task(lock):
-        await lock._ask("host|1|dead", PATIENCE_MS)
+        await lock._ask("host|1|dead", queue=True)
         next_one = asyncio.create_task(RedisLock(redis, "just-died", ttl=3600).acquire())
         await waiting(lock, 2)
     assert 0 < await redis.pttl("distsys:lock:{just-died}") <= CLAIM_MS
@@ -291,7 +291,7 @@ async def test_a_lease_that_was_waited_for_counts_from_before_the_wait(
 
 async def test_a_lost_wake_up_costs_at_most_the_remaining_ttl(redis: Redis) -> None:
     """The holder is gone without a release: the waiter asks again when the lease it saw has ended."""
-    await RedisLock(redis, "lost-wake", ttl=0.2)._ask("host|1|gone", "")
+    await RedisLock(redis, "lost-wake", ttl=0.2)._ask("host|1|gone", queue=False)
     lease = await RedisLock(redis, "lost-wake", timeout=5).acquire()
     assert await lease.release()
 
@@ -528,7 +528,7 @@ async def test_a_request_that_arrives_after_its_cancellation_is_refused(redis: R
     """The undoing leaves a mark: an acquire still on its way to the server is not granted to nobody."""
     lock = RedisLock(redis, "tomb")
     await lock._run(_LEAVE, "host|1|late", "", "1")
-    token, _, _ = await lock._ask("host|1|late", "")
+    token, _, _ = await lock._ask("host|1|late", queue=False)
     assert token == 0
     assert (await lock.explain()).owner is None
 
@@ -604,7 +604,7 @@ async def test_explain_says_who_holds_the_lock_and_how_many_wait(redis: Redis) -
     free = await lock.explain()
     assert (free.owner, free.waiting, free.held_for, free.remaining) == (None, 0, 0.0, 0.0)
     async with hold_in_another_task(lock) as lease:
-        await lock._ask("host|1|waiter", PATIENCE_MS)
+        await lock._ask("host|1|waiter", queue=True)
         state = await lock.explain()
         assert (state.owner, state.token, state.waiting) == (lease.owner, lease.token, 1)
         assert (state.host, state.pid) == (socket.gethostname(), os.getpid())
