@@ -31,7 +31,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from distsys.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
-from distsys.locks.lease import check_timeout
+from distsys.locks.lease import check_timeout, try_cancel
 
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
@@ -105,8 +105,13 @@ class Hold:
         except psycopg.OperationalError as error:
             self._lost, self._cause = "its connection died", error
             self._unwatch()
-            if self._body and self._task:
-                self._cancelled = self._task.cancel()
+            self._cancel_body()
+
+    def _cancel_body(self) -> None:
+        if self._body and self._task and not self._task.done() and not self._ended:
+            self._cancelled = try_cancel(self._task)
+            if not self._cancelled:
+                self._loop.call_soon(self._cancel_body)
 
     # ---- the end
 

@@ -222,7 +222,7 @@ class Lease:
 
     def _cancel_body(self) -> None:
         if self._body is not None and not self._body.done():
-            self._cancelled = _cancel(self._body)
+            self._cancelled = try_cancel(self._body)
             if not self._cancelled:
                 asyncio.get_running_loop().call_soon(self._cancel_body)
 
@@ -263,7 +263,7 @@ def cancellations() -> int:
     return task.cancelling() if task else 0
 
 
-def _cancel(body: asyncio.Task[Any]) -> bool:
+def try_cancel(body: asyncio.Task[Any]) -> bool:
     """Cancels a task; False if it would not notice, and should be asked again in the next turn of the event loop.
 
     wait_for of Python 3.11 returns the result when it is cancelled and its work is done by the time the task is woken:

@@ -461,7 +461,7 @@ LEASE = [
     ),
     planted(
         "the body is told when it can't hear",
-        *(leases, "_cancel", lambda body: body.cancel()),
+        *(leases, "try_cancel", lambda body: body.cancel()),
         caught_by=partial(told.test_a_body_that_only_waits_for_quick_work_is_stopped, turns=1, work_turns=1),
     ),
 ]

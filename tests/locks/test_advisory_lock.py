@@ -902,6 +902,27 @@ async def test_a_dead_connection_cancels_the_body_and_raises_lock_lost(connect: 
     assert await AdvisoryLock(admin, "x", scope="session").try_acquire()
 
 
+@pytest.mark.parametrize("work_turns", range(4))
+async def test_a_dead_connection_stops_a_body_that_is_busy_elsewhere(connect: Connect, work_turns: int) -> None:
+    """wait_for of Python 3.11, by which redis-py sends, swallows a cancellation that comes as its work is done."""
+    conn, admin = await connect(), await connect()
+    late = 0
+
+    async def work() -> None:
+        for _ in range(work_turns):
+            await asyncio.sleep(0)
+
+    with pytest.raises(LockLost):
+        async with AdvisoryLock(conn, "x", scope="session") as hold:
+            dying = asyncio.create_task(terminate(admin, conn))
+            while late < 1000:
+                await asyncio.wait_for(work(), 10)
+                late += hold.lost
+                await asyncio.sleep(0) if work_turns == 0 and sys.version_info >= (3, 12) else None
+    await dying
+    assert late < 100
+
+
 @pytest.mark.parametrize("scope", ["transaction", "session"])
 async def test_a_dead_connection_of_a_pool_is_replaced(
     pg_pool: AsyncConnectionPool, connect: Connect, scope: Any
