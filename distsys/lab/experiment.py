@@ -60,6 +60,7 @@ class Experiment:
     patience: float = 0.2  # a worker that waits longer than this in one call says so ...
     patience_ttls: float = 0.0  # ... and longer than so many TTLs
     params: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False  # it measures: its arms run one after the other
 
 
 class Stalled(RuntimeError):

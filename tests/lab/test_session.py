@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import psutil
 import psycopg
 import pytest
 import redis.asyncio
 
-from distsys.lab import Lab, ladder
+from distsys.lab import Lab, experiments, ladder
+from distsys.lab.experiment import Run
 from distsys.lab.experiments import candidates
 from distsys.lab.knob import LockKnob
 from distsys.lab.servers import Server
@@ -104,6 +106,18 @@ async def test_a_candidate_with_a_bug_is_inconclusive_and_the_bug_is_shown(lab: 
     verdict = await lab.test(Misspelt, "no-lock")
     assert verdict.status == "INCONCLUSIVE"
     assert "AttributeError: 'Misspelt' object has no attribute 'rediss'" in verdict.summary
+
+
+async def test_an_error_of_an_experiment_passes_as_it_is_and_ends_its_other_arms(lab: Lab) -> None:
+    """Arms run two at a time, which must not show: no ExceptionGroup, and nothing of them goes on."""
+    before = asyncio.all_tasks()
+
+    async def prepare(run: Run) -> None:
+        raise ValueError("no such server")
+
+    with pytest.raises(ValueError, match="no such server"):
+        await lab.run(replace(experiments.load("no-lock"), prepare=prepare))
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_candidate_that_asks_for_what_the_lab_has_not_is_told_what_it_has(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -127,7 +128,7 @@ async def on_both(run: Run) -> None:
 async def on_three_nodes(run: Run) -> None:
     """Three empty nodes, the first of them also as the only one for locks on one Redis; the bank stands elsewhere."""
     await on_redis(run)
-    run.nodes = [await own_redis(run, f"node{i}") for i in (1, 2, 3)]
+    run.nodes = list(await asyncio.gather(*(own_redis(run, f"node{i}") for i in (1, 2, 3))))
     run.urls |= {"redis": run.nodes[0].url, "nodes": [node.url for node in run.nodes]}
 
 

@@ -39,6 +39,7 @@ contention = Experiment(
     prepare=on_redis,
     final=redis_balance,
     ttl=10.0,
+    alone=True,
 )
 
 no_lock = Experiment(
