@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from hypothesis import settings
 from psycopg_pool import AsyncConnectionPool
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
 
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers
@@ -36,6 +36,14 @@ async def postgres(servers: Servers) -> Server:
 @pytest.fixture(scope="session")
 async def redis_server(servers: Servers) -> Server:
     return await servers.redis()
+
+
+@pytest.fixture(scope="session")
+async def redis_cluster(servers: Servers) -> AsyncIterator[RedisCluster]:
+    """A client of three masters, which keep what tests leave: each uses names of its own."""
+    nodes = await servers.cluster(3)
+    async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
+        yield client
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from distsys.errors import StaleToken
-from distsys.locks.lease import async_client, held_leases, milliseconds
+from distsys.locks.lease import held_leases
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -60,6 +60,8 @@ def current_token(name: str | None = None) -> int:
 
 async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
     """SET, unless a newer token has written `key`. The guard, see `guard_key`, does not expire."""
+    from distsys.redis_scripts import async_client, milliseconds
+
     keys, ms = (key, guard_key(key)), "" if ttl is None else milliseconds(ttl)
     newest = await async_client(redis).eval(_SET, 2, *keys, value, check_token(token), ms)
     if newest:
@@ -68,6 +70,8 @@ async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: flo
 
 async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
     """GET that shows its token: what is computed from the answer can't be overtaken by an older holder's late write."""
+    from distsys.redis_scripts import async_client
+
     newest, value = await async_client(redis).eval(_GET, 2, key, guard_key(key), check_token(token))
     if newest:
         raise _stale(key, newest, token)

@@ -7,18 +7,15 @@ once: the local deadline, the renewal, the news of the loss, and the end of the 
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
 import logging
 import math
-import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, Literal
 
 from distsys.clock import Clock, elapsed
 from distsys.errors import LockLost
+from distsys.tasks import cancellations, in_background, try_cancel
 
 logger = logging.getLogger("distsys.locks")
 OnLost = Literal["cancel", "flag"]
@@ -28,8 +25,6 @@ RELEASED, UNRELEASED = "was released", "could not be released"
 
 held_leases: ContextVar[tuple[Lease, ...]] = ContextVar("distsys_held_leases", default=())
 """The leases of this context, outermost first: nested code finds its fencing token here."""
-
-_background: set[asyncio.Future[Any]] = set()  # asyncio keeps only weak references to tasks
 
 
 class Lease:
@@ -254,36 +249,6 @@ def refuse_reentry(key: object, name: str) -> None:
         raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
 
 
-def cancellations() -> int:
-    """How often the running task was asked to cancel; asyncio.timeout() counts while it does.
-
-    wait_for of Python 3.11, by which redis-py sends, can swallow a cancellation: counted, it is not lost.
-    """
-    task = asyncio.current_task()
-    return task.cancelling() if task else 0
-
-
-def try_cancel(body: asyncio.Task[Any]) -> bool:
-    """Cancels a task; False if it would not notice, and should be asked again in the next turn of the event loop.
-
-    wait_for of Python 3.11 returns the result when it is cancelled and its work is done by the time the task is woken:
-    a body busy with Redis would run on. Work that is about to run is waited for, or cancelled if it has not begun.
-    """
-    if sys.version_info < (3, 12):
-        inner: Any = body.get_coro()
-        while asyncio.iscoroutine(getattr(inner, "cr_await", None)):
-            inner = inner.cr_await
-        frame = getattr(inner, "cr_frame", None)
-        if frame is not None and frame.f_code is asyncio.wait_for.__code__:
-            work = frame.f_locals["fut"]
-            waits = getattr(work, "_fut_waiter", work)
-            if hasattr(work, "get_coro") and getcoroutinestate(work.get_coro()) == CORO_CREATED:
-                work.cancel()
-            elif work.done() or waits is None or waits.done():
-                return False
-    return body.cancel()
-
-
 class Holders:
     """Which task holds which lease of one lock object: tasks may share it, each acquisition is its own lease."""
 
@@ -307,20 +272,6 @@ class Holders:
         return lease
 
 
-def in_background(work: Awaitable[Any], what: str) -> asyncio.Future[Any]:
-    """Runs `work` to its end whatever happens to the caller; a failure is logged, for nobody is left to raise it to."""
-
-    def done(future: asyncio.Future[Any]) -> None:
-        _background.discard(future)
-        if not future.cancelled() and (error := future.exception()) is not None:
-            logger.warning("%s failed: %r", what, error)
-
-    future = asyncio.ensure_future(work)
-    _background.add(future)
-    future.add_done_callback(done)
-    return future
-
-
 def check_ttl(ttl: float) -> float:
     """A TTL in seconds, above 0 and at most a day."""
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
@@ -342,48 +293,9 @@ def check_on_lost(on_lost: OnLost) -> OnLost:
     return on_lost
 
 
-def check_timeout(timeout: float | None) -> float | None:
-    """How long to wait, in seconds: None for ever, 0 one try."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout={timeout!r} is a {type(timeout).__name__}; give seconds, 0: one try, None: for ever")
-    if not timeout >= 0:
-        raise ValueError(f"timeout={timeout!r}: a wait is not negative; 0 is one try, None waits for ever")
-    return float(timeout)
-
-
 def check_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is a {type(name).__name__}; a lock's name is a str: 'payment:order-123'")
     if not name:
         raise ValueError("name='' is empty: every lock without a name would be the same lock; name what is protected")
     return name
-
-
-def async_client(redis: Any) -> Any:
-    """The client itself, if it is an asyncio one."""
-    if _blocks(redis.__class__) or not hasattr(redis, "evalsha"):
-        raise TypeError(f"{redis!r} is not an asyncio client of Redis: pass redis.asyncio.Redis(...)")
-    return redis
-
-
-@functools.cache  # the look at these classes costs more than all other checks of a lock together
-def _blocks(client: type) -> bool:
-    from redis import Redis, RedisCluster
-
-    return issubclass(client, (Redis, RedisCluster))
-
-
-def hash_tag(name: str) -> str:
-    """The name as it stands inside `{...}` of a key: braces of its own would end the tag early."""
-    return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
-
-
-def sha1(script: str) -> str:
-    """How Redis names a script in EVALSHA."""
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-def milliseconds(seconds: float) -> int:
-    return math.ceil(seconds * 1000)

@@ -23,25 +23,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from redis.exceptions import NoScriptError
 
-from distsys.clock import Clock, elapsed
+from distsys.clock import Clock, check_timeout, elapsed
 from distsys.errors import LockNotAcquired
 from distsys.locks.lease import (
     UNDO_WAIT,
     Holders,
     Lease,
     OnLost,
-    async_client,
     check_name,
     check_on_lost,
-    check_timeout,
     check_ttl,
-    hash_tag,
-    in_background,
     local_deadline,
-    milliseconds,
     refuse_reentry,
-    sha1,
 )
+from distsys.redis_scripts import async_client, hash_tag, milliseconds, sha1
+from distsys.tasks import in_background
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -25,13 +25,12 @@ from distsys.locks.lease import (
     Holders,
     Lease,
     check_ttl,
-    hash_tag,
     held_leases,
-    in_background,
     local_deadline,
-    milliseconds,
 )
 from distsys.locks.redis_lock import RedisLock
+from distsys.redis_scripts import hash_tag, milliseconds
+from distsys.tasks import in_background
 
 
 class Store:

@@ -666,18 +666,14 @@ async def test_a_token_from_elsewhere_is_drawn_under_a_lease_that_still_stands(r
         assert lease.token == 2
 
 
-async def test_it_runs_on_a_cluster(servers: Servers) -> None:
+async def test_it_runs_on_a_cluster(redis_cluster: redis.asyncio.RedisCluster) -> None:
     """Every script touches one slot only, whatever the name; waiting works there too."""
-    from redis.asyncio.cluster import RedisCluster
-
-    nodes = await servers.cluster(3)
-    async with RedisCluster(host="127.0.0.1", port=nodes[0].port) as cluster:
-        for name in ("payment:order-123", "a b", "{odd}name", "}x{", "ключ"):
-            lock = RedisLock(cluster, name)
-            async with hold_in_another_task(lock):
-                waiter = asyncio.create_task(RedisLock(cluster, name).acquire())
-                await waiting(lock, 1)
-            assert await (await waiter).release()
+    for name in ("payment:order-123", "a b", "{odd}name", "}x{", "ключ"):
+        lock = RedisLock(redis_cluster, name)
+        async with hold_in_another_task(lock):
+            waiter = asyncio.create_task(RedisLock(redis_cluster, name).acquire())
+            await waiting(lock, 1)
+        assert await (await waiter).release()
 
 
 # ---- bad input

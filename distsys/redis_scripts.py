@@ -1,0 +1,61 @@
+"""What every rule on Redis needs: an asyncio client, keys that can't be forged, scripts that survive a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from redis import Redis, RedisCluster
+from redis.exceptions import NoPermissionError, NoScriptError
+
+from distsys.tasks import cancellations
+
+
+class Script:
+    """A Lua script: one atomic step at the server. Sent by its digest, in full when the server does not know it."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.sha = text, sha1(text)
+
+    async def run(self, redis: Any, keys: Sequence[str], *args: Any) -> Any:
+        before = cancellations()
+        try:
+            answer = await redis.evalsha(self.sha, len(keys), *keys, *args)
+        except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
+            answer = await redis.eval(self.text, len(keys), *keys, *args)
+        except NoPermissionError as error:
+            error.add_note("distsys decides in scripts: give the user  +evalsha +eval +@read +@write +time ~distsys:*")
+            raise
+        if cancellations() > before:
+            raise asyncio.CancelledError
+        return answer
+
+
+def async_client(redis: Any) -> Any:
+    """The client itself, if it is an asyncio one."""
+    if _blocks(redis.__class__) or not hasattr(redis, "evalsha"):
+        raise TypeError(f"{redis!r} is not an asyncio client of Redis: pass redis.asyncio.Redis(...)")
+    return redis
+
+
+@functools.cache  # the look at these classes costs more than all other checks of a lock together
+def _blocks(client: type) -> bool:
+    return issubclass(client, (Redis, RedisCluster))
+
+
+def hash_tag(name: str) -> str:
+    """The name as it stands inside `{...}` of a key: braces of its own would end the tag early."""
+    return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+
+
+def sha1(script: str) -> str:
+    """How Redis names a script in EVALSHA."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+
+def milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
