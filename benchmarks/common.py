@@ -171,11 +171,15 @@ class Bench:
             await asyncio.gather(*(child.close() for children in groups.values() for child in children))
         return answers
 
-    async def speed(self, title: str, unit: str, contenders: Sequence[Contender], *, do: str, note: str) -> None:
+    async def speed(
+        self, title: str, unit: str, contenders: Sequence[Contender], *, do: str, note: str, **request: Any
+    ) -> None:
         """A table of rates: medians, CPU per operation, ratios to the floor, and whether the goal is met."""
         if not self.wanted(title):
             return
-        answers = await self.rounds(title, contenders, do, times=3 if self.options.quick else 9, seconds=0.05)
+        answers = await self.rounds(
+            title, contenders, do, times=3 if self.options.quick else 9, seconds=0.05, **request
+        )
         found = {name: [_cost(*one) for one in each] for name, each in answers.items()}
         told = all(one["server_us"] is not None for each in found.values() for one in each)
         if told and not self.options.unpinned:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distsys.errors import LockDeadlock as LockDeadlock
     from distsys.errors import LockLost as LockLost
     from distsys.errors import LockNotAcquired as LockNotAcquired
+    from distsys.errors import RateLimited as RateLimited
     from distsys.errors import Rejected as Rejected
     from distsys.errors import SharedSession as SharedSession
     from distsys.errors import StaleToken as StaleToken
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from distsys.locks.fencing import ttl_advice as ttl_advice
     from distsys.locks.redis_lock import RedisLock as RedisLock
     from distsys.locks.redlock import Redlock as Redlock
+    from distsys.ratelimit.decision import Decision as Decision
+    from distsys.ratelimit.decision import OnFailure as OnFailure
+    from distsys.ratelimit.distributed import Quota as Quota
+    from distsys.ratelimit.distributed import TieredLimiter as TieredLimiter
+    from distsys.ratelimit.token_bucket import Lease as Lease
+    from distsys.ratelimit.token_bucket import TokenBucketLimiter as TokenBucketLimiter
 
 _HOME = {
     "errors": (
@@ -36,6 +43,7 @@ _HOME = {
         "LockDeadlock",
         "LockLost",
         "LockNotAcquired",
+        "RateLimited",
         "Rejected",
         "SharedSession",
         "StaleToken",
@@ -53,6 +61,9 @@ _HOME = {
     ),
     "locks.redis_lock": ("RedisLock",),
     "locks.redlock": ("Redlock",),
+    "ratelimit.decision": ("Decision", "OnFailure"),
+    "ratelimit.distributed": ("Quota", "TieredLimiter"),
+    "ratelimit.token_bucket": ("Lease", "TokenBucketLimiter"),
 }
 __version__ = "0.1.0"
 __all__ = sorted(name for names in _HOME.values() for name in names)  # computed: one list, not two

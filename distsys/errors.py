@@ -71,6 +71,12 @@ class StaleToken(Rejected):
     """A newer holder has written here already."""  # expected (the newest token seen), actual (the token presented)
 
 
+class RateLimited(Rejected):
+    """The limit is used up for now."""  # key, limit, retry_after
+
+    status = 429
+
+
 class LockLost(Indeterminate):
     """The lease ended, or could not be proved to hold, while the work was running."""  # name, token
 

@@ -1,0 +1,1 @@
+"""Rate limiting: token bucket, sliding window, and several limits decided at once."""

@@ -1,0 +1,159 @@
+"""Token buckets on Redis, asked together: requests that arrive while a call is under way go out as the next one.
+
+Nothing waits when nothing is under way, so a lone request costs what its script costs. A batch is one script call (in a
+cluster one per slot), in which like requests on the same buckets are counted, not repeated; each gets the answer it
+would have got alone, in the order of arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from redis.asyncio import RedisCluster
+
+from distsys.ratelimit.decision import MICRO, Limit
+from distsys.redis_scripts import Script, async_client
+
+SCRIPT = Script(files(__package__).joinpath("token_bucket.lua").read_text())
+BATCH = 1_000  # requests in one call: the server does nothing else meanwhile
+Clock = Callable[[], float]
+
+
+class Request(NamedTuple):
+    """`cost` microtokens from each of the buckets, together or not at all; `times` such requests in a row."""
+
+    keys: tuple[str, ...]
+    limits: tuple[Limit, ...]
+    cost: int
+    times: int = 1
+
+
+Answer = tuple[int, list[int]]
+"""How many of the times were granted; the microtokens used in each bucket before."""
+
+
+class _Run:
+    """Requests that differ in nothing, one after the other."""
+
+    def __init__(self, request: Request, numbers: list[int]) -> None:
+        self.request, self.numbers, self.times = request, numbers, 0
+        self.futures: list[tuple[int, asyncio.Future[Answer]]] = []  # with how many requests before them
+
+    def answer(self, granted: int, used: list[int]) -> None:
+        times, cost = self.request.times, self.request.cost
+        for before, future in self.futures:
+            if not future.done():
+                done = min(before, granted)
+                future.set_result((min(times, granted - done), [each + done * cost for each in used]))
+
+
+class _Batch:
+    """The requests of one call."""
+
+    def __init__(self) -> None:
+        self.limits: dict[str, Limit] = {}
+        self.runs: list[_Run] = []
+        self._newest: dict[str, _Run] = {}  # that touches a key
+
+    def add(self, request: Request, future: asyncio.Future[Answer]) -> bool:
+        """False when it has to wait for the next call, for one of its buckets is in this one with another limit."""
+        run = self._newest.get(request.keys[0])
+        if run is None or run.request != request or not all(self._newest[key] is run for key in request.keys[1:]):
+            for key, limit in zip(request.keys, request.limits, strict=True):
+                if self.limits.setdefault(key, limit) is not limit:
+                    return False
+            number = {key: number for number, key in enumerate(self.limits, 1)}
+            run = _Run(request, [number[key] for key in request.keys])
+            self.runs.append(run)
+            self._newest.update(dict.fromkeys(request.keys, run))
+        run.futures.append((run.times, future))
+        run.times += request.times
+        return True
+
+
+class Buckets:
+    """Asks one Redis. Each answer takes `timeout` seconds at most, or TimeoutError; None: as long as the client waits.
+
+    `clock` (seconds) stands in for the server's own clock, for tests and simulations.
+    """
+
+    def __init__(self, redis: Any, *, timeout: float | None = None, clock: Clock | None = None) -> None:
+        self.redis, self.timeout, self.clock = async_client(redis), timeout, clock
+        self.slot: Callable[[str], int] = redis.keyslot if isinstance(redis, RedisCluster) else _one_slot
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] | None = None  # None: no call is under way
+        self._task: asyncio.Task[None] | None = None  # the loop keeps weak references only
+
+    def ask(self, request: Request) -> Awaitable[Answer]:
+        """Cancelled while its own call is under way, the request may have been granted all the same."""
+        loop = asyncio.get_running_loop()
+        if self._waiting is None or self._loop is not loop:  # a call under way in another loop will never end
+            self._loop, self._waiting = loop, []
+            return self._ask_alone(request)
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((request, future))
+        return future if self.timeout is None else asyncio.wait_for(future, self.timeout)
+
+    async def _ask_alone(self, request: Request) -> Answer:
+        try:
+            run = _pack(request, request.times, range(1, len(request.keys) + 1))
+            granted, *used = await self._call(request.keys, request.limits, [run])
+            return granted, used
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        """What has arrived meanwhile goes out; who was cancelled meanwhile is not asked for."""
+        waiting, taken = self._waiting or [], 0
+        batches: dict[int, _Batch] = {}
+        for request, future in waiting[:BATCH]:
+            if not future.done():
+                slot = self.slot(request.keys[0])
+                if (batch := batches.get(slot)) is None:
+                    batch = batches[slot] = _Batch()
+                if not batch.add(request, future):
+                    break
+            taken += 1
+        if batches and self._loop is not None:
+            self._waiting = waiting[taken:]
+            self._task = self._loop.create_task(self._serve(list(batches.values())))
+        else:
+            self._waiting = None
+
+    async def _serve(self, batches: list[_Batch]) -> None:
+        try:
+            await asyncio.gather(*map(self._answer, batches))
+        finally:
+            self._next()
+
+    async def _answer(self, batch: _Batch) -> None:
+        try:
+            runs = [_pack(run.request, run.times, run.numbers) for run in batch.runs]
+            reply = iter(await self._call(tuple(batch.limits), tuple(batch.limits.values()), runs))
+            for run in batch.runs:
+                run.answer(next(reply), [next(reply) for _ in run.numbers])
+        except BaseException as error:
+            for future in [future for run in batch.runs for _, future in run.futures if not future.done()]:
+                future.set_exception(error) if isinstance(error, Exception) else future.cancel()
+            if not isinstance(error, Exception):
+                raise
+
+    async def _call(self, keys: tuple[str, ...], limits: tuple[Limit, ...], runs: list[bytes]) -> Any:
+        now = "" if self.clock is None else round(self.clock() * MICRO)
+        call = SCRIPT.run(self.redis, keys, now, *[limit.packed for limit in limits], *runs)
+        if self.timeout is None:
+            return await call
+        async with asyncio.timeout(self.timeout):
+            return await call
+
+
+def _pack(request: Request, times: int, numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{2 + len(numbers)}d", times, request.cost, *numbers)
+
+
+def _one_slot(_: str) -> int:
+    return 0

@@ -1,0 +1,63 @@
+-- Numbers come packed, as little-endian doubles: to unpack them costs a third of parsing them.
+-- KEYS    buckets, each {used, at, rest}: microtokens taken and not refilled yet, the server's microseconds at which that
+--         was so, and a remainder of refill below one microtoken, in 1/den of it. No key: nothing used.
+-- ARGV    [1] now in microseconds, or "" for the server's own clock
+--         [1 + i] of KEYS[i]: {capacity in microtokens, num, den}; it refills num/den microtokens per microsecond
+--         then runs: {times, cost, i, j ..}, so many requests in a row, each for `cost` microtokens from KEYS[i], KEYS[j]
+--         .. together or not at all. A cost of 0 only looks, a negative one gives back.
+-- Returns for each run: how many were granted, then `used` of each of its buckets before it.
+local floor, max, min, pack, unpack = math.floor, math.max, math.min, struct.pack, struct.unpack
+local now = tonumber(ARGV[1])
+if not now then
+  local t = redis.call('TIME')
+  now = t[1] * 1000000 + t[2]
+end
+local CAPACITY, NUM, DEN, USED, AT, REST, CHANGED = 1, 2, 3, 4, 5, 6, 7
+local buckets, count = {}, #KEYS
+for i = 1, count do
+  local capacity, num, den = unpack('<ddd', ARGV[i + 1])
+  local bucket = {capacity, num, den, 0, now, 0, false}
+  local state = redis.call('GET', KEYS[i])
+  if state then
+    local used, at, rest = unpack('<ddd', state)
+    -- A clock that was set back refills nothing until it has caught up: no microsecond counts twice.
+    local elapsed = max(0, now - at)
+    -- Whole multiples of den first: no product that matters reaches 2^53, so all of this is exact.
+    local part = elapsed % den * num + min(rest, den - 1)
+    used = used - floor(elapsed / den) * num - floor(part / den)
+    if used > 0 then bucket[USED], bucket[REST] = used, part % den end
+    bucket[AT] = max(now, at)
+  end
+  buckets[i] = bucket
+end
+local reply, length = {}, 0
+for run = count + 2, #ARGV do
+  local packed = ARGV[run]
+  local granted, cost, at = unpack('<dd', packed)
+  local own = {}
+  while at <= #packed do
+    local i
+    i, at = unpack('<d', packed, at)
+    local bucket = buckets[i]
+    own[#own + 1] = bucket
+    if cost > 0 then granted = min(granted, max(0, floor((bucket[CAPACITY] - bucket[USED]) / cost))) end
+  end
+  length = length + 1
+  reply[length] = granted
+  for n = 1, #own do
+    local bucket = own[n]
+    reply[length + n] = bucket[USED]
+    if granted > 0 and cost ~= 0 then bucket[USED], bucket[CHANGED] = max(0, bucket[USED] + granted * cost), true end
+  end
+  length = length + #own
+end
+for i = 1, count do
+  local bucket = buckets[i]
+  if bucket[CHANGED] and bucket[USED] == 0 then
+    redis.call('DEL', KEYS[i])
+  elseif bucket[CHANGED] then
+    local ms = math.ceil(bucket[USED] / bucket[NUM] * bucket[DEN] / 1000) + 1000  -- until it is full again; never 0
+    redis.call('SET', KEYS[i], pack('<ddd', bucket[USED], bucket[AT], bucket[REST]), 'PX', string.format('%.0f', ms))
+  end
+end
+return reply
