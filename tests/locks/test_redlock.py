@@ -406,6 +406,7 @@ async def test_a_node_that_restarts_empty_is_outvoted(servers_5: list[Server], t
 async def test_a_majority_that_forgets_grants_twice_and_the_holder_learns_of_it(three: list[Redis]) -> None:
     """What Redlock does not promise: two nodes restarted empty inside a lease. The next extension says so."""
     lease = await redlock(three, "forgot", renew=False).acquire()
+    await all_well()
     for node in three[:2]:
         await node.flushall()
     second = await asyncio.create_task(redlock(three, "forgot", timeout=0).acquire())
@@ -423,6 +424,7 @@ async def test_a_majority_that_forgets_grants_twice_and_the_holder_learns_of_it(
 async def test_extension_takes_a_majority(three: list[Redis]) -> None:
     """One node has forgotten: the other two extend. Two have: the lease is lost."""
     lease = await redlock(three, "extend", ttl=10, node_timeout=4).acquire()
+    await all_well()
     await three[0].flushall()
     await lease.extend(60)
     assert 10 < lease.remaining() < 60
@@ -449,6 +451,7 @@ async def test_silent_nodes_are_an_error_of_the_extension_and_no_loss(
 ) -> None:
     """One node has forgotten, one hangs, one agrees: the hung one may still hold it, so the lease's time decides."""
     lease = await redlock(three, "silent", node_timeout=0.1).acquire()
+    await all_well()
     await three[0].flushall()
     await servers_5[1].pause()
     with pytest.raises(TimeoutError, match=r"no answer in 0\.1 s"):
@@ -468,6 +471,7 @@ async def test_a_quick_no_and_a_quick_error_don_t_outvote_a_slow_yes(
     """One node forgot, one refuses connections, the third takes its time: no majority says the lease is lost."""
     async with linked(servers_5[2:3]) as (proxies, slow):
         lease = await redlock([*three[:2], *slow], "slow-yes").acquire()
+        await all_well()
         await three[0].flushall()
         await servers_5[1].kill()
         proxies[0].delay(0.02)
@@ -527,9 +531,11 @@ async def test_release_is_false_when_a_majority_had_forgotten(three: list[Redis]
     """By the lock object too; True as long as two of three still held it."""
     lock = redlock(three, "release")
     await lock.acquire()
+    await all_well()  # a grant that comes after the majority's must not come after the flush as well
     await three[0].flushall()
     assert await lock.release()
     await lock.acquire()
+    await all_well()
     for node in three[:2]:
         await node.flushall()
     assert not await lock.release()
