@@ -394,6 +394,7 @@ async def test_a_lost_reply_is_not_a_lost_vote(servers_5: list[Server], nodes: l
 async def test_a_node_that_restarts_empty_is_outvoted(servers_5: list[Server], three: list[Redis]) -> None:
     """One of three forgets: the lease goes on, and nobody else gets a majority."""
     async with redlock(three, "restart") as lease:
+        await all_well()
         await servers_5[0].restart()
         await until(lambda: answers(three[0]))
         rival = redlock(three, "restart", timeout=0)
@@ -440,6 +441,7 @@ async def test_extension_takes_a_majority(three: list[Redis]) -> None:
 async def test_an_extension_never_shortens_what_a_node_has_promised(three: list[Redis]) -> None:
     """A slow renewal that arrives after a longer extension takes nothing away from it."""
     lease = await redlock(three, "longer", ttl=60, node_timeout=20).acquire()
+    await all_well()
     await lease.extend(5)
     assert lease.remaining() > 5
     assert all([await node.pttl(KEY % "longer") > 5_000 for node in three])
