@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from distsys.ratelimit.decision import OnFailure as OnFailure
     from distsys.ratelimit.distributed import Quota as Quota
     from distsys.ratelimit.distributed import TieredLimiter as TieredLimiter
+    from distsys.ratelimit.sliding_window import SlidingWindowLimiter as SlidingWindowLimiter
     from distsys.ratelimit.token_bucket import Lease as Lease
     from distsys.ratelimit.token_bucket import TokenBucketLimiter as TokenBucketLimiter
 
@@ -63,6 +64,7 @@ _HOME = {
     "locks.redlock": ("Redlock",),
     "ratelimit.decision": ("Decision", "OnFailure"),
     "ratelimit.distributed": ("Quota", "TieredLimiter"),
+    "ratelimit.sliding_window": ("SlidingWindowLimiter",),
     "ratelimit.token_bucket": ("Lease", "TokenBucketLimiter"),
 }
 __version__ = "0.1.0"

@@ -1,0 +1,296 @@
+"""Rate limits over HTTP: ASGI middleware, FastAPI dependency, and headers that tell clients where they stand.
+
+Promise  a refused request never reaches the app; it gets 429 as application/problem+json, which names the policies that
+         refused, and Retry-After: whole seconds, at least 1, never before the same request can pass. Every answer for
+         which a limit was asked says what is left: RateLimit, RateLimit-Policy and, if you want, X-RateLimit-*.
+Not      for websockets, which pass; who is limited is the matter of keys.py.
+Units    whole seconds, rounded up; tokens, rounded down; X-RateLimit-Reset in seconds since 1970, as GitHub has it.
+Errors   what Redis raises without `on_failure`, and what your key or cost function raises, passes: the server says 500.
+         `closed` is 503 and not 429, for it is not the client who did too much; `open` says nothing of what is left.
+Source   draft-ietf-httpapi-ratelimit-headers-11; RFC 9651 (structured fields), 9457 (problems), 6585 (429), 9110 10.2.3
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
+
+from distsys.errors import RateLimited
+from distsys.ratelimit.decision import Decision
+from distsys.ratelimit.keys import Scope, awaited, hashed
+from distsys.ratelimit.keys import by_client as by_client
+from distsys.ratelimit.keys import client_address as client_address
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[str, str]]
+Who = str | tuple[str, Mapping[str, str]] | None  # a key; tier and subjects; None: this request is not limited
+Key = Callable[[Scope], Who | Awaitable[Who]]
+Cost = float | Callable[[Scope], float | Awaitable[float]]
+
+MAX_KEY = 200  # characters of a key; a longer one is hashed, so that nobody can fill Redis with keys
+MAX_INTEGER = 999_999_999_999_999  # of a structured field
+PROBLEMS = "https://iana.org/assignments/http-problem-types#"
+TITLES = {
+    "quota-exceeded": "Request cannot be satisfied as assigned quota has been exceeded",
+    "temporary-reduced-capacity": "Request cannot be satisfied due to temporary server capacity constraints",
+}
+
+
+class Limiter(Protocol):
+    """Also read: name, and for RateLimit-Policy limit and window, limit.capacity and limit.refill_rate, or tiers."""
+
+    @property
+    def try_acquire(self) -> Callable[..., Awaitable[Any]]: ...
+
+
+class Policy(NamedTuple):
+    """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds."""
+
+    name: str
+    quota: float
+    window: float
+    per: str | None = None  # whose, of a tier's quota
+    refills: bool = True  # token by token, not all at once
+
+    @property
+    def item(self) -> str:
+        window = min(max(1, math.ceil(self.window)), MAX_INTEGER)
+        return f"{sf_string(self.name)};q={math.floor(self.quota)};w={window}"
+
+    def wait(self, one: Decision) -> int:
+        """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
+        if not one:
+            return whole(one.retry_after)
+        wait = one.reset_after
+        if self.refills:
+            wait = min(wait, wait - (one.limit - one.remaining - 1) * self.window / one.limit)
+        return whole(max(0.0, round(wait, 6)))  # a difference of floats: less than a microsecond is noise
+
+
+class Verdict(NamedTuple):
+    """What the response says: headers of every answer, and of a refusal also its status and its problem."""
+
+    headers: Headers
+    status: int = 200
+    problem: Mapping[str, Any] | None = None
+    retry_after: float = 0.0
+
+
+class RateLimit:
+    """A limiter in the words of HTTP. `key` says who is limited, `cost` how many tokens a request takes (0: free).
+
+    Both get the ASGI scope and may be async. For a TieredLimiter `key` returns tier and subjects.
+    name             of the policy; the limiter's own, or "default"
+    x_headers        X-RateLimit-Limit, -Remaining and -Reset too; of several quotas, those of the tightest
+    partition_keys   parameter pk: the first 8 bytes of the SHA-256 of the key. A response that a shared cache stores
+                     would tell others that hash, and an address can be guessed from it: hence a switch
+    """
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        *,
+        key: Key,
+        cost: Cost = 1,
+        name: str | None = None,
+        x_headers: bool = False,
+        partition_keys: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._limiter, self._key, self._cost, self._clock = limiter, key, cost, clock
+        self._x_headers, self._partition_keys = x_headers, partition_keys
+        tiers: Mapping[str, Any] = getattr(limiter, "tiers", {})
+        self._tiers = {tier: [_policy(quota.name, quota, quota.per) for quota in tiers[tier]] for tier in tiers}
+        self._own = [] if tiers else [_policy(name or getattr(limiter, "name", "") or "default", limiter)]
+
+    async def check(self, scope: Scope) -> Verdict | None:
+        """None for a request that is not limited."""
+        who = await awaited(self._key(scope))
+        cost = await awaited(self._cost(scope) if callable(self._cost) else self._cost)
+        if who is None or cost == 0:
+            return None
+        tier, subjects = who if isinstance(who, tuple) else (who, {})
+        subjects = {per: _bounded(subject) for per, subject in subjects.items()}
+        key = (tier, subjects) if isinstance(who, tuple) else (_bounded(tier),)
+        policies = self._tiers.get(tier, []) if self._tiers else self._own
+        if never := [policy.name for policy in policies if cost > policy.quota]:
+            return _refusal(429, never, None, [("ratelimit-policy", ", ".join(policy.item for policy in policies))])
+        decision = await self._limiter.try_acquire(*key, cost=cost)
+        decisions = list(decision.quotas.values()) if self._tiers else [decision]
+        return self._say(policies, decisions, None if self._tiers else key[0], subjects)
+
+    def _say(
+        self, policies: list[Policy], decisions: list[Decision], key: str | None, subjects: Mapping[str, str]
+    ) -> Verdict:
+        keys = [key or (f"{p.per}:{subjects[p.per]}" if p.per and p.per in subjects else None) for p in policies]
+        pks = [_partition(each) if self._partition_keys and each else "" for each in keys]
+        headers = [("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
+        refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
+        source, wait = decisions[0].source, max(one.retry_after for one in decisions)
+        if source == "open":
+            return Verdict(headers)
+        if source == "closed":
+            return _refusal(503, [], wait, headers)
+        waits = [policy.wait(one) for policy, one in zip(policies, decisions, strict=True)]
+        if refused:  # Retry-After is never before the end of an effective window
+            waits = [min(each, max(1, whole(wait))) for each in waits]
+        items = zip(policies, decisions, waits, pks, strict=True)
+        headers.append(
+            ("ratelimit", ", ".join(f"{sf_string(p.name)};r={d.remaining};t={t}{pk}" for p, d, t, pk in items))
+        )
+        if self._x_headers:
+            one, seconds = max(
+                zip(decisions, waits, strict=True), key=lambda x: (x[0].retry_after, -x[0].remaining / x[0].limit)
+            )
+            reset = math.ceil(self._clock()) + seconds
+            trio = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
+            headers += [(f"x-ratelimit-{word}", str(value)) for word, value in trio.items()]
+        return _refusal(429, refused, wait, headers) if refused else Verdict(headers)
+
+
+class RateLimitMiddleware:
+    """`app.add_middleware(RateLimitMiddleware, limiter=limiter, key=by_client())`; the options are those of RateLimit.
+
+    Add CORSMiddleware after it: outside of it, so that browsers may read a refusal and preflights are not counted.
+    """
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limiter: Limiter, **options: Any
+    ) -> None:
+        self.app, self._limit = app, RateLimit(limiter, **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        verdict = await self._limit.check(scope) if scope["type"] == "http" else None
+        if verdict is None:
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": _merge(message.get("headers", ()), verdict.headers)}
+            await send(message)
+
+        if verdict.problem is None:
+            await self.app(scope, receive, send_with_headers)
+            return
+        body = json.dumps(verdict.problem).encode()
+        headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
+        await send_with_headers({"type": "http.response.start", "status": verdict.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None]]:
+    """FastAPI: `@app.get("/", dependencies=[Depends(rate_limit(limiter, key=by_client()))])`; options as for RateLimit.
+
+    A refusal is RateLimited and HTTPException in one: without a handler 429 with `detail` alone, the whole problem with
+    `app.add_exception_handler(RateLimited, problem_response)`. FastAPI adds no headers of a dependency to a Response
+    that the route makes itself; the middleware does.
+    """
+    http_exception: Any = web("starlette.exceptions").HTTPException
+    limit = RateLimit(limiter, **options)
+
+    class Refused(RateLimited, http_exception):  # type: ignore[misc]
+        """The limit is used up for now."""
+
+        def __init__(self, verdict: Verdict) -> None:
+            assert verdict.problem is not None
+            Exception.__init__(self, verdict.problem["detail"])  # the two roots disagree on what comes first
+            self.verdict, self.facts = verdict, {"retry_after": verdict.retry_after}
+            self.status = self.status_code = verdict.status
+            self.detail, self.headers = verdict.problem["detail"], dict(verdict.headers)
+            self.headers["content-type"] = "application/problem+json"
+
+        def problem(self) -> dict[str, Any]:
+            return dict(self.verdict.problem or {})
+
+    async def check(request: Any = None, response: Any = None) -> None:
+        if request is None:  # a websocket, where the dependency is that of a whole app
+            return
+        verdict = await limit.check(request.scope)
+        if verdict is not None and verdict.problem is not None:
+            raise Refused(verdict)
+        response.headers.raw.extend(_merge((), verdict.headers if verdict else []))
+
+    request, response = web("starlette.requests").Request, web("fastapi").Response
+    check.__annotations__ = {"request": request, "response": response, "return": None}
+    return check
+
+
+async def problem_response(_: Any, error: Exception) -> Any:
+    """A Starlette exception handler for RateLimited, also for that of `limiter.acquire(key, timeout=...)`."""
+    assert isinstance(error, RateLimited)
+    verdict = getattr(error, "verdict", None) or _refusal(429, [], error.facts.get("retry_after", 1), [])
+    headers = {**dict(verdict.headers), "content-type": "application/problem+json"}
+    return web("starlette.responses").Response(json.dumps(verdict.problem), verdict.status, headers)
+
+
+# ---- words
+
+
+def sf_string(text: str) -> str:
+    """A String of a structured field. It is ASCII: other characters are percent-encoded."""
+    plain = field_name(text).replace("\\", r"\\").replace('"', r"\"")
+    return f'"{plain}"'
+
+
+def field_name(text: str) -> str:
+    return "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in text)
+
+
+def whole(seconds: float) -> int:
+    return min(math.ceil(seconds), MAX_INTEGER)
+
+
+def _refusal(status: int, names: Iterable[str], wait: float | None, headers: Headers) -> Verdict:
+    """`wait` None: the request asks for more than the quota ever holds."""
+    kind = "quota-exceeded" if status == 429 else "temporary-reduced-capacity"
+    seconds = None if wait is None else max(1, whole(wait))
+    detail = "The request asks for more than the quota ever holds." if wait is None else f"Come again in {seconds} s."
+    problem = {
+        "type": PROBLEMS + kind,
+        "title": TITLES[kind],
+        "status": status,
+        "detail": detail,
+        "violated-policies": [field_name(name) for name in names],
+    }
+    more = [("cache-control", "no-store"), *([] if seconds is None else [("retry-after", str(seconds))])]
+    return Verdict([*headers, *more], status, problem, wait or 0.0)
+
+
+def _policy(name: str, of: Any, per: str | None = None) -> Policy:
+    window = getattr(of, "window", None)
+    if window is not None:
+        return Policy(name, of.limit, window, per, refills=False)
+    return Policy(name, of.limit.capacity, of.limit.capacity / of.limit.refill_rate, per)
+
+
+def _partition(key: str) -> str:
+    return f";pk=:{b64encode(hashlib.sha256(key.encode()).digest()[:8]).decode()}:"
+
+
+def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> list[tuple[bytes, bytes]]:
+    """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
+    there = [(name, value) for name, value in own]
+    names = {name.lower() for name, _ in there}
+    added = [(name.encode(), value.encode()) for name, value in more]
+    return there + [(name, value) for name, value in added if not (name.startswith(b"x-") and name in names)]
+
+
+def _bounded(key: Any) -> Any:
+    return hashed(key) if isinstance(key, str) and (len(key) > MAX_KEY or not key.isprintable()) else key
+
+
+def web(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: pip install 'distsys[web]'") from error
