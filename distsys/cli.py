@@ -77,14 +77,14 @@ def parser() -> argparse.ArgumentParser:
         "distsys prove mypkg.locks:MyLock --as lock",
     )
     prove.add_argument("candidate", metavar="MODULE:NAME", help="importable from the current folder")
-    prove.add_argument("--as", dest="kind", choices=["lock"], required=True, help="what it promises to be")
+    prove.add_argument("--as", dest="kind", choices=["lock", "limiter"], required=True, help="what it promises to be")
     prove.add_argument("--level", type=int, metavar="N", help="stop after level N (default: all)")
     prove.add_argument(
         "--ttl",
         type=float,
         default=0.3,
         metavar="S",
-        help="seconds; what it is given or has built in (default: 0.3)",
+        help="of a lock, seconds: what it is given or has built in (default: 0.3)",
     )
     for sub, runs in ((run, 3), (prove, None)):
         if runs:
@@ -228,7 +228,10 @@ def _prove(options: argparse.Namespace) -> int:
 async def _climb(options: argparse.Namespace, candidate: Any) -> int:
     async with await _open(options.seed) as lab:
         try:
-            ladder = await lab.try_lock(candidate, ttl=options.ttl, upto=options.level)
+            if options.kind == "lock":
+                ladder = await lab.try_lock(candidate, ttl=options.ttl, upto=options.level)
+            else:
+                ladder = await lab.try_limiter(candidate, upto=options.level)
         except ValueError as problem:
             raise Usage(str(problem)) from None
     if options.json:

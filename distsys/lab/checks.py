@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,10 +26,12 @@ from distsys.lab.spans import (
     lasting,
     meetings,
     named,
+    said,
     waits,
 )
 
 Pairs = list[tuple[Op, Op]]
+TINY = 1e-6  # of a token: what sums of times may be off by
 
 
 def _unclear(why: str) -> Finding:
@@ -199,7 +202,7 @@ def no_stale_write(history: History) -> Finding:
     return _unclear("no write came under an older token than one before it")
 
 
-def progress(history: History) -> Finding:
+def progress(history: History, name: str = "acquire", done: str = "acquired") -> Finding:
     """After the last fault somebody still gets the lock, though the fault hit its holder (or a server)."""
     faults = [f for f in history.faults if f.kind not in (*RECOVERIES, "held")]  # held: a script's doing
     if not faults:
@@ -208,18 +211,18 @@ def progress(history: History) -> Finding:
     of_hit = [op for op in history if is_of(op.process, hit)]
     what = f"{hit} was {faults[-1].kind}" if of_hit else f"the fault on {hit}"
     cut = [op for op in of_hit if op.status == "info" and op.called <= when]  # the dead are owed no answer
-    asked = [op for op in history.where("acquire") if (op.returned is None or op.returned > when) and op not in cut]
+    asked = [op for op in history.where(name) if (op.returned is None or op.returned > when) and op not in cut]
     if not asked:
-        return _unclear(f"nobody asked for the lock after {what}")
+        return _unclear(f"nobody asked after {what}")
     held = [hold for hold in holds(history) if is_of(hold.process, hit) and hold.start <= when <= hold.end]
     if got := [op.end for op in asked if op.status == "ok"]:
         if of_hit and not held and not any(op.name == "acquire" for op in cut):
             return _unclear(f"{hit} did not hold the lock when it was {faults[-1].kind}")
-        return Finding("HELD", f"acquired again {lasting(min(got) - when)} after {what}")
+        return Finding("HELD", f"{done} again {lasting(min(got) - when)} after {what}")
     if any(hold.lease_end is not None and hold.lease_end >= end for hold in held):
         return _unclear(f"the run ended before {hit}'s lease did")
     rows = tuple((at(history, op.called), op.process, op.detail or "asked in vain") for op in asked)
-    summary = f"nobody acquired in the {lasting(end - when)} after {what}, {len(asked):,} tried"
+    summary = f"nobody {done} in the {lasting(end - when)} after {what}, {len(asked):,} tried"
     return Finding("VIOLATED", summary, _in_time([*(hold.op for hold in held[-1:]), asked[0]]), rows)
 
 
@@ -251,33 +254,122 @@ def exactly_once(history: History) -> Finding:
     return Finding("HELD", f"{count(len(asked), 'key')} applied as asked, {again:,} asked for more than once")
 
 
-def _busiest(ops: list[Op], window: float) -> tuple[Op, ...]:
-    """The most calls that lie, from call to return, inside one window of that length."""
-    ops = sorted((op for op in ops if op.returned is not None), key=lambda op: op.called)
-    by_end, best, i = sorted(ops, key=lambda op: op.end), tuple[Op, ...](), 0
-    inside: dict[int, Op] = {}
-    for start in ops:
-        while i < len(by_end) and by_end[i].end < start.called + window:
-            if by_end[i].called >= start.called:
-                inside[id(by_end[i])] = by_end[i]
-            i += 1
-        best = tuple(inside.values()) if len(inside) > len(best) else best
-        inside.pop(id(start), None)
-    return best
+@dataclass(frozen=True)
+class Allowance:
+    """To each `per`: so many tokens in any window of that length, or so many at once and `refill_rate` a second."""
+
+    tokens: float
+    window_seconds: float = math.inf
+    refill_rate: float = 0.0
+    per: str = "key"  # what of an op's value tells whose tokens these are
+
+    def within(self, seconds: float) -> float:
+        return self.tokens + self.refill_rate * seconds if seconds < self.window_seconds else math.inf
+
+    def __str__(self) -> str:
+        window = f" within {lasting(self.window_seconds)}" if self.window_seconds < math.inf else ""
+        refill = f" at once and {self.refill_rate:.3g} a second" if self.refill_rate else ""
+        return f"{self.tokens:,.6g}{window}{refill}{'' if self.per == 'key' else f' per {self.per}'}"
 
 
-def at_most(n: int, window_seconds: float, name: str = "call") -> Check:
-    """In any window of that length at most n calls are let through; one counts if all of it lies in the window."""
+def _cost(op: Op) -> float:
+    cost = said(op, "cost")
+    return float(cost) if isinstance(cost, (int, float)) else 1.0
+
+
+def _subjects(ops: Iterable[Op], allowed: Allowance) -> dict[str, list[Op]]:
+    found: dict[str, list[Op]] = defaultdict(list)
+    for op in ops:
+        found[repr(said(op, allowed.per))].append(op)
+    return found
+
+
+def _worst(ops: list[Op], allowed: Allowance) -> tuple[float, float, tuple[Op, ...]]:
+    """By how much the ops that lie, from call to return, in a span of time exceed what is allowed in it, at the worst.
+
+    Also how long that span is, and the ops. Every call begins a span: with n ops it takes n * n steps.
+    """
+    worst: tuple[float, float, tuple[Op, ...]] = (-math.inf, 0.0, ())
+    for mine in _subjects((op for op in ops if op.returned is not None), allowed).values():
+        mine.sort(key=lambda op: op.end)
+        for start in sorted({op.called for op in mine}):
+            inside, total = [], 0.0
+            for op in mine:
+                if op.called >= start:
+                    inside.append(op)
+                    total += _cost(op)
+                    if (excess := total - allowed.within(op.end - start)) > worst[0] + TINY:
+                        worst = excess, op.end - start, tuple(inside)
+    return worst
+
+
+def at_most(*allowances: Allowance, name: str = "admit") -> Check:
+    """In no span of time more passes than is allowed in it; an op counts if all of it lies in the span."""
 
     def check(history: History) -> Finding:
-        calls, window = history.where(name), lasting(window_seconds)
-        best = _in_time(_busiest([op for op in calls if op.status == "ok"], window_seconds))
-        if len(best) > n:
-            row = (f"{at(history, best[0].called, '')}-{at(history, best[-1].end)}", "", f"{len(best):,} let through")
-            return Finding("VIOLATED", f"{len(best):,} calls within {window}, {n:,} allowed", best[: n + 1], (row,))
-        if len(_busiest(calls, window_seconds)) <= n:
-            return _unclear(f"never more than {count(n, 'call')} tried within {window}, {len(calls):,} in all")
-        return Finding("HELD", f"at most {count(len(best), 'call')} within {window}, {n:,} allowed")
+        asked = history.where(name)
+        for allowed in allowances:
+            excess, seconds, ops = _worst([op for op in asked if op.status == "ok"], allowed)
+            if excess > TINY:
+                when = f"{at(history, min(op.called for op in ops), '')}-{at(history, ops[-1].end)}"
+                passed = f"{sum(map(_cost, ops)):,.6g} admitted"
+                row = (when, "", f"{passed}, {math.ceil(excess - TINY):,} too many")
+                summary = f"{passed} within {lasting(seconds)}, allowed: {allowed}"
+                return Finding("VIOLATED", summary, _in_time(ops), (row,))
+        if any(_worst(asked, allowed)[0] <= TINY for allowed in allowances):
+            return _unclear(f"never more was asked for than is allowed, {count(len(asked), 'request')}")
+        total = sum(op.status == "ok" for op in asked)
+        return Finding("HELD", f"{total:,} of {len(asked):,} admitted, allowed: {'; '.join(map(str, allowances))}")
+
+    return check
+
+
+def _same(a: Op, b: Op, allowed: Allowance) -> bool:
+    return bool(said(a, allowed.per) == said(b, allowed.per))
+
+
+def _of(op: Op, allowed: Allowance) -> str:
+    return f" for {said(op, allowed.per)}" if said(op, allowed.per) is not None else ""
+
+
+def _left(asked: Op, passed: list[Op], allowed: Allowance) -> tuple[float, list[Op]]:
+    """What was certainly left when it was asked for, and the ops that count: each as late as it may have been."""
+    latest = {id(op): op.end if op.status == "ok" else math.inf for op in passed}
+    left, total, counted = allowed.tokens, 0.0, []
+    for op in sorted(passed, key=lambda op: latest[id(op)], reverse=True):
+        if op.called <= asked.end and _same(op, asked, allowed):
+            total += _cost(op)
+            room = allowed.within(max(0.0, asked.called - latest[id(op)])) - total
+            if room < math.inf:
+                left = min(left, room)
+                counted.append(op)
+    return left, counted
+
+
+def no_needless_refusal(*allowances: Allowance, name: str = "admit") -> Check:
+    """Nobody is refused while each allowance certainly had room: a refused request takes nothing."""
+
+    def check(history: History) -> Finding:
+        asked = history.where(name)
+        refused = [op for op in asked if op.status == "fail"]
+        passed = [op for op in asked if op.status != "fail"]
+        rows, first = list[tuple[str, ...]](), tuple[Op, ...]()
+        for op in refused:
+            found = [(allowed, *_left(op, passed, allowed)) for allowed in allowances]
+            if all(left >= _cost(op) for _, left, _ in found):
+                before = [one for one in passed if one.end <= op.called and any(_same(one, op, a) for a in allowances)]
+                room = " and ".join(f"{left:,.3g} of {a.tokens:,.6g} left{_of(op, a)}" for a, left, _ in found)
+                rows.append((at(history, op.end), op.process, f"refused with {room}"))
+                counted = [one for *_, ops in found for one in ops]
+                first = first or _in_time([op, *before[-math.ceil(allowances[0].tokens) :], *counted])
+        if rows:
+            summary = f"{len(rows):,} of {count(len(refused), 'refusal')} needless: {rows[0][1]} was {rows[0][2]}"
+            return Finding("VIOLATED", summary, first, tuple(rows))
+        again = [op for op in passed if op.status == "ok" and any(op.called >= no.end for no in refused)]
+        if not again:
+            return _unclear(f"nobody was admitted after a refusal, {count(len(refused), 'refusal')}")
+        summary = f"{count(len(refused), 'refusal')}, none while there was room; {len(again):,} admitted later"
+        return Finding("HELD", summary)
 
     return check
 

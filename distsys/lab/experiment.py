@@ -90,6 +90,19 @@ class Actor:
     def at(self, point: str) -> Signal:
         return (self.name, "at", point)
 
+    def order(self, times: int = 1, **how: Any) -> None:
+        """Has a worker with the workload `requests` ask so many times: `at` a time of the virtual clock, for whom."""
+        self.run.time = max(self.run.time, how.get("at", 0.0))
+        self.send(do="order", times=times, **how)
+
+    async def served(self) -> None:
+        """Waits until it has the answers to one order."""
+        await self.run.until((self.name, "served", ""), self.ended)
+
+    async def ask(self, times: int = 1, **how: Any) -> None:
+        self.order(times, **how)
+        await self.served()
+
     def go(self, *, hold: str = "", stop: str = "", kill: str = "", block: str = "") -> None:
         """Lets the worker start; at the named point it holds, stops (SIGSTOP), is killed, or blocks its loop."""
         for action, point in (("hold", hold), ("stop", stop), ("kill", kill), ("block", block)):
@@ -131,7 +144,7 @@ class Actor:
     def cancel(self, task: str) -> None:
         self.send(do="cancel", point=task)
 
-    def send(self, **command: str) -> None:
+    def send(self, **command: Any) -> None:
         assert self.process.sock is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended before it heard
             self.process.sock.send(json.dumps(command).encode() + b"\n")
@@ -143,6 +156,8 @@ class Run:
     def __init__(self, lab: Lab, experiment: Experiment, arm: Arm, seed: int, number: int) -> None:
         self.lab, self.experiment, self.arm, self.seed, self.number = lab, experiment, arm, seed, number
         self.ttl: float = {**experiment.params, **arm.params}.get("ttl", experiment.ttl)
+        self.virtual = {**experiment.params, **arm.params}.get("clock") == "virtual"
+        self.time = 0.0  # that the virtual clock shows
         self.resource = f"{lab.prefix}:{number}"
         self.urls: dict[str, Any] = {}
         self.actors: list[Actor] = []
@@ -175,7 +190,7 @@ class Run:
         from cloudpickle import dumps
 
         if not self.started:
-            self.started = time.monotonic()
+            self.started = self.now()
         params = {**self.experiment.params, **self.arm.params}
         ttl = self.ttl
         params.pop("ttl", None)
@@ -219,13 +234,18 @@ class Run:
             wanted = " or ".join(f"{process} {what} {name}".strip() for process, what, name in signals)
             raise Stalled(f"waited {timeout:g} s in vain for: {wanted}") from None
 
+    def now(self) -> float:
+        return self.time if self.virtual else time.monotonic()
+
     def record(self, kind: str, target: str, detail: str = "") -> None:
         """A fault, for the history."""
-        self._recorder.fault(time.monotonic(), kind, target, detail)
+        self._recorder.fault(self.now(), kind, target, detail)
 
     async def finish(self, timeout: float | None = None) -> list[str]:
         """Waits for every worker to end; the names of those that did not, which are then killed."""
         stuck = []
+        for actor in self.actors:
+            actor.send(do="finish")
         for actor in self.actors:
             try:
                 await self.until(actor.ended, timeout=timeout)
@@ -237,7 +257,7 @@ class Run:
         return [f"{actor.name}: {actor.crash}" for actor in self.actors if actor.crash]
 
     def history(self, **facts: Any) -> History:
-        return self._recorder.history(started=self.started, ended=time.monotonic(), **facts)
+        return self._recorder.history(started=self.started, ended=self.now(), **facts)
 
     # ---- what the workers say
 
@@ -262,7 +282,7 @@ class Run:
             self._signal(actor.at(event["point"]))
         elif kind == "crash":
             actor.crash = event["detail"]
-        elif kind in ("ready", "done"):
+        elif kind in ("ready", "served", "done"):
             self._signal((actor.name, kind, ""))
         elif kind == "waiting":
             self._signal((who, "waiting", event["name"]))

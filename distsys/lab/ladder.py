@@ -1,8 +1,9 @@
-"""Bring your own lock: one fault more on each level, up to the first one that it does not survive."""
+"""Bring your own: one fault more on each level, up to the first one that your lock or limiter does not survive."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.story import story
 from distsys.lab.verdict import Verdict
-from distsys.locks.lease import check_ttl
 
 if TYPE_CHECKING:
     from distsys.lab.session import Lab
@@ -46,7 +46,7 @@ class Level:
     changes: dict[str, Any] = field(default_factory=lambda: {"prepare": on_both})  # to the experiment
 
 
-LEVELS = (
+LOCK = (
     Level(
         "no faults but a slow link: workers take turns",
         "contention",
@@ -81,14 +81,50 @@ LEVELS = (
     ),
 )
 
+VIRTUAL = {"params": {"clock": "virtual", "window": 1.0}}
+LIMITER = (
+    Level(
+        "four processes share one limit",
+        "counter-per-process",
+        "Each process has a memory of its own. What do all of them share?",
+        VIRTUAL,
+    ),
+    Level(
+        "one looks, and another takes before it counts",
+        "count-by-get-then-set",
+        "Between reading the count and writing it others come by. Which single command, or script, does both?",
+        VIRTUAL,
+    ),
+    Level(
+        "two workers ask within one millisecond",
+        "same-millisecond",
+        "Two requests must leave two marks. What tells them apart when the time does not?",
+        {},
+    ),
+    Level(
+        "an impatient client is refused again and again",
+        "refusals-that-count",
+        "What does a refused request leave behind in your count?",
+        {},
+    ),
+    Level(
+        "a burst on both sides of a boundary",
+        "fixed-window-boundary",
+        "Ten a second means in any second, not in each one of the clock. When may an admitted request be forgotten?",
+        {},
+    ),
+)
+"""For a limiter of ten in any second, which is given redis, limit, window and clock where it names them."""
+
 
 @dataclass(frozen=True)
 class Climb:
-    """How far a lock came: one verdict per level tried, the last of them failed unless all were passed."""
+    """How far a candidate came: one verdict per level tried, the last of them failed unless all were passed."""
 
     candidate: str
     verdicts: tuple[Verdict, ...]
-    asked: int = len(LEVELS)  # how many levels were to be climbed
+    levels: tuple[Level, ...]
+    asked: int  # how many of them were to be climbed
 
     @property
     def passed(self) -> bool:
@@ -100,13 +136,13 @@ class Climb:
         return sum(verdict.status == "HELD" for verdict in self.verdicts)
 
     def __str__(self) -> str:
-        lines = [f"{self.candidate}: passed {self.level} of {len(LEVELS)} levels"]
+        lines = [f"{self.candidate}: passed {self.level} of {len(self.levels)} levels"]
         for i, (level, mark, said) in enumerate(self._rows(), 1):
             lines.append(f"  {mark} {i}. {level.title}{f' - {said}' if said else ''}")
         if self.verdicts and self.verdicts[-1].status != "HELD":
             last = self.verdicts[-1]
             lines += ["", *(f"  {sentence}" for sentence in story(last.history, last.finding))]
-            lines += ["", f"  hint: {LEVELS[self.level].hint}"]
+            lines += ["", f"  hint: {self.levels[self.level].hint}"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -116,14 +152,14 @@ class Climb:
             "candidate": self.candidate,
             "passed": self.passed,
             "level": self.level,
-            "levels": len(LEVELS),
+            "levels": len(self.levels),
             "verdicts": [verdict.to_dict() for verdict in self.verdicts],
         }
 
     def _rows(self) -> list[tuple[Level, str, str]]:
         marks = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
         tried = [(marks[v.status], "" if v.status == "HELD" else v.summary) for v in self.verdicts]
-        return [(level, *(tried[i] if i < len(tried) else ("·", ""))) for i, level in enumerate(LEVELS)]
+        return [(level, *(tried[i] if i < len(tried) else ("·", ""))) for i, level in enumerate(self.levels)]
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -132,29 +168,28 @@ class Climb:
             for i, (level, mark, said) in enumerate(self._rows(), 1)
         )
         page = (
-            f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(LEVELS)} levels</p>"
+            f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(self.levels)} levels</p>"
             "<table><thead><tr><th></th><th></th><th>level</th><th>what happened</th></tr></thead>"
             f"<tbody>{rows}</tbody></table>"
         )
         if self.verdicts and self.verdicts[-1].status != "HELD":
-            hint = html.escape(LEVELS[self.level].hint)
+            hint = html.escape(self.levels[self.level].hint)
             page += self.verdicts[-1]._repr_html_() + f"<details><summary>a hint</summary><p>{hint}</p></details>"
         return page
 
 
-async def climb(lab: Lab, candidate: Any, *, ttl: float, upto: int | None) -> Climb:
-    """Tries level after level. `ttl` is what the candidate is given, or the TTL it has built in."""
+async def climb(
+    lab: Lab, candidate: Any, levels: tuple[Level, ...], *, upto: int | None, params: Mapping[str, Any]
+) -> Climb:
+    """Tries level after level. `params` go to the workload."""
     name = getattr(candidate, "__name__", None) or repr(candidate)
     verdicts: list[Verdict] = []
-    if upto is not None and not 1 <= upto <= len(LEVELS):
-        raise ValueError(f"upto={upto}: the ladder has levels 1 to {len(LEVELS)}")
-    check_ttl(ttl)
-    for level in LEVELS[:upto]:
-        # What counts here is the damage: two holders at once are no failure when the account refuses the older one.
+    if upto is not None and not 1 <= upto <= len(levels):
+        raise ValueError(f"upto={upto}: the ladder has levels 1 to {len(levels)}")
+    for level in levels[:upto]:
         experiment = replace(experiments.load(level.experiment), **level.changes)
-        params = {"account": ACCOUNT, "ttl": ttl}
         arm = Arm(name=f"{name}: {level.title}", candidate=candidate, expected=None, params=params)
         verdicts.append(await lab.judge(experiment, arm))
         if verdicts[-1].status != "HELD":
             break
-    return Climb(name, tuple(verdicts), len(LEVELS[:upto]))
+    return Climb(name, tuple(verdicts), levels, len(levels[:upto]))

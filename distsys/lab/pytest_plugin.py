@@ -1,4 +1,4 @@
-"""The ladder as a pytest fixture, for locks of your own in your own test suite.
+"""The ladders as pytest fixtures, for locks and limiters of your own in your own test suite.
 
 def test_our_lock_survives(prove_lock):
     climb = prove_lock(OurLock, ttl=10)
@@ -19,15 +19,31 @@ if TYPE_CHECKING:
 @pytest.fixture
 def prove_lock() -> Callable[..., Climb]:
     """`prove_lock(candidate, *, ttl=0.3, upto=None) -> Climb`: climbs the ladder; starts and ends its own servers."""
+
+    def prove(candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
+        return _climb("try_lock", candidate, ttl=ttl, upto=upto)
+
+    return prove
+
+
+@pytest.fixture
+def prove_limiter() -> Callable[..., Climb]:
+    """`prove_limiter(candidate, *, upto=None) -> Climb`: the same for a limiter of ten requests in any second."""
+
+    def prove(candidate: Any, *, upto: int | None = None) -> Climb:
+        return _climb("try_limiter", candidate, upto=upto)
+
+    return prove
+
+
+def _climb(ladder: str, candidate: Any, **options: Any) -> Climb:
     import asyncio
 
     from distsys.lab.session import Lab
 
-    async def climb(candidate: Any, ttl: float, upto: int | None) -> Climb:
+    async def climb() -> Climb:
         async with await Lab.open() as lab:
-            return await lab.try_lock(candidate, ttl=ttl, upto=upto)
+            climbed: Climb = await getattr(lab, ladder)(candidate, **options)
+            return climbed
 
-    def prove(candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
-        return asyncio.run(climb(candidate, ttl, upto))
-
-    return prove
+    return asyncio.run(climb())

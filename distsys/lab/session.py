@@ -9,13 +9,14 @@ import time
 from dataclasses import replace
 from typing import Any, Literal
 
-from distsys.lab import experiments
+from distsys.lab import experiments, ladder
 from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, new_prefix
 from distsys.lab.history import Finding, History
-from distsys.lab.ladder import Climb, climb
+from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers, ServerUnavailable
 from distsys.lab.verdict import Verdict, Verdicts
+from distsys.locks.lease import check_ttl
 
 Profile = Literal["quick", "full"]
 MANY = 20  # acquisitions, for their percentiles to say anything
@@ -124,8 +125,17 @@ class Lab:
         return verdict
 
     async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
-        """Climbs the ladder of faults with a lock of yours and stops at the first level it fails."""
-        return await climb(self, candidate, ttl=ttl, upto=upto)
+        """Climbs the ladder of faults with a lock of yours and stops at the first level it fails.
+
+        `ttl` is what the candidate is given, or the TTL it has built in.
+        """
+        # What counts is the damage: two holders at once are no failure when the account refuses the older one.
+        params = {"account": ladder.ACCOUNT, "ttl": check_ttl(ttl)}
+        return await ladder.climb(self, candidate, ladder.LOCK, upto=upto, params=params)
+
+    async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:
+        """The same with a limiter of yours: ten requests in any second, whoever asks."""
+        return await ladder.climb(self, candidate, ladder.LIMITER, upto=upto, params={})
 
     def summary(self) -> str:
         """A line per verdict so far, in words only: the same on every machine."""

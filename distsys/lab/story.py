@@ -98,6 +98,7 @@ def _counterexample(history: History, finding: Finding) -> list[str]:
             told.append((a, 2, f"{who} was {WORDS[kind]} at {at(history, a)}, for {lasting(b - a)}."))
     for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
         told.append((fault.at, 1 + n, f"t={at(history, fault.at)}: {what(fault)}."))
+    told += _admissions(history, finding)
     for op in finding.witness:
         if op.name == "read":
             told.append((op.end, 3, f"{op.process} read {op.value!r} at {at(history, op.end)}."))
@@ -116,6 +117,37 @@ def _counterexample(history: History, finding: Finding) -> list[str]:
             told.append((end, 3, f"For {lasting(end - two.start)}, until {at(history, end)}, both were inside."))
     best = sorted(told, key=lambda item: (item[1], item[0]))[:LIMIT]
     return [text for *_, text in sorted(best)]
+
+
+def _admissions(history: History, finding: Finding) -> list[tuple[float, int, str]]:
+    """Who was admitted how often, and the refusal that was needless."""
+    told, ops = list[tuple[float, int, str]](), [op for op in finding.witness if op.name == "admit"]
+    for process, status in dict.fromkeys((op.process, op.status) for op in ops):
+        row = [op for op in ops if (op.process, op.status) == (process, status)]
+        first, last = at(history, row[0].called, ""), at(history, row[-1].end)
+        when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
+        if status == "fail":
+            told.append((row[-1].end, 0, f"{process} was {refusal(finding)} at {last}."))
+        else:
+            told.append((row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."))
+    return told
+
+
+def refusal(finding: Finding) -> str:
+    """How the check put the first one: "refused with 3 of 10 left"."""
+    said = [row[-1] for row in finding.violations[:1] if row[-1].startswith("refused")]
+    return said[0] if said else "refused"
+
+
+def _tally(asked: list[Op], history: History) -> str:
+    """ "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
+    told = []
+    for process in sorted({op.process for op in asked})[:LIMIT]:
+        mine = [op for op in asked if op.process == process]
+        passed = [op for op in mine if op.status == "ok"]
+        last = f", last at {at(history, passed[-1].end)}" if passed else ""
+        told.append(f"{process} {len(passed):,} of {count(len(mine), 'time')}{last}")
+    return "; ".join(told).replace(" ", " was admitted ", 1) + "."
 
 
 def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple[Op, str]]:
@@ -153,7 +185,14 @@ def _overview(history: History, finding: Finding) -> list[str]:
     else:
         by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
         text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"
-        told.append(f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome.")
+        if asked := history.where("admit"):
+            unknown = f", {by['info']:,} of unknown outcome" if by["info"] else ""
+            text = text.replace("operation", "request")
+            told.append(f"{text}: {by['ok']:,} admitted, {by['fail']:,} refused{unknown}.")
+            if finding.status != "VIOLATED" or any(op.status == "fail" for op in finding.witness):
+                told.append(_tally(asked, history))
+        else:
+            told.append(f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome.")
     kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
     for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
         lock = " while it held the lock" if inside else ""

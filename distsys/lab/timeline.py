@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 from typing import TYPE_CHECKING
 
-from distsys.lab.history import Fault, Finding, History
+from distsys.lab.history import Fault, Finding, History, Op
 from distsys.lab.spans import DEATHS, RECOVERIES, conflicts, expired, is_of, labels, pauses
-from distsys.lab.story import WORDS, key_ops, what
+from distsys.lab.story import WORDS, key_ops, refusal, what
 from distsys.lab.svg import MARGIN, WIDTH, box, cross, cut, document, hollow_cross, path, put, width_of
 from distsys.lab.view import LIMIT, View, view
 
@@ -44,12 +45,14 @@ class _Picture:
         self.icons: dict[str, tuple[str, float]] = {}  # what it means: (the icon around 0, 0; its width)
         self.clashes = [(a, b) for a, b in conflicts(history) if a in v.bars and b in v.bars]
         flags = self._stagger()
-        self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.clashes else 6.0)
+        admits = [op for op in finding.witness if op.name == "admit" and finding.status == "VIOLATED"]
+        self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.clashes or admits else 6.0)
         self.lane = {name: self.top + LANE * n for n, name in enumerate(v.lanes)}
         self.bottom = self.top + LANE * len(v.lanes)
         self._ground()
         self._waits()
         self._bars()
+        self._admissions(admits)
         self._clashes()
         self._tokens()
         self._flags(flags)
@@ -103,6 +106,30 @@ class _Picture:
                 if x > x1:  # the dead hold nothing, but the server does not know yet
                     self.line(f"M{x1:.1f} {y + 4 + BAR / 2}H{x:.1f}", "d")
                 self.icons["lease ends"] = path("M0-7V7", "d"), 6
+
+    def _admissions(self, witness: list[Op]) -> None:
+        """What a limiter decided: bars for those admitted, below them crosses for those refused, and how many."""
+        v = self.v
+        for (name, y), status in product(self.lane.items(), ("ok", "fail")):
+            ops = [op for op in self.history.where("admit", process=name) if op.status == status]
+            for x0, x1, n in _clusters(sorted(v.x(op.end) for op in ops if v.shows(op.end, op.end)), 30.0):
+                text = f"{n:,}" if n > 1 else ""
+                x, css = (x1 + 6, "i z") if x1 + 6 + width_of(text, 11) < WIDTH - MARGIN else (x0 - 6, "i e z")
+                if status == "ok":
+                    self.out += [box(x0 - 1.5, y + 4, x1 - x0 + 3, BAR, "h"), put(x, y + 17, text, css)]
+                    self.icons["admitted, how many"] = box(-3, -6, 6, 12, "h"), 9
+                else:
+                    self.out += [*(hollow_cross(x, y + 30) for x in dict.fromkeys((x0, x1))), put(x, y + 34, text, css)]
+                    self.icons["refused"] = hollow_cross(0, 0), 9
+        if witness:
+            text = "".join(row[-1] for row in self.finding.violations[:1])
+            if refused := [op for op in witness if op.status == "fail"]:
+                text, witness = refusal(self.finding), refused
+            x0, x1 = v.x(min(op.end for op in witness)), v.x(max(op.end for op in witness))
+            half = (width_of(text, 11, bold=True) + 16) / 2
+            x = min(max((x0 + x1) / 2, v.left + half), WIDTH - MARGIN - half)
+            self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v")
+            self.out += [cross(x - half + 4, self.top - 10, "q"), put(x + 7, self.top - 6, text, "i m b r z")]
 
     def _clashes(self) -> None:
         """The stretches with two holders, hatched in both lanes; red where that breaks the promise."""
@@ -177,6 +204,7 @@ class _Picture:
             op for op in self.history if op.process in self.lane and v.shows(op.end, op.end) and op.name != "acquire"
         ]
         ops = [op for op in ops if op.name != "release" or op in told]
+        ops = [op for op in ops if op.name != "admit" or op.status == "info"]
         for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, op.name == "read"))[:MARKS]:
             refused, key = op.status == "fail", op.status == "fail" or op in told
             x, y = v.x(op.end), self.lane[op.process] + 4 + BAR
@@ -211,6 +239,17 @@ class _Picture:
         self.bottom = y + 8
 
 
+def _clusters(places: list[float], gap: float) -> list[tuple[float, float, int]]:
+    """(from, to, how many): those that are nearer to each other than the gap."""
+    done: list[tuple[float, float, int]] = []
+    for x in places:
+        if done and x - done[-1][1] < gap:
+            done[-1] = done[-1][0], x, done[-1][2] + 1
+        else:
+            done.append((x, x, 1))
+    return done
+
+
 def _union(parts: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     done: list[tuple[float, float]] = []
     for start, end in sorted(parts):
@@ -242,6 +281,9 @@ def figure(history: History, finding: Finding) -> Figure:
         for name in {one.process, two.process} & row.keys():
             part = (two.start - history.started, min(one.end, two.end) - two.start)
             axes.broken_barh([part], (row[name] - 0.3, 0.6), fc="#fbd5d5", ec="#b3121d", hatch="xx")
+    for op in history.where("admit"):
+        if op.process in row:
+            axes.plot(op.end - history.started, row[op.process], "|" if op.status == "ok" else "x", color="#3a6ea5")
     for fault in history.faults:
         axes.axvline(fault.at - history.started, color="#57606a", lw=0.8, ls=":")
     axes.set(yticks=list(row.values()), yticklabels=list(row), xlabel="seconds", title=finding.summary)

@@ -102,6 +102,8 @@ class Worker:
         self._released: dict[str, asyncio.Event] = {}
         self._inbox = b""
         self._ids = 0
+        self.now = time.monotonic  # what the record goes by
+        self.orders: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._clients: dict[str, Any] = {}
         self.tasks: dict[str, asyncio.Task[Any]] = {}
         self.leased = False  # whether the candidate was given a ttl
@@ -109,7 +111,7 @@ class Worker:
     # ---- the record
 
     def send(self, **event: Any) -> None:
-        self._sock.sendall(json.dumps({**event, "t": time.monotonic()}, default=repr).encode() + b"\n")
+        self._sock.sendall(json.dumps({**event, "t": self.now()}, default=repr).encode() + b"\n")
 
     @contextlib.asynccontextmanager
     async def op(self, name: str, value: Any = None, *, token: int | None = None) -> AsyncIterator[Call]:
@@ -171,11 +173,16 @@ class Worker:
         for line in lines:
             self._obey(**json.loads(line))
 
-    def _obey(self, do: str, point: str = "", action: str = "") -> None:
+    def _obey(self, do: str, point: str = "", action: str = "", **order: Any) -> None:
         if do == "arm":
             self._armed[point] = action
         elif do == "go":
             self.went.set()
+        elif do == "order":
+            self.orders.put_nowait(order)
+            self.went.set()
+        elif do == "finish":
+            self.orders.put_nowait({})
         elif do == "release":
             self._event(point).set()
         elif do == "cancel":
@@ -228,9 +235,11 @@ class Worker:
 
     async def build(self, candidate: Any, **extra: Any) -> Any:
         """Calls the candidate with what its parameters name: redis, clients, conn, pool, dsn, url, name, ttl."""
-        wanted = inspect.signature(candidate).parameters
+        wanted, given = inspect.signature(candidate).parameters, getattr(candidate, "keywords", ())  # by a partial
         arguments = {}
         for name, parameter in wanted.items():
+            if name in given:
+                continue
             kind = _ALIASES.get(name, name)
             if kind == "redis" and looks_sync(candidate):
                 kind = "redis_sync"
@@ -264,7 +273,7 @@ _ALIASES = {
     "redis_clients": "clients", "nodes": "clients", "masters": "clients",
     "connection": "conn", "db": "conn", "conn_or_pool": "pool", "redis_url": "url",
     "key": "name", "lock_name": "name", "resource": "name", "lock_key": "name",
-    "ttl_seconds": "ttl", "expire": "ttl", "lease": "ttl",
+    "ttl_seconds": "ttl", "expire": "ttl",
 }  # fmt: skip
 
 
@@ -295,7 +304,7 @@ class Guard:
 
     def __init__(self, lock: Any) -> None:
         self.lock = lock
-        self._call: Callable[..., Awaitable[Any]] = _plain
+        self._call: Callable[..., Awaitable[Any]] = plain
         if hasattr(lock, "__aenter__"):
             self._enter, self._exit = lock.__aenter__, lock.__aexit__
         elif hasattr(lock, "acquire") and hasattr(lock, "release"):
@@ -326,8 +335,8 @@ class Guard:
         return self.lock.release()
 
 
-async def _plain(call: Callable[..., Any], *args: Any) -> Any:
-    answer = call(*args)
+async def plain(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    answer = call(*args, **more)
     return await answer if inspect.isawaitable(answer) else answer
 
 

@@ -1,16 +1,20 @@
-"""The guarded work of the lock experiments: read a balance, think, write it back with something added.
+"""What workers do: the guarded work of the lock experiments, and the requests that a limiter has to decide.
 
-It is the smallest work that a broken lock damages visibly: when two workers are inside at once, one increment is lost.
+Guarded is this: read a balance, think, write it back with something added. It is the smallest work that a broken lock
+damages visibly: when two workers are inside at once, one increment is lost.
 Each worker adds an amount of its own (w1 adds 1, w2 adds 10, ...), so that the balance tells whose.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
-from distsys.errors import LockLost, Rejected
-from distsys.lab.worker import Guard, Worker, task_name
+from redis.exceptions import RedisError
+
+from distsys.errors import LockLost, RateLimited, Rejected
+from distsys.lab.worker import Guard, Worker, plain, task_name
 from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
@@ -147,6 +151,52 @@ async def increment(
         return  # on the record: the holder was told
     if failure is not None and not isinstance(failure, Rejected):
         raise failure
+
+
+class VirtualClock:
+    """Seconds that pass when an order says so, and a little with each request."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def requests(
+    worker: Worker, candidate: Any, *, limit: float = 10, window: float = 60.0, clock: str = "server"
+) -> None:
+    """Asks a limiter for what the script orders, one request after the other; each is an "admit" on the record.
+
+    The limiter is asked by allow(), try_acquire() or is_allowed(), and is given a `clock` if it takes one: the
+    "virtual" one, by which then the record and the event loop go, too, or one's own ("client"), on each worker a
+    minute ahead of the one before. With "server" it is given none.
+    """
+    virtual = VirtualClock()
+    own: dict[str, Any] = {"limit": limit, "window": window, "nginx": worker.job.urls.get("nginx")}
+    if clock == "virtual":
+        own["clock"] = worker.now = virtual
+        asyncio.get_running_loop().time = virtual  # type: ignore[method-assign]  # for leases and timeouts
+    elif clock == "client":
+        own["clock"] = lambda: time.time() + 60 * int(worker.name[1:])
+    limiter = await worker.build(candidate, **own)
+    ask = next(found for n in ("allow", "try_acquire", "is_allowed") if (found := getattr(limiter, n, None)))
+    while order := await worker.orders.get():
+        virtual.now = max(virtual.now, order.pop("at", 0.0))
+        times, who = order.pop("times"), {"key": worker.resource, **order}
+        for _ in range(times):
+            try:
+                async with worker.op("admit", order or None):
+                    _or_refused(await plain(ask, **who))
+            except (RateLimited, RedisError, OSError):
+                pass  # on the record: refused, or of unknown outcome
+            virtual.now += 1e-5
+        worker.send(e="served")
+
+
+def _or_refused(answer: Any) -> None:
+    if not answer:
+        raise RateLimited(f"come again in {answer.retry_after:.3g} s" if hasattr(answer, "retry_after") else None)
 
 
 def token_of(lease: Any, lock: Any) -> int | None:

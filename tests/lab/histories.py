@@ -69,11 +69,23 @@ def killed(ttl: float | None) -> History:
     return history(*ops, faults=[(0.25, "killed", "w1", "before-release")], ended=2.0)
 
 
+def requests(*asked: tuple[str, float, int, int], **more: Any) -> History:
+    """(process, when, how many are admitted, how many refused then), each taking 0.1 ms."""
+    ops = []
+    for who, t, admitted, refused in asked:
+        for n in range(admitted + refused):
+            start, status = t + n / 5000, "ok" if n < admitted else "fail"
+            ops.append(op(who, "admit", start, start + 1e-4, status=status))
+    return history(*ops, **more)
+
+
 @st.composite
 def anything(draw: st.DrawFn) -> History:
     """Histories that no lock would make: the checks, the story and the picture must still cope."""
-    names = st.sampled_from(["acquire", "release", "lost", "extend", "read", "write", "call", "request", "apply"])
-    values = st.sampled_from([None, 0, 1, 2, "k", {"ttl": 0.5}, {"ttl": 3}, {"lock": "b"}, True, [1]])
+    names = st.sampled_from(["acquire", "release", "lost", "extend", "read", "write", "admit", "request", "apply"])
+    values = st.sampled_from(
+        [None, 0, 1, 2, "k", {"ttl": 0.5}, {"ttl": 3}, {"lock": "b"}, {"key": "b", "cost": 2}, True, [1]]
+    )
     ops = []
     for _ in range(draw(st.integers(0, 14))):
         called = draw(st.floats(0, 9, allow_nan=False))

@@ -12,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distsys.lab import checks
+from distsys.lab.checks import Allowance
 from distsys.lab.history import Check, Fault, Finding, History, Op
 from distsys.lab.spans import holds, labels
 from tests.lab.histories import anything, history, op, section
 
-at_most_2 = checks.at_most(2, 1.0)
+at_most_2 = checks.at_most(Allowance(2, window_seconds=1.0))
+bucket_of_2 = checks.at_most(Allowance(2, refill_rate=1.0))
+USERS, ORGANISATION = Allowance(2, window_seconds=1.0, per="user"), Allowance(3, window_seconds=1.0, per="organisation")
+needless = checks.no_needless_refusal(USERS, ORGANISATION)
 DANGER = {"ttl": 0.2}
 
 
@@ -136,15 +140,36 @@ PHANTOM = history(*ONCE.ops, call("apply", 3, "z"))
 STORE_KNOWS = replace(ONCE, facts={"applied": {"a": 2}})
 
 
-def calls(*times: float, status: str = "ok", lasting: float = 0.01) -> list[Op]:
-    return [op("w1", "call", t, t + lasting, status=status) for t in times]
+def asks(*times: float, status: str = "ok", lasting: float = 0.01, **who: Any) -> list[Op]:
+    return [op("w1", "admit", t, t + lasting, who or None, status=status) for t in times]
 
 
-WITHIN = history(*calls(0, 0.2, 1.3), *calls(0.3, status="fail"))
-BURST = history(*calls(0, 0.2, 0.4))
-SPIKE = history(*calls(0.8, 0.9, 1.1, 1.2))  # two in each second, four within one
-SLOW_CALLS = history(*calls(0, 0.1, 0.2, lasting=5))  # let through at any moment of five seconds
-IDLE = history(*calls(0, 5), *calls(7, status="fail"))
+WITHIN = history(*asks(0, 0.2, 1.3), *asks(0.3, status="fail"))
+BURST = history(*asks(0, 0.2, 0.4))
+SPIKE = history(*asks(0.8, 0.9, 1.1, 1.2))  # two in each second, four within one
+SLOW_CALLS = history(*asks(0, 0.1, 0.2, lasting=5))  # let through at any moment of five seconds
+IDLE = history(*asks(0, 5), *asks(7, status="fail"))
+REFILLED = history(*asks(0, 0.1, 1.2), *asks(0.3, status="fail"))
+TRICKLE = history(*asks(0, 0.5, 1, 1.5, 2, 2.5))  # two in each second, one a second too many in the long run
+TWO_KEYS = history(*asks(0, 0.1, key="a"), *asks(0, 0.1, key="b"))
+COSTLY = history(*asks(0, cost=3))
+NO_ANSWER = history(op("w1", "admit", 0, None), op("w1", "admit", 0.1, None), *asks(2, 2.1, 2.2, status="fail"))
+
+REFUSING = history(*asks(3, status="fail"), faults=[(2, "server", "redis", "hung")])
+STARVED = history(*asks(0, 0.2), *asks(0.5, 1.5, status="fail"))
+SO_FAR = history(*asks(0, 0.2), *asks(0.5, status="fail"))  # whoever asks no more shows nothing
+MAYBE_USED = history(*asks(0, 0.1, status="info"), *asks(0.3, status="fail"), *asks(2))
+STILL_MAYBE = history(*asks(0, 0.1, status="info"), *asks(1.9, status="fail"), *asks(2))  # it may land late
+IN_FLIGHT = history(*asks(0, 0.1, lasting=5), *asks(4, status="fail"), *asks(5.5))
+JUST_ADMITTED = history(*asks(0), *asks(0.02, lasting=0.2), *asks(0.01, lasting=0.3, status="fail"), *asks(3))
+ORGANISATION_FULL = history(
+    *asks(0, 0.1, user="ann", organisation="acme"), *asks(0.2, user="bob", organisation="acme"),
+    *asks(0.3, status="fail", user="bob", organisation="acme"), *asks(2, user="bob", organisation="acme"),
+)  # fmt: skip
+BURNED = history(
+    *asks(0, 0.1, user="ann", organisation="acme"), *asks(0.2, 0.3, status="fail", user="ann", organisation="acme"),
+    *asks(0.4, status="fail", user="bob", organisation="acme"), *asks(2, user="bob", organisation="acme"),
+)  # fmt: skip
 
 CONCURRENT = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 1.5, 2.5, 1))
 FRESH_WHILE_WRITING = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, None), op("w3", "read", 1.5, 2.5, 1))
@@ -189,7 +214,17 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "VIOLATED": "TWICE NEVER REFUSED_YET_DONE PHANTOM STORE_KNOWS",
         "INCONCLUSIVE": "EMPTY ASKED_ONCE",
     },
-    at_most_2: {"HELD": "WITHIN", "VIOLATED": "BURST SPIKE", "INCONCLUSIVE": "EMPTY IDLE"},
+    at_most_2: {"HELD": "WITHIN", "VIOLATED": "BURST SPIKE COSTLY", "INCONCLUSIVE": "EMPTY IDLE SLOW_CALLS TRICKLE"},
+    bucket_of_2: {
+        "HELD": "REFILLED",
+        "VIOLATED": "BURST SPIKE TRICKLE COSTLY",
+        "INCONCLUSIVE": "EMPTY IDLE SLOW_CALLS TWO_KEYS",
+    },
+    needless: {
+        "HELD": "WITHIN REFILLED MAYBE_USED STILL_MAYBE IN_FLIGHT JUST_ADMITTED ORGANISATION_FULL",
+        "VIOLATED": "STARVED IDLE BURNED",
+        "INCONCLUSIVE": "EMPTY BURST SO_FAR NO_ANSWER",
+    },
     checks.linearizable_register: {
         "HELD": "CONCURRENT FRESH_WHILE_WRITING UNKNOWN_WRITE",
         "VIOLATED": "STALE_READ FAILED_WRITE_READ BACK_AND_FORTH",
@@ -199,7 +234,14 @@ VERDICTS: dict[Check, dict[str, str]] = {
 CASES = [(c, s, n) for c, by in VERDICTS.items() for s, names in by.items() for n in names.split()]
 
 
-@pytest.mark.parametrize(("check", "status", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
+NAMES = {at_most_2: "at_most_2", bucket_of_2: "bucket_of_2", needless: "no_needless_refusal"}
+
+
+def name_of(part: Any) -> str:
+    return part if isinstance(part, str) else NAMES.get(part, part.__name__)
+
+
+@pytest.mark.parametrize(("check", "status", "name"), CASES, ids=name_of)
 def test_each_check_judges_the_histories_written_by_hand(check: Check, status: str, name: str) -> None:
     """Empty, valid, invalid and indeterminate histories get the one right answer of three."""
     finding = check(globals()[name])
@@ -223,13 +265,22 @@ def test_summaries_carry_the_numbers() -> None:
     assert checks.no_lost_update(VANISHED).summary == "1 of 2 updates lost, the counter is at 6 instead of 7"
     assert checks.progress(STUCK).summary == "nobody acquired in the 8.00 s after w1 was killed, 1 tried"
     assert checks.progress(GOES_ON).summary == "acquired again 2.00 s after w1 was killed"
-    assert at_most_2(SPIKE).summary == "4 calls within 1.00 s, 2 allowed"
+    assert at_most_2(SPIKE).summary == "4 admitted within 410 ms, allowed: 2 within 1.00 s"
+    assert bucket_of_2(BURST).summary == "3 admitted within 410 ms, allowed: 2 at once and 1 a second"
+    assert bucket_of_2(REFILLED).summary == "3 of 4 admitted, allowed: 2 at once and 1 a second"
+    assert needless(STARVED).summary == "1 of 2 refusals needless: w1 was refused with 2 of 2 left and 3 of 3 left"
+    assert needless(WITHIN).summary == "1 refusal, none while there was room; 1 admitted later"
+    assert checks.progress(REFUSING, "admit", "admitted").summary.startswith("nobody admitted in the 8.00 s after")
 
 
 def test_rows_say_when_who_and_what() -> None:
     """Every violation is a row of the table under the story."""
     assert checks.mutual_exclusion(OVERLAP).violations == (("2.00-3.00 s", "w1, w2", "both held, 1.00 s"),)
     assert checks.no_lost_update(LOST).violations == (("5.00 s", "w2", "wrote 6 over w1's 6, both from 5"),)
+    assert at_most_2(SPIKE).violations == (("0.80-1.21 s", "", "4 admitted, 2 too many"),)
+    assert needless(BURNED).violations == (
+        ("0.41 s", "w1", "refused with 2 of 2 left for bob and 1 of 3 left for acme"),
+    )
     assert checks.monotonic_tokens(STALE).violations == (("7.00 s", "w1 (#1)", "after w2 (#2)"),)
 
 
@@ -343,7 +394,7 @@ def lease_as_hold(h: History) -> Finding:
 
 
 def fixed_windows(h: History) -> bool:
-    return max(Counter(int(o.called) for o in h.where("call", status="ok")).values(), default=0) <= 2
+    return max(Counter(int(o.called) for o in h.where("admit", status="ok")).values(), default=0) <= 2
 
 
 def not_short(h: History) -> bool:
@@ -424,9 +475,24 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (once, "does not ask the store", factless(once), "STORE_KNOWS"),
     (once, "asks for no repetition", unless_violated(once), "ASKED_ONCE"),
     (at_most_2, "has fixed windows", held_if(fixed_windows), "SPIKE"),
-    (at_most_2, "counts refused calls", edited(at_most_2, becomes("call", "fail", "ok")), "WITHIN"),
-    (at_most_2, "is off by one", checks.at_most(3, 1.0), "BURST"),
+    (at_most_2, "counts refused calls", edited(at_most_2, becomes("admit", "fail", "ok")), "WITHIN"),
+    (at_most_2, "is off by one", checks.at_most(Allowance(3, window_seconds=1.0)), "BURST"),
     (at_most_2, "takes a call for its begin", edited(at_most_2, at_once), "SLOW_CALLS"),
+    (bucket_of_2, "forgets the refill", checks.at_most(Allowance(2)), "REFILLED"),
+    (bucket_of_2, "has a window", at_most_2, "TRICKLE"),
+    (bucket_of_2, "counts refused requests", edited(bucket_of_2, becomes("admit", "fail", "ok")), "REFILLED"),
+    (bucket_of_2, "has one bucket for all", edited(bucket_of_2, lambda o: replace(o, value=None)), "TWO_KEYS"),
+    (bucket_of_2, "counts requests, not tokens", edited(bucket_of_2, lambda o: replace(o, value=None)), "COSTLY"),
+    (bucket_of_2, "takes a call for its begin", edited(bucket_of_2, at_once), "SLOW_CALLS"),
+    (bucket_of_2, "calls an idle limiter held", unless_violated(bucket_of_2), "IDLE"),
+    (needless, "looks at one quota", checks.no_needless_refusal(USERS), "ORGANISATION_FULL"),
+    (needless, "overlooks that another is burned", edited(needless, lambda o: replace(o, value=None)), "BURNED"),
+    (needless, "takes a call for its begin", edited(needless, at_once), "IN_FLIGHT"),
+    (needless, "orders requests by their call", edited(needless, at_once), "JUST_ADMITTED"),
+    (needless, "takes no answer for a refusal", edited(needless, without("admit", "info")), "MAYBE_USED"),
+    (needless, "lets unknown requests happen at once", edited(needless, becomes("admit", "info", "ok")), "STILL_MAYBE"),
+    (needless, "forgets nobody", checks.no_needless_refusal(Allowance(2)), "STARVED"),
+    (needless, "asks for no later admission", unless_violated(needless), "SO_FAR"),
     (register, "takes calls one by one", edited(register, at_once), "FRESH_WHILE_WRITING"),
     (register, "ignores info writes", edited(register, without("write", "info")), "UNKNOWN_WRITE"),
     (register, "forgives refused writes", edited(register, becomes("write", "fail", "info")), "FAILED_WRITE_READ"),
@@ -435,7 +501,11 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("check", "mistake", "mutant", "name"), MUTANTS, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("check", "mistake", "mutant", "name"),
+    MUTANTS,
+    ids=lambda x: name_of(x) if isinstance(x, str) or x in VERDICTS else "",
+)
 def test_a_broken_check_is_told_from_the_real_one(check: Check, mistake: str, mutant: Check, name: str) -> None:
     """Each mistake, named, gives a wrong answer on a history written by hand."""
     assert mutant(globals()[name]).status != check(globals()[name]).status
@@ -524,8 +594,53 @@ def test_lost_updates_are_found_exactly_if_the_counter_is_short(schedule: list[i
 def test_at_most_agrees_with_counting_from_every_call(times: list[int], n: int, window: int) -> None:
     """Calls that take no time: violated exactly if some half-open window that begins at a call holds more than n."""
     most = max((sum(s <= t < s + window for t in times) for s in times), default=0)
-    found = checks.at_most(n, float(window))(history(*calls(*times, lasting=0.0)))
+    found = checks.at_most(Allowance(n, window_seconds=window))(history(*asks(*times, lasting=0.0)))
     assert found.status == ("VIOLATED" if most > n else "INCONCLUSIVE")
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> list[tuple[float, float, float, int]]:
+    """(when it is decided, when it was called, when it returned, its cost), in the order of decisions."""
+    moments = sorted(draw(st.lists(st.integers(0, 80), max_size=25)))
+    delays = st.floats(0, 2)
+    return [(t / 8, t / 8 - draw(delays), t / 8 + draw(delays), draw(st.integers(1, 3))) for t in moments]
+
+
+@given(asked(), st.integers(3, 5), st.sampled_from([0.5, 1.0, 2.0]))
+def test_an_exact_bucket_is_never_accused(requests: list[tuple[float, float, float, int]], n: int, rate: float) -> None:
+    """However long its answers take, neither of too much nor of a needless refusal."""
+    used, last, ops = 0.0, 0.0, []
+    for t, called, returned, cost in requests:
+        used, last = max(0.0, used - (t - last) * rate), t
+        passes = used + cost <= n
+        used += cost * passes
+        ops.append(op("w1", "admit", called, returned, {"cost": cost}, status="ok" if passes else "fail"))
+    allowed = Allowance(n, refill_rate=rate)
+    for check in (checks.at_most(allowed), checks.no_needless_refusal(allowed)):
+        assert check(history(*ops, ended=50)).status != "VIOLATED"
+
+
+@given(asked(), st.integers(3, 5), st.sampled_from([0.5, 1.0, 2.0]))
+def test_an_exact_window_is_never_accused(
+    requests: list[tuple[float, float, float, int]], n: int, window: float
+) -> None:
+    """Nor is one; and what a bucket of the same size and rate refuses, the window refuses, too."""
+    log, bucket, used, last = list[tuple[float, int]](), list[Op](), 0.0, 0.0
+    ops = []
+    for t, called, returned, cost in requests:
+        log = [(then, tokens) for then, tokens in log if then > t - window]
+        passes = sum(tokens for _, tokens in log) + cost <= n
+        log += [(t, cost)] * passes
+        ops.append(op("w1", "admit", called, returned, {"cost": cost}, status="ok" if passes else "fail"))
+        used, last = max(0.0, used - (t - last) * n / window), t
+        fits = used + cost <= n
+        used += cost * fits
+        bucket.append(replace(ops[-1], status="ok" if fits else "fail"))
+    allowed = Allowance(n, window_seconds=window)
+    assert checks.at_most(allowed)(history(*ops, ended=50)).status != "VIOLATED"
+    assert checks.at_most(Allowance(n, refill_rate=n / window))(history(*ops, ended=50)).status != "VIOLATED"
+    for past in (ops, bucket):
+        assert checks.no_needless_refusal(allowed)(history(*past, ended=50)).status != "VIOLATED"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.floats(0, 3), st.floats(0, 3)), max_size=12))

@@ -24,6 +24,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from distsys.lab import binaries, run_folder
+from distsys.lab.experiments.limiters import LimitReq
+from distsys.lab.nginx import nginx
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers, ServerUnavailable
 
@@ -305,6 +307,23 @@ async def test_pgbouncer_lends_one_connection_to_two_clients(lab: Servers) -> No
     await bouncer.resume()
     await bouncer.restart()
     assert await ask(bouncer, "SELECT 1") == (1,)
+
+
+async def test_nginx_answers_429_beyond_its_limit(lab: Servers) -> None:
+    """Per key: two at once here, and then one a minute."""
+    try:
+        server = await nginx(lab, "rate=1r/m burst=1")
+    except ServerUnavailable as reason:
+        pytest.skip(str(reason))
+    assert server.version.startswith("nginx ")
+    assert await nginx(lab, "rate=1r/m burst=1") is server
+    limiter = LimitReq(server.url)
+    assert [await limiter.allow("ann") for _ in range(3)] == [True, True, False]
+    assert await limiter.allow("bob")
+    await server.pause()
+    await server.resume()
+    await server.restart()
+    assert await limiter.allow("ann")
 
 
 # ---- the template, and root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -13,10 +14,12 @@ import redis.asyncio
 
 from distsys.lab import Lab, experiments, ladder
 from distsys.lab.experiment import Run
-from distsys.lab.experiments import candidates
+from distsys.lab.experiments import candidates, limiters
 from distsys.lab.knob import LockKnob
+from distsys.lab.limit_knob import LimitKnob
 from distsys.lab.servers import Server
 from distsys.locks.redis_lock import RedisLock
+from distsys.ratelimit.sliding_window import SlidingWindowLimiter
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +183,10 @@ async def test_a_lock_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, 
     """And stops at the first level that it fails, with a counterexample."""
     climb = await lab.try_lock(candidate)
     assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.LEVELS))
+    assert climb.passed == (level == len(ladder.LOCK))
     if not climb.passed:
         assert climb.verdicts[-1].status == "VIOLATED"
-        assert ladder.LEVELS[level].hint in str(climb)
+        assert ladder.LOCK[level].hint in str(climb)
         assert "<details><summary>a hint" in climb._repr_html_()
     assert climb.to_dict()["level"] == level
 
@@ -196,7 +199,39 @@ async def test_the_climb_can_end_at_a_level(lab: Lab) -> None:
         await lab.try_lock(candidates.TtlNoRenewal, upto=7)
 
 
-# ---- the knob
+LIMITERS = [
+    (limiters.CounterInMemory, 0),
+    (limiters.GetThenSet, 1),
+    (limiters.LogByMillisecond, 0),  # four processes under one virtual clock share its moments
+    (limiters.RefusalsCount, 3),
+    (limiters.FixedWindow, 4),
+    (limiters.Log, 5),
+    (SlidingWindowLimiter, 5),
+]
+
+
+@pytest.mark.parametrize(("candidate", "level"), LIMITERS, ids=[c.__name__ for c, _ in LIMITERS])
+async def test_a_limiter_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
+    """The same ladder, with the traps of a shared count: ten in any second."""
+    climb = await lab.try_limiter(candidate)
+    assert climb.level == level, str(climb)
+    assert climb.passed == (level == len(ladder.LIMITER))
+    assert climb.passed or ladder.LIMITER[level].hint in str(climb)
+
+
+# ---- the knobs
+
+
+async def test_the_knob_of_limits_draws_what_its_sliders_say(lab: Lab) -> None:
+    """A bucket of one and a window of one, asked much: both admit about one a second, and the picture says so."""
+    knob = LimitKnob(lab)
+    knob.rate.value, knob.burst.value, knob.demand.value = 1, 1, 20
+    await knob.show()
+    told = {name: int(n) for name, n in re.findall(r"(asked|token bucket|sliding window) (\d+)", knob.answer.value)}
+    assert told["asked"] > 300
+    assert told["token bucket"] == told["sliding window"]
+    assert 7 <= told["token bucket"] <= 10
+    assert 'src="data:image/svg+xml;base64,' in knob._repr_mimebundle_()["text/html"]
 
 
 async def test_the_knob_runs_what_its_controls_say(lab: Lab) -> None:
@@ -219,3 +254,7 @@ def test_the_pytest_fixture_climbs_the_same_ladder(prove_lock: Callable[..., lad
     climb = prove_lock(candidates.SetNxWithoutTtl)
     assert not climb.passed
     assert climb.level == 1
+
+
+def test_the_pytest_fixture_for_limiters_climbs_theirs(prove_limiter: Callable[..., ladder.Climb]) -> None:
+    assert prove_limiter(limiters.Log, upto=2).passed

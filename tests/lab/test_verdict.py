@@ -22,10 +22,15 @@ from distsys.lab.story import story
 from distsys.lab.timeline import timeline_svg
 from distsys.lab.verdict import Verdict, Verdicts
 from distsys.lab.view import LANES, LIMIT
-from tests.lab.histories import anything, history, killed, op, paused, queue, section
+from tests.lab.histories import anything, history, killed, op, paused, queue, requests, section
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 NASTY = "<script>alert('x')</script>\"&\x07\ud800 Замок 锁 " + "LockWithAVeryLongName" * 9
+
+
+TEN_A_SECOND = checks.Allowance(10, window_seconds=1.0)
+BOUNDARY = requests(("w1", 0.9, 10, 0), ("w2", 1.05, 10, 0), ended=1.1)
+STARVED = requests(("w1", 0.0, 10, 0), ("w1", 0.5, 0, 3), ("w1", 1.2, 0, 4), ("w2", 1.5, 1, 0), ended=4.0)
 
 
 def verdict(past: History, check: Check, expected: Any = None, **more: Any) -> Verdict:
@@ -52,6 +57,9 @@ SCENES = {
     "refused": verdict(paused(last="fail"), checks.no_stale_write),
     "nasty": overlap(title=NASTY, claim=NASTY, replay=NASTY, params={NASTY: NASTY}, servers={NASTY: NASTY}),
     "empty": verdict(History(), checks.mutual_exclusion),
+    "boundary": verdict(BOUNDARY, checks.at_most(TEN_A_SECOND)),
+    "starved": verdict(STARVED, checks.no_needless_refusal(TEN_A_SECOND)),
+    "limited": verdict(requests(("w1", 0.0, 10, 2), ("w2", 0.1, 0, 9)), checks.at_most(TEN_A_SECOND)),
     "crowd": verdict(queue(2, workers=30), checks.mutual_exclusion),
 }
 every_scene = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES.keys())
@@ -184,7 +192,8 @@ def test_whatever_a_user_names_things_it_stays_text() -> None:
 @given(anything())
 def test_any_history_makes_a_card_that_parses(past: History) -> None:
     """However strange the history, there is a well-formed picture, a story, and a dict that comes back."""
-    for check in (checks.mutual_exclusion, checks.no_lost_update, checks.progress):
+    limits = (checks.at_most(checks.Allowance(1, refill_rate=0.5)), checks.no_needless_refusal(TEN_A_SECOND))
+    for check in (checks.mutual_exclusion, checks.no_lost_update, checks.progress, *limits):
         one = verdict(past, check)
         ElementTree.fromstring(one.svg())
         told = story(past, one.finding)
@@ -259,6 +268,37 @@ def test_the_story_tells_what_was_survived() -> None:
     assert "w1's write of 101 under #1 was refused at 0.42 s." in story(
         paused("fail"), checks.no_stale_write(paused("fail"))
     )
+
+
+def test_the_story_of_a_limit_tells_who_was_admitted_and_refused() -> None:
+    """How often and when, in the counterexample and over all."""
+    assert story(BOUNDARY, SCENES["boundary"].finding) == [
+        "w1 was admitted 10 times at 0.90 s.",
+        "w2 was admitted 10 times at 1.05 s.",
+        "20 requests by 2 processes: 20 admitted, 0 refused.",
+    ]
+    assert story(STARVED, SCENES["starved"].finding) == [
+        "w1 was admitted 10 times at 0.00 s.",
+        "w1 was refused with 10 of 10 left at 1.20 s.",
+        "18 requests by 2 processes: 11 admitted, 7 refused.",
+        "w1 was admitted 10 of 17 times, last at 0.00 s; w2 1 of 1 time, last at 1.50 s.",
+    ]
+    assert story(SCENES["limited"].history, SCENES["limited"].finding) == [
+        "21 requests by 2 processes: 10 admitted, 11 refused.",
+        "w1 was admitted 10 of 12 times, last at 0.00 s; w2 0 of 9 times.",
+    ]
+
+
+def test_the_picture_counts_requests_and_brackets_those_that_are_too_many() -> None:
+    """Ten ticks on one spot would be no picture."""
+    for scene, expected in (
+        ("boundary", ["10", "20 admitted, 10 too many", "admitted, how many"]),
+        ("starved", ["10", "3", "4", "refused with 10 of 10 left", "refused"]),
+        ("limited", ["10", "2", "9"]),
+    ):
+        texts = list(ElementTree.fromstring(SCENES[scene].svg()).itertext())
+        assert all(text in texts for text in expected), texts
+    assert SCENES["boundary"].plot().axes[0].get_lines()
 
 
 def test_the_story_of_a_lock_that_nobody_gets_again() -> None:

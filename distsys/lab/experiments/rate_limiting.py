@@ -1,0 +1,304 @@
+"""What a rate limit must withstand, and the usual limiters that do not.
+
+The lab gives a candidate what its parameters name (redis, url, name, limit, window, clock); it answers allow(key),
+try_acquire(key) or is_allowed(key). Where a `clock` is virtual, a run takes no time and no verdict depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from distsys.lab.checks import Allowance, all_of, at_most, no_needless_refusal, progress
+from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiments import limiters
+from distsys.lab.experiments.lock_scripts import on_redis, own_redis
+from distsys.lab.nginx import nginx
+from distsys.lab.workloads import requests
+from distsys.ratelimit.decision import OnFailure
+from distsys.ratelimit.sliding_window import SlidingWindowLimiter
+from distsys.ratelimit.token_bucket import Lease, TokenBucketLimiter
+
+SLOW = 0.01  # tokens a second: nothing worth counting comes back while a run lasts
+SLOWLY = partial(TokenBucketLimiter, capacity=10, refill_rate=SLOW)
+FAST = partial(TokenBucketLimiter, capacity=10, refill_rate=10)
+TEN = Allowance(10, refill_rate=SLOW)
+TEN_A_SECOND = Allowance(10, window_seconds=1.0)
+VIRTUAL = {"clock": "virtual", "window": 1.0}
+CLIENT = {"clock": "client"}
+
+limiting = partial(Experiment, workload=requests, prepare=on_redis)
+
+
+def breaks(name: str, candidate: Any, **more: Any) -> Arm:
+    return Arm(name=name, candidate=candidate, expected="VIOLATED", **more)
+
+
+def holds(name: str, candidate: Any, **more: Any) -> Arm:
+    return Arm(name=name, candidate=candidate, expected="HELD", **more)
+
+
+async def one_after_the_other(run: Run) -> None:
+    """Every worker asks for all of the limit."""
+    for actor in await run.start(run.lab.workers):
+        await actor.ask(10)
+
+
+per_process = limiting(
+    name="counter-per-process",
+    claim="A counter in memory limits one process: four processes let four times as much pass.",
+    arms=(
+        breaks("counter in memory", limiters.CounterInMemory),
+        breaks("SlowAPI, its default storage", limiters.slowapi_in_memory),
+        holds("SlowAPI, Redis as storage", limiters.slowapi_on_redis),
+        holds("TokenBucketLimiter", SLOWLY),
+        holds("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    script=one_after_the_other,
+    check=at_most(TEN),
+)
+
+
+async def between_get_and_set(run: Run) -> None:
+    """w1 has read the count when w2 uses up the limit; then w1 writes what it read, one higher, and w2 asks again."""
+    w1, w2 = await run.start(2)
+    w1.send(do="arm", point="between-get-and-set", action="hold")
+    w1.order()
+    await run.until(w1.at("between-get-and-set"), w1.did("admit"))
+    await w2.ask(10)
+    w1.release("between-get-and-set")
+    await w1.served()
+    await w2.ask(10)
+
+
+get_then_set = limiting(
+    name="count-by-get-then-set",
+    claim="Reading the count and writing it must be one step: who writes late takes back what others have used.",
+    arms=(
+        breaks("GET, then SET", limiters.GetThenSet),
+        holds("TokenBucketLimiter", SLOWLY),
+        holds("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    script=between_get_and_set,
+    check=at_most(TEN),
+)
+
+
+async def impatient(run: Run) -> None:
+    """w1 uses up the limit and goes on asking, five times as fast as it may, for four windows."""
+    (w1,) = await run.start(1)
+    await w1.ask(10)
+    for n in range(1, 21):
+        await w1.ask(10, at=n / 5 + 0.01)
+
+
+refusals = limiting(
+    name="refusals-that-count",
+    claim="A refused request must not count: else a client that goes on asking is never let in again.",
+    arms=(
+        breaks("pipeline: ZADD, then ZCARD", limiters.RefusalsCount),
+        holds("TokenBucketLimiter", FAST),
+        holds("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    script=impatient,
+    check=no_needless_refusal(TEN_A_SECOND),  # what a bucket of the same size and rate refuses, the window does, too
+)
+
+
+async def around_the_boundary(run: Run) -> None:
+    """w1 asks for all of the limit at the end of one second, w2 at the begin of the next."""
+    w1, w2 = await run.start(2)
+    await w1.ask(10, at=0.9)
+    await w2.ask(10, at=1.05)
+
+
+boundary = limiting(
+    name="fixed-window-boundary",
+    claim="Ten a second means in any second. Around the end of a fixed window twenty pass; of a bucket the capacity "
+    "and the refill, so both together have to stay below ten.",
+    arms=(
+        breaks("fixed window", limiters.FixedWindow),
+        breaks("TokenBucketLimiter, 10 and 10 a second", FAST),
+        holds("TokenBucketLimiter, 5 and 5 a second", partial(TokenBucketLimiter, capacity=5, refill_rate=5)),
+        holds("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    script=around_the_boundary,
+    check=at_most(TEN_A_SECOND),
+)
+
+
+async def burst_then_steady(run: Run) -> None:
+    """w1 uses up the limit at once, then asks ten times a second, which is the rate it may."""
+    (w1,) = await run.start(1)
+    await w1.ask(11)
+    for n in range(1, 15):
+        await w1.ask(at=n / 10 + 0.01)
+
+
+steady = limiting(
+    name="burst-then-steady",
+    claim="After a burst a token bucket admits again as soon as a token is back, a window when the burst has left it.",
+    arms=(
+        breaks("fixed window", limiters.FixedWindow),
+        breaks("SlidingWindowLimiter", SlidingWindowLimiter),  # its promise is another
+        holds("TokenBucketLimiter", FAST),
+    ),
+    params=VIRTUAL,
+    script=burst_then_steady,
+    check=no_needless_refusal(Allowance(10, refill_rate=10)),
+)
+
+TEN_A_MINUTE = partial(TokenBucketLimiter, capacity=10, refill_rate=10 / 60)
+
+skewed = limiting(
+    name="client-clocks",
+    claim="Four clocks, each a minute ahead of the one before: whoever counts by its own empties the others' window.",
+    arms=(
+        breaks("log by the client's clock", limiters.Log, params=CLIENT),
+        breaks("TokenBucketLimiter, the client's clock", TEN_A_MINUTE, params=CLIENT),
+        holds("TokenBucketLimiter, the server's clock", TEN_A_MINUTE),
+        holds("SlidingWindowLimiter, the server's clock", SlidingWindowLimiter),
+    ),
+    script=one_after_the_other,
+    check=at_most(Allowance(10, refill_rate=10 / 60)),
+)
+
+
+async def at_the_same_time(run: Run) -> None:
+    """Two workers ask within one millisecond, each for all of the limit."""
+    for actor in await run.start(2):
+        await actor.ask(10, at=0.5)
+
+
+collisions = limiting(
+    name="same-millisecond",
+    claim="A log needs a member of its own for each request: those of one millisecond overwrite each other.",
+    arms=(
+        breaks("log, member by millisecond", limiters.LogByMillisecond),
+        holds("log, member by uuid4", limiters.Log),
+        holds("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    script=at_the_same_time,
+    check=at_most(TEN_A_SECOND),
+)
+
+
+async def greedy_user(run: Run) -> None:
+    """w1's user asks for twice its quota; then w2 asks for another user of the same organisation."""
+    for actor, user in zip(await run.start(2), ("ann", "bob"), strict=True):
+        await actor.ask(10, user=user, organisation="acme")
+
+
+BOTH = [Allowance(q.capacity, refill_rate=q.refill_rate, per=q.per) for q in (limiters.USER, limiters.ORGANISATION)]
+
+two_limits = limiting(
+    name="two-limits",
+    claim="Two quotas must be decided at once: else a request that one refuses has burned the other, for everybody.",
+    arms=(
+        breaks("one after the other", limiters.OneAfterTheOther),
+        holds("TieredLimiter", limiters.AllAtOnce),
+    ),
+    script=greedy_user,
+    check=all_of(at_most(*BOTH), no_needless_refusal(*BOTH)),
+)
+
+
+async def on_its_own_redis(run: Run) -> None:
+    run.nodes = [await own_redis(run, "redis")]
+    run.urls["redis"] = run.nodes[0].url
+
+
+async def without_redis(run: Run) -> None:
+    """Redis hangs (SIGSTOP) or is killed before anybody asks."""
+    actors = await run.start(2)
+    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
+    run.record("server", "redis", run.arm.point)
+    for actor in actors:
+        await actor.ask(6)
+
+
+ADMIT = partial(SLOWLY, on_failure=OnFailure(policy="open"))
+REFUSE = partial(SLOWLY, on_failure=OnFailure(policy="closed"))
+SHARE = partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))  # for two processes
+
+down = limiting(
+    name="redis-does-not-answer",
+    claim="Without Redis a limiter can admit all, or nobody, or limit each process by itself to its share.",
+    arms=(
+        breaks("open, Redis hung", ADMIT, point="hung"),
+        breaks("closed, Redis hung", REFUSE, point="hung"),
+        holds("local, Redis hung", SHARE, point="hung"),
+        breaks("open, Redis killed", ADMIT, point="killed"),
+        breaks("closed, Redis killed", REFUSE, point="killed"),
+        holds("local, Redis killed", SHARE, point="killed"),
+    ),
+    script=without_redis,
+    check=all_of(at_most(TEN), partial(progress, name="admit", done="admitted")),
+    prepare=on_its_own_redis,
+)
+
+
+async def slices_kept(run: Run, until: float) -> None:
+    """Both workers ask once, and get a slice; then both ask for much."""
+    actors = await run.start(2)
+    for at, times in ((0.0, 1), (until, 15)):
+        for actor in actors:
+            await actor.ask(times, at=at)
+
+
+LEASE = "TokenBucketLimiter, Lease(tokens=4, seconds=0.5)"
+LEASED = partial(FAST, lease=Lease(tokens=4, seconds=0.5))
+
+price = limiting(
+    name="price-of-a-lease",
+    claim="Tokens taken before a span of time can be used in it: leases admit more than the bucket alone would.",
+    arms=(breaks(LEASE, LEASED), holds("TokenBucketLimiter", FAST)),
+    params=VIRTUAL,
+    script=partial(slices_kept, until=0.45),  # before the lease ends
+    check=at_most(Allowance(10, refill_rate=10)),
+)
+
+bounded = replace(
+    price,
+    name="bound-of-a-lease",
+    claim="A lease that ends bounds what it costs: at most min(processes * tokens, refill_rate * seconds) too many.",
+    arms=(breaks("slices of 5, kept for ever", limiters.SlicesForEver), holds(LEASE, LEASED)),
+    script=partial(slices_kept, until=1.5),  # when the bucket is full again
+    check=at_most(Allowance(10 + min(2 * 4, 10 * 0.5), refill_rate=10)),
+)
+
+
+async def behind_nginx(run: Run) -> None:
+    """Two nginx, each with ten at once and one a minute."""
+    await on_redis(run)
+    run.nodes = [await nginx(run.lab.servers, "rate=1r/m burst=9", f"nginx{n}") for n in (1, 2)]
+
+
+async def over_nginx(run: Run) -> None:
+    """Each worker's requests come by one nginx, the same or one each."""
+    one, two = (node.url for node in run.nodes)
+    for actor in await run.start(2, nginx=[one, two if run.arm.point == "two" else one]):
+        await actor.ask(12)
+
+
+limit_req = limiting(
+    name="nginx-limit-req",
+    claim="One nginx in front limits without a Redis; of two, each has a limit of its own.",
+    arms=(
+        breaks("limit_req, two nginx", limiters.LimitReq, point="two"),
+        holds("limit_req, one nginx", limiters.LimitReq, point="one"),
+        holds("TokenBucketLimiter", partial(TokenBucketLimiter, capacity=10, refill_rate=1 / 60)),
+    ),
+    script=over_nginx,
+    check=at_most(Allowance(10, refill_rate=1 / 60)),
+    prepare=behind_nginx,
+)
+
+EXPERIMENTS = (
+    per_process, get_then_set, refusals, boundary, steady, skewed, collisions, two_limits,
+    down, price, bounded, limit_req,
+)  # fmt: skip

@@ -1,0 +1,39 @@
+"""An nginx with a `limit_req`, where nginx is installed: the limit that needs no Redis and no code."""
+
+from __future__ import annotations
+
+from distsys.lab.binaries import find
+from distsys.lab.processes import Process
+from distsys.lab.servers import Server, Servers, _listens
+
+FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+
+
+async def nginx(servers: Servers, limit: str, name: str = "nginx") -> Server:
+    """Answers 204, or 429 beyond "rate=1r/m burst=9" for the query's `key`. ServerUnavailable when not installed."""
+    async with servers._starting[name]:
+        if name not in servers.running:
+            servers.running[name] = await _start(servers, name, *limit.split())
+        return servers.running[name]
+
+
+async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:
+    program, version, origin = find("nginx", servers.backend)
+    home = servers._home(name)
+    config, sock = home / "nginx.conf", home / "sock"
+
+    def argv(port: int) -> list[str]:
+        sock.unlink(missing_ok=True)  # one that was killed leaves it
+        lines = ["daemon off; master_process off; pid nginx.pid; error_log stderr; events {}", "http {"]
+        lines += ["access_log off;", *(f"{folder}_temp_path {folder};" for folder in FOLDERS)]
+        lines += [f"limit_req_zone $arg_key zone=keys:1m {rate}; limit_req_status 429;", "server {"]
+        lines += [f"listen 127.0.0.1:{port}; listen unix:{sock}; limit_req zone=keys {burst} nodelay;"]
+        lines += ["location / { try_files /none =204; }", "}}"]  # a plain `return` would come before the limit
+        config.write_text("\n".join(lines) + "\n")
+        config.chmod(0o644)  # it may run as nobody; the folder keeps all others out
+        return [str(program), "-p", str(home), "-c", config.name, "-e", "stderr"]
+
+    async def ready(process: Process) -> bool:
+        return await _listens(sock)
+
+    return await servers._serve(Server(name, "nginx", "http://127.0.0.1:{port}", version, origin), argv, ready)
