@@ -199,8 +199,16 @@ DECISIONS: tuple[Decision, ...] = (
         topic="Rate-limit algorithm",
         claim="token bucket for most APIs, sliding window for strict quotas",
         patterns=("Rate limiting",),
+        caveat="a bucket of N that refills N per window admits up to 2 N in its worst window",
+        evidence="`fixed-window-boundary`, `burst-then-steady`",
     ),
-    Decision(topic="Rate-limit storage", claim="Redis, atomic Lua", patterns=("Rate limiting",)),
+    Decision(
+        topic="Rate-limit storage",
+        claim="Redis, atomic Lua",
+        patterns=("Rate limiting",),
+        caveat="say what happens without it: open, closed, or local with 1 / processes of the limit",
+        evidence="`counter-per-process`, `count-by-get-then-set`, `redis-does-not-answer`",
+    ),
 )
 
 
@@ -291,9 +299,24 @@ RULES: tuple[Rule, ...] = (
         "Rate limiting",
         "high",
         "04_rate_limiting",
-        ("Token bucket", "Redis Lua, burst capacity, refill rate"),
-        ("Sliding window", "sorted sets, exact counting, no boundary spike"),
-        ("Distributed limits", "SlowAPI + Redis, tiered limits, response headers"),
+        (
+            "Token bucket",
+            "Redis Lua, burst capacity, refill rate",
+            ("distsys/ratelimit/token_bucket.py",),
+            ("references/token_bucket.md",),
+        ),
+        (
+            "Sliding window",
+            "sorted sets, exact counting, no boundary spike",
+            ("distsys/ratelimit/sliding_window.py",),
+            ("references/sliding_window.md",),
+        ),
+        (
+            "Distributed limits",
+            "SlowAPI + Redis, tiered limits, response headers",
+            ("distsys/ratelimit/distributed.py", "distsys/ratelimit/http.py"),
+            ("references/distributed_limits.md",),
+        ),
     ),
     *_rules(
         "Edge computing",

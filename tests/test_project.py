@@ -189,18 +189,22 @@ def test_every_link_leads_somewhere(path: Path) -> None:
                 assert anchor in known, f"{target}#{anchor}"
 
 
-async def test_the_lock_lines_of_the_readme_run_as_written(redis: object) -> None:
-    """The quick start, with nothing changed: only the four names it leaves to the reader are given."""
+async def test_the_code_of_the_readme_runs_as_written(redis: object) -> None:
+    """The quick start, with nothing changed: only the names that it leaves to the reader are given."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    paid = []
+    done = []
 
     async def process_payment(order_id: str) -> None:
-        paid.append(order_id)
+        done.append(order_id)
+
+    async def handle_request() -> None:
+        done.append("handled")
 
     scope = {"redis_client": redis, "process_payment": process_payment, "order_id": "order-123"}
+    scope |= {"user_id": 42, "handle_request": handle_request}
     code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     await eval(code, scope)
-    assert paid == ["order-123"]
+    assert done == ["order-123", "handled"]
 
 
 # ---- the notebooks
