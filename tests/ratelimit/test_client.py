@@ -254,24 +254,39 @@ async def test_a_refusal_holds_back_the_others_too() -> None:
 
 async def test_what_is_held_back_longer_than_the_budget_is_sent() -> None:
     """The server decides; its refusal says more than an error of ours."""
-    time = Time()
-    client, asked = client_of([httpx.Response(200, headers={"RateLimit": '"a";r=0;t=61'})], time)
-    async with client:
-        await client.get("/")
-        await client.get("/")
-    assert ([at for at, _ in asked], time.slept) == ([0, 0], [])
+    for seconds, second in ((60, 60), (61, 0)):
+        time = Time()
+        client, asked = client_of([httpx.Response(200, headers={"RateLimit": f'"a";r=0;t={seconds}'})], time, budget=60)
+        async with client:
+            await client.get("/")
+            await client.get("/")
+        assert [at for at, _ in asked] == [0, second]
 
 
 async def test_news_replace_what_was_known() -> None:
     """A later answer with something left ends the holding back; one without the field does not."""
-    time = Time()
-    nothing, some = (httpx.Response(200, headers={"RateLimit": f'"a";r={r};t=90'}) for r in (0, 3))
-    client, asked = client_of([nothing, httpx.Response(200), some, httpx.Response(200)], time)
-    async with client:
-        for _ in range(4):
+    for news, third in (({"RateLimit": '"a";r=3;t=90'}, 40), ({}, 90)):
+        time = Time()
+        answers = [httpx.Response(200, headers={"RateLimit": '"a";r=0;t=90'}), httpx.Response(200, headers=news)]
+        client, asked = client_of([*answers, httpx.Response(200)], time)
+        async with client:
             await client.get("/")
-    assert [at for at, _ in asked] == [0, 0, 0, 0]
-    assert time.slept == []
+            await client.get("/")  # at once: 90 s are more than the budget
+            time.now += 40
+            await client.get("/")
+        assert [at for at, _ in asked] == [0, 0, third]
+
+
+async def test_holding_back_counts_in_the_budget() -> None:
+    """Five seconds until it is sent; seven more after the refusal would be one too many."""
+    time = Time()
+    client, asked = client_of(
+        [httpx.Response(200, headers={"RateLimit": '"a";r=0;t=5'}), refusal("7")], time, budget=11
+    )
+    async with client:
+        await client.get("/")
+        assert (await client.get("/")).status_code == 429
+    assert [at for at, _ in asked] == [0, 5]
 
 
 async def test_what_a_cache_kept_says_nothing_about_now() -> None:
