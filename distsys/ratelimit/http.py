@@ -36,6 +36,7 @@ Who = str | tuple[str, Mapping[str, str]] | None  # a key; tier and subjects; No
 Key = Callable[[Scope], Who | Awaitable[Who]]
 Cost = float | Callable[[Scope], float | Awaitable[float]]
 
+KNOWN = (str, tuple, int, float, type(None))  # what needs no await
 MAX_KEY = 200  # characters of a key; a longer one is hashed, so that nobody can fill Redis with keys
 MAX_INTEGER = 999_999_999_999_999  # of a structured field
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
@@ -52,19 +53,21 @@ class Limiter(Protocol):
     def try_acquire(self) -> Callable[..., Awaitable[Any]]: ...
 
 
-class Policy(NamedTuple):
+class Policy:
     """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds."""
 
-    name: str
-    quota: float
-    window: float
-    per: str | None = None  # whose, of a tier's quota
-    refills: bool = True  # token by token, not all at once
+    def __init__(self, name: str, quota: float, window: float, per: str | None = None, refills: bool = True) -> None:
+        self.name, self.quota, self.window = name, quota, window
+        self.per, self.refills = per, refills  # whose, of a tier's quota; token by token, not all at once
+        self.quoted = sf_string(name)
+        self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_INTEGER)}"
 
-    @property
-    def item(self) -> str:
-        window = min(max(1, math.ceil(self.window)), MAX_INTEGER)
-        return f"{sf_string(self.name)};q={math.floor(self.quota)};w={window}"
+    @classmethod
+    def of(cls, limiter: Any, name: str, per: str | None = None) -> Policy:
+        """Of a quota or a limiter."""
+        if (window := getattr(limiter, "window", None)) is not None:
+            return cls(name, limiter.limit, window, per, refills=False)
+        return cls(name, limiter.limit.capacity, limiter.limit.capacity / limiter.limit.refill_rate, per)
 
     def wait(self, one: Decision) -> int:
         """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
@@ -109,24 +112,39 @@ class RateLimit:
         self._limiter, self._key, self._cost, self._clock = limiter, key, cost, clock
         self._x_headers, self._partition_keys = x_headers, partition_keys
         tiers: Mapping[str, Any] = getattr(limiter, "tiers", {})
-        self._tiers = {tier: [_policy(quota.name, quota, quota.per) for quota in tiers[tier]] for tier in tiers}
-        self._own = [] if tiers else [_policy(name or getattr(limiter, "name", "") or "default", limiter)]
+        self._tiers = {tier: [Policy.of(quota, quota.name, quota.per) for quota in tiers[tier]] for tier in tiers}
+        self._own = [] if tiers else [Policy.of(limiter, name or getattr(limiter, "name", "") or "default")]
+        self._plain = bool(self._own) and not x_headers and not partition_keys
 
     async def check(self, scope: Scope) -> Verdict | None:
         """None for a request that is not limited."""
-        who = await awaited(self._key(scope))
-        cost = await awaited(self._cost(scope) if callable(self._cost) else self._cost)
+        who = self._key(scope)
+        if not isinstance(who, KNOWN):
+            who = await awaited(who)
+        cost: Any = self._cost(scope) if callable(self._cost) else self._cost
+        if not isinstance(cost, KNOWN):
+            cost = await awaited(cost)
         if who is None or cost == 0:
             return None
-        tier, subjects = who if isinstance(who, tuple) else (who, {})
+        if self._tiers:
+            tier, subjects = who if isinstance(who, tuple) else (who, {})
+            return await self._check_tier(tier, subjects, cost)
+        key, (policy,) = _bounded(who), self._own
+        if cost > policy.quota:
+            return _never([policy], [policy.name])
+        decision = await self._limiter.try_acquire(key, cost=cost)
+        if decision and self._plain and decision.source != "open":  # nearly every answer: what _say says, in one line
+            now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
+            return Verdict([("ratelimit-policy", policy.item), ("ratelimit", now)])
+        return self._say(self._own, [decision], key, {})
+
+    async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Verdict:
         subjects = {per: _bounded(subject) for per, subject in subjects.items()}
-        key = (tier, subjects) if isinstance(who, tuple) else (_bounded(tier),)
-        policies = self._tiers.get(tier, []) if self._tiers else self._own
+        policies = self._tiers.get(tier, [])
         if never := [policy.name for policy in policies if cost > policy.quota]:
-            return _refusal(429, never, None, [("ratelimit-policy", ", ".join(policy.item for policy in policies))])
-        decision = await self._limiter.try_acquire(*key, cost=cost)
-        decisions = list(decision.quotas.values()) if self._tiers else [decision]
-        return self._say(policies, decisions, None if self._tiers else key[0], subjects)
+            return _never(policies, never)
+        decision = await self._limiter.try_acquire(tier, subjects, cost=cost)
+        return self._say(policies, list(decision.quotas.values()), None, subjects)
 
     def _say(
         self, policies: list[Policy], decisions: list[Decision], key: str | None, subjects: Mapping[str, str]
@@ -144,9 +162,7 @@ class RateLimit:
         if refused:  # Retry-After is never before the end of an effective window
             waits = [min(each, max(1, whole(wait))) for each in waits]
         items = zip(policies, decisions, waits, pks, strict=True)
-        headers.append(
-            ("ratelimit", ", ".join(f"{sf_string(p.name)};r={d.remaining};t={t}{pk}" for p, d, t, pk in items))
-        )
+        headers.append(("ratelimit", ", ".join(f"{p.quoted};r={d.remaining};t={t}{pk}" for p, d, t, pk in items)))
         if self._x_headers:
             one, seconds = max(
                 zip(decisions, waits, strict=True), key=lambda x: (x[0].retry_after, -x[0].remaining / x[0].limit)
@@ -266,11 +282,8 @@ def _refusal(status: int, names: Iterable[str], wait: float | None, headers: Hea
     return Verdict([*headers, *more], status, problem, wait or 0.0)
 
 
-def _policy(name: str, of: Any, per: str | None = None) -> Policy:
-    window = getattr(of, "window", None)
-    if window is not None:
-        return Policy(name, of.limit, window, per, refills=False)
-    return Policy(name, of.limit.capacity, of.limit.capacity / of.limit.refill_rate, per)
+def _never(policies: list[Policy], names: list[str]) -> Verdict:
+    return _refusal(429, names, None, [("ratelimit-policy", ", ".join(policy.item for policy in policies))])
 
 
 def _partition(key: str) -> str:
@@ -279,10 +292,11 @@ def _partition(key: str) -> str:
 
 def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> list[tuple[bytes, bytes]]:
     """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
-    there = [(name, value) for name, value in own]
-    names = {name.lower() for name, _ in there}
-    added = [(name.encode(), value.encode()) for name, value in more]
-    return there + [(name, value) for name, value in added if not (name.startswith(b"x-") and name in names)]
+    there, added = list(own), [(name.encode(), value.encode()) for name, value in more]
+    if any(name.startswith(b"x-") for name, _ in added):
+        names = {name.lower() for name, _ in there}
+        added = [(name, value) for name, value in added if not (name.startswith(b"x-") and name in names)]
+    return there + added
 
 
 def _bounded(key: Any) -> Any:

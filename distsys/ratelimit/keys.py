@@ -10,6 +10,7 @@ Source   RFC 4291 2.5.4 (interface identifiers), 2.5.5.2 (IPv4-mapped); MDN, X-F
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
@@ -64,19 +65,27 @@ def client_address(*, proxies: int | Sequence[str] = 0) -> Callable[[Scope], str
         raise ValueError(f"proxies={proxies!r}: how many in a row, 0 or more, or their networks")
 
     def address(scope: Scope) -> str:
-        found = _ip(str((scope.get("client") or ("",))[0]))
-        hops = reversed(",".join(_header(scope, "x-forwarded-for")).split(",")) if proxies else ()
-        for hop, entry in enumerate(hops):
+        connected = str((scope.get("client") or ("",))[0])
+        if not proxies:
+            return _client(connected)
+        found = _ip(connected)
+        for hop, entry in enumerate(reversed(",".join(_header(scope, "x-forwarded-for")).split(","))):
             if hop >= count and not (found and any(found in network for network in networks)):
                 break
             if (before := _ip(entry)) is None:
                 break
             found = before
-        if isinstance(found, IPv6Address):
-            return f"{IPv6Address(int(found) >> 64 << 64)}/64"
-        return str(found or "unknown")
+        return _client(str(found or ""))
 
     return address
+
+
+@functools.lru_cache(10_000)  # the same clients come again
+def _client(text: str) -> str:
+    found = _ip(text)
+    if isinstance(found, IPv6Address):
+        return f"{IPv6Address(int(found) >> 64 << 64)}/64"
+    return str(found or "unknown")
 
 
 def hashed(word: str) -> str:
