@@ -286,7 +286,7 @@ per process."""
                 Contender("fastapi-limiter with Redis", "fastapi_limiter", [url], app, needs="fastapi-limiter"),
             ],
             do="handled",
-            note="Straight into the app, without a socket. For one at a time a blocking client, SlowAPI's, is quickest.",
+            note="Straight into the app, without a socket. One at a time suits a blocking client, SlowAPI's.",
         )
         await bench.speed(
             f"HTTP, {TASKS} requests at a time",
