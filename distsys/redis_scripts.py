@@ -49,6 +49,8 @@ def _blocks(client: type) -> bool:
 
 def hash_tag(name: str) -> str:
     """The name as it stands inside `{...}` of a key: braces of its own would end the tag early."""
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is a {type(name).__name__}; a name is a str")
     return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
 
 

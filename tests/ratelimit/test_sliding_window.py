@@ -197,7 +197,8 @@ async def test_many_at_once_on_connections_of_their_own_never_exceed_the_limit(
 COSTS = st.integers(1, 4)
 WAITS = st.one_of(
     st.sampled_from([0, 0, 1, WINDOW - 1, WINDOW, WINDOW + 1]),
-    st.integers(0, WINDOW),
+    st.integers(1, WINDOW // 8),
+    st.integers(1, WINDOW // 8),
     st.integers(0, 3 * WINDOW),
 )
 BACK = st.one_of(st.integers(-3, 0), st.integers(-5 * WINDOW, 0))
@@ -214,7 +215,7 @@ def schedules(step: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[str,
         st.tuples(st.just("step"), step),
         st.tuples(st.just("look"), st.just(1)),
     )
-    return st.lists(operation, max_size=40)
+    return st.lists(operation, min_size=8, max_size=40)
 
 
 class Log:
@@ -860,3 +861,21 @@ def test_the_scripts_call_no_random_and_no_clock_of_the_client() -> None:
     for script in SCRIPTS.values():
         assert "random" not in script.text
         assert "redis.call('TIME')" in script.text
+
+
+# ---- cluster
+
+
+@both
+async def test_a_cluster_keeps_a_window_for_each_key(
+    redis_cluster: redis.asyncio.RedisCluster, precision: Precision
+) -> None:
+    """On three masters, each decision one script in one slot."""
+    window = limiter(redis_cluster, Clock(), name=f"cluster-{precision}", precision=precision)
+    users = [f"user:{number}" for number in range(12)]
+    for expected in (True, True, True, False):
+        assert [await window.is_allowed(user) for user in users] == [expected] * 12
+    for user in users:
+        await window.reset(user)
+    assert await window.is_allowed(users[0])
+    await window.reset(users[0])

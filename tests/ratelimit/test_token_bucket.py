@@ -619,6 +619,7 @@ async def test_a_user_without_scripting_rights_is_told_which(redis: Redis, on_fa
         ({"refill_rate": 1e-9}, ValueError, "less than one in eleven days"),
         ({"refill_rate": math.nan}, ValueError, "refill_rate=nan"),
         ({"refill_rate": None}, TypeError, "refill_rate=None"),
+        ({"name": 42}, TypeError, "name=42 is a int; a name is a str"),
     ],
 )
 def test_limits_that_mean_nothing_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
