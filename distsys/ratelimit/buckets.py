@@ -62,7 +62,11 @@ class _Batch:
     def add(self, request: Request, future: asyncio.Future[Answer]) -> bool:
         """False when it has to wait for the next call, for one of its buckets is in this one with another limit."""
         run = self._newest.get(request.keys[0])
-        if run is None or run.request != request or not all(self._newest[key] is run for key in request.keys[1:]):
+        if (
+            run is None
+            or (run.request is not request and run.request != request)
+            or (len(request.keys) > 1 and not self._newest_of_all(run))
+        ):
             for key, limit in zip(request.keys, request.limits, strict=True):
                 if self.limits.setdefault(key, limit) is not limit:
                     return False
@@ -74,6 +78,9 @@ class _Batch:
         run.times += request.times
         return True
 
+    def _newest_of_all(self, run: _Run) -> bool:
+        return all(self._newest[key] is run for key in run.request.keys)
+
 
 class Buckets:
     """Asks one Redis. Each answer takes `timeout` seconds at most, or TimeoutError; None: as long as the client waits.
@@ -83,7 +90,7 @@ class Buckets:
 
     def __init__(self, redis: Any, *, timeout: float | None = None, clock: Clock | None = None) -> None:
         self.redis, self.timeout, self.clock = async_client(redis), timeout, clock
-        self.slot: Callable[[str], int] = redis.keyslot if isinstance(redis, RedisCluster) else _one_slot
+        self.slot: Callable[[str], int] | None = redis.keyslot if isinstance(redis, RedisCluster) else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[tuple[Request, asyncio.Future[Answer]]] | None = None  # None: no call is under way
         self._task: asyncio.Task[None] | None = None  # the loop keeps weak references only
@@ -112,7 +119,7 @@ class Buckets:
         batches: dict[int, _Batch] = {}
         for request, future in waiting[:BATCH]:
             if not future.done():
-                slot = self.slot(request.keys[0])
+                slot = self.slot(request.keys[0]) if self.slot else 0
                 if (batch := batches.get(slot)) is None:
                     batch = batches[slot] = _Batch()
                 if not batch.add(request, future):
@@ -153,7 +160,3 @@ class Buckets:
 
 def _pack(request: Request, times: int, numbers: Sequence[int]) -> bytes:
     return struct.pack(f"<{2 + len(numbers)}d", times, request.cost, *numbers)
-
-
-def _one_slot(_: str) -> int:
-    return 0

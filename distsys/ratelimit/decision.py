@@ -109,12 +109,12 @@ class Fallback:
     def __init__(self, name: str, on_failure: OnFailure | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self.on_failure, self._clock = name, on_failure, clock
         self.timeout = on_failure.timeout if on_failure else None
-        self._failing = False
+        self.failing = False
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key -> microtokens used, and when
 
     def worked(self) -> None:
-        if self._failing:
-            self._failing = False
+        if self.failing:
+            self.failing = False
             logger.warning("limiter %r: Redis decides again", self.name)
 
     def decide(self, error: Exception, keys: Sequence[str], limits: Sequence[Limit], cost: int) -> list[Decision]:
@@ -122,8 +122,8 @@ class Fallback:
         if self.on_failure is None or not unavailable(error):
             raise error
         policy = self.on_failure.policy
-        if not self._failing:
-            self._failing = True
+        if not self.failing:
+            self.failing = True
             logger.warning("limiter %r is %s while Redis does not decide: %r", self.name, policy, error)
         if policy == "local":
             return self._decide_here(keys, limits, cost)

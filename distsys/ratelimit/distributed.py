@@ -144,7 +144,7 @@ class TieredLimiter:
         """Whether all was granted, and what was used in each bucket before."""
         slots: dict[int, list[int]] = {}
         for place, key in enumerate(keys):
-            slots.setdefault(self._buckets.slot(key), []).append(place)
+            slots.setdefault(self._buckets.slot(key) if self._buckets.slot else 0, []).append(place)
         used, reserved, passes = [0] * len(keys), list[Request](), True
         try:
             for places in slots.values():

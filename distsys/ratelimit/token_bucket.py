@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from redis.asyncio.cluster import RedisCluster
 
+REQUESTS = 1_000  # kept by a limiter, so that they need not be checked and written anew
 MAX_SLICES = 10_000  # leased at a time by one limiter; requests with further keys are decided by Redis
 
 
@@ -85,12 +87,22 @@ class TokenBucketLimiter:
         self._limits, self._fallback = (self.limit,), Fallback(name, on_failure)
         self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
         self._prefix = f"distsys:bucket:1:{hash_tag(name)}:"  # 1: the version of what the keys hold
+        self._request = lru_cache(REQUESTS, typed=True)(self._new_request)  # the same clients come again
         self._slices: dict[str, _Slice] = {}
         self._queues: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while somebody waits
 
     async def is_allowed(self, key: str, cost: float = 1) -> bool:
         """Takes `cost` tokens if they are there, and says whether they were."""
-        return (await self.try_acquire(key, cost)).allowed
+        if self.lease is not None:
+            return (await self.try_acquire(key, cost)).allowed
+        request = self._request(key, cost)
+        try:  # as _decide, without what nobody asks for here: it is the most used of all
+            granted, _ = await self._buckets.ask(request)
+        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
+            return self._fallback.decide(error, request.keys, request.limits, request.cost)[0].allowed
+        if self._fallback.failing:
+            self._fallback.worked()
+        return granted > 0
 
     async def try_acquire(self, key: str, cost: float = 1) -> Decision:
         """The same; and how much is left, and when to come again."""
@@ -146,7 +158,8 @@ class TokenBucketLimiter:
             granted, (used,) = await self._buckets.ask(Request((self._key(key),), self._limits, cost, times))
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return self._fallback.decide(error, (key,), self._limits, cost or MICRO)[0]
-        self._fallback.worked()
+        if self._fallback.failing:
+            self._fallback.worked()
         if granted and keep is not None:
             self._fill(key, keep, (granted - 1) * cost, used + granted * cost)
         if cost == 0:
@@ -204,6 +217,9 @@ class TokenBucketLimiter:
         return own.left
 
     # ---- input
+
+    def _new_request(self, key: str, cost: float) -> Request:
+        return Request((self._key(key),), self._limits, self.limit.cost(cost))
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}{{{hash_tag(check_key(key))}}}"
