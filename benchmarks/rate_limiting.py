@@ -167,7 +167,7 @@ async def limited(url: str, slice_of: str = "") -> AsyncIterator[Handle]:
     from distsys.ratelimit.http import RateLimitMiddleware, client_address
     from distsys.ratelimit.token_bucket import Lease, TokenBucketLimiter
 
-    lease = Lease(tokens=64, seconds=0.05) if slice_of else None
+    lease = Lease(tokens=float(slice_of), seconds=0.05) if slice_of else None
     async with client(url) as redis:
         limiter = TokenBucketLimiter(redis, capacity=FULL, refill_rate=FULL, lease=lease)
         yield through(RateLimitMiddleware(bare_app(), limiter, key=client_address()))
@@ -280,7 +280,7 @@ per process."""
             "requests",
             [
                 Contender(app, "bare", [url], needs="starlette"),
-                Contender("middleware, ours, leased 64", "limited", [url, "leased"], app, 0.5, needs="starlette"),
+                Contender("middleware, ours, leased 256", "limited", [url, "256"], app, 0.5, needs="starlette"),
                 Contender("middleware, ours", "limited", [url], app, needs="starlette"),
                 Contender(rival, "slowapi", [url], app, needs="slowapi"),
                 Contender("fastapi-limiter with Redis", "fastapi_limiter", [url], app, needs="fastapi-limiter"),
@@ -294,7 +294,7 @@ per process."""
             [
                 Contender(rival, "slowapi", [url], needs="slowapi"),
                 Contender("middleware, ours", "limited", [url], rival, 2, needs="starlette"),
-                Contender("middleware, ours, leased 64", "limited", [url, "leased"], rival, needs="starlette"),
+                Contender("middleware, ours, leased 256", "limited", [url, "256"], rival, needs="starlette"),
                 Contender("fastapi-limiter with Redis", "fastapi_limiter", [url], rival, needs="fastapi-limiter"),
             ],
             do="handled_together",

@@ -73,10 +73,10 @@ class Policy:
         """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
         if not one:
             return whole(one.retry_after)
-        wait = one.reset_after
-        if self.refills:
-            wait = min(wait, wait - (one.limit - one.remaining - 1) * self.window / one.limit)
-        return whole(max(0.0, round(wait, 6)))  # a difference of floats: less than a microsecond is noise
+        wait, taken = one.reset_after, one.limit - one.remaining - 1
+        if self.refills and taken > 0:
+            wait -= taken * self.window / one.limit
+        return whole(wait - 5e-7) if wait > 0 else 0  # a difference of floats: less than a microsecond is noise
 
 
 class Verdict(NamedTuple):
@@ -190,10 +190,10 @@ class RateLimitMiddleware:
             await self.app(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": _merge(message.get("headers", ()), verdict.headers)}
-            await send(message)
+            return send(message)
 
         if verdict.problem is None:
             await self.app(scope, receive, send_with_headers)
@@ -293,7 +293,7 @@ def _partition(key: str) -> str:
 def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> list[tuple[bytes, bytes]]:
     """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
     there, added = list(own), [(name.encode(), value.encode()) for name, value in more]
-    if any(name.startswith(b"x-") for name, _ in added):
+    if len(added) > 2:  # not only RateLimit and its policy
         names = {name.lower() for name, _ in there}
         added = [(name, value) for name, value in added if not (name.startswith(b"x-") and name in names)]
     return there + added
