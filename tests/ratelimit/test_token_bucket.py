@@ -6,6 +6,7 @@ import asyncio
 import math
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from redis.exceptions import NoPermissionError, RedisError
 
 from distsys.errors import RateLimited
-from distsys.lab.servers import Server
+from distsys.lab.proxy import TcpProxy
+from distsys.lab.servers import Server, Servers
 from distsys.ratelimit.decision import MAX_TOKENS, MICRO, Decision, OnFailure
 from distsys.ratelimit.token_bucket import Lease, TokenBucketLimiter
 from tests.ratelimit.model import Model, capacities, rates, schedules
@@ -690,3 +692,22 @@ async def test_a_cluster_decides_in_every_slot(redis_cluster: redis.asyncio.Redi
     for expected in (True, True, False):
         assert await asyncio.gather(*(bucket.is_allowed(key) for key in keys)) == [expected] * 30
     await asyncio.gather(*(bucket.reset(key) for key in keys))
+
+
+async def test_a_failover_grants_at_most_the_capacity_again(servers: Servers, own_redis: Server) -> None:
+    """The replica has heard nothing of four grants when it is promoted: those four, and no more, pass once again."""
+    async with TcpProxy(own_redis.host, own_redis.port) as link:
+        replica = await servers.redis("failover", replica_of=replace(own_redis, port=link.port))
+        async with Redis.from_url(own_redis.url) as before, Redis.from_url(replica.url) as after:
+            first = limiter(before, 10, 0.001)
+            for _ in range(6):
+                assert await first.is_allowed("k")
+            await before.wait(1, 10_000)
+            link.drop()
+            for expected in (True, True, True, True, False):
+                assert await first.is_allowed("k") == expected
+            await servers.promote(replica)
+            second = limiter(after, 10, 0.001)
+            assert sum([await second.is_allowed("k") for _ in range(10)]) == 4
+            link.heal()
+    await replica.kill()
