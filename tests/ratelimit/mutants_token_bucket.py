@@ -170,7 +170,7 @@ CODE: list[tuple[str, Any, str, Any, Test]] = [
         "unavailable",
         lambda error: True,
         lambda redis: promises.test_a_user_without_scripting_rights_is_told_which(
-            redis, decision.OnFailure(policy="open")
+            redis, decision.OnFailure(policy="open", timeout=5)
         ),
     ),
     (

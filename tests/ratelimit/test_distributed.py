@@ -185,7 +185,7 @@ def test_a_quota_that_means_nothing_is_refused() -> None:
 async def test_without_redis_every_quota_is_kept_locally_or_none_taken(own_redis: Server) -> None:
     """The local policy is all or nothing as well, to its fraction of each quota."""
     async with Redis.from_url(own_redis.url) as client:
-        limiter = TieredLimiter(client, PRO, name="dead", on_failure=OnFailure(policy="local", fraction=0.5))
+        limiter = TieredLimiter(client, PRO, name="dead", on_failure=OnFailure(policy="local", fraction=0.5, timeout=5))
         await own_redis.kill()
         first = await limiter.try_acquire("pro", who())
         assert first
@@ -199,7 +199,7 @@ async def test_without_redis_every_quota_is_kept_locally_or_none_taken(own_redis
 @pytest.mark.parametrize(("policy", "passes"), [("open", True), ("closed", False)])
 async def test_without_redis_open_and_closed_speak_for_all_quotas(own_redis: Server, policy: Any, passes: bool) -> None:
     async with Redis.from_url(own_redis.url) as client:
-        limiter = TieredLimiter(client, PRO, on_failure=OnFailure(policy=policy))
+        limiter = TieredLimiter(client, PRO, on_failure=OnFailure(policy=policy, timeout=5))
         await own_redis.kill()
         decision = await limiter.try_acquire("pro", who())
         assert decision.allowed == passes

@@ -539,7 +539,7 @@ async def test_a_dead_redis_is_answered_for_by_the_policy(
 ) -> None:
     """Which one applied is visible in the decision; the log tells of the change, not of every request."""
     async with Redis.from_url(own_redis.url) as client:
-        bucket = limiter(client, 4, 0.001, name="dead", on_failure=OnFailure(policy=policy, fraction=0.5))
+        bucket = limiter(client, 4, 0.001, name="dead", on_failure=OnFailure(policy=policy, fraction=0.5, timeout=5))
         assert (await bucket.try_acquire("k")).source == "redis"
         await own_redis.kill()
         decisions = [await bucket.try_acquire("k") for _ in range(4)]
@@ -557,17 +557,17 @@ async def test_a_hung_redis_holds_nobody_up(own_redis: Server, policy: Any) -> N
     """Stopped, it stays silent; every decision comes by the policy all the same, alone or in a crowd."""
     async with Redis.from_url(own_redis.url) as client:
         bucket = limiter(client, 100, 1, on_failure=OnFailure(policy=policy))
-        assert (await bucket.try_acquire("k")).source == "redis"
+
+        async def decides() -> bool:
+            return (await bucket.try_acquire("k")).source == "redis"
+
+        await until(decides)
         await own_redis.pause()
         alone = await bucket.try_acquire("k")
         crowd = await asyncio.gather(*(bucket.try_acquire("k") for _ in range(20)))
         assert {one.source for one in (alone, *crowd)} == {policy}
         await own_redis.resume()
-
-        async def decides_again() -> bool:
-            return (await bucket.try_acquire("k")).source == "redis"
-
-        await until(decides_again)
+        await until(decides)
 
 
 async def test_the_loop_runs_on_while_redis_hangs(own_redis: Server) -> None:
@@ -592,7 +592,7 @@ async def test_without_a_policy_the_error_passes(own_redis: Server) -> None:
             await limiter(client).is_allowed("k")
 
 
-@pytest.mark.parametrize("on_failure", [None, OnFailure(policy="open")])
+@pytest.mark.parametrize("on_failure", [None, OnFailure(policy="open", timeout=5)])
 async def test_a_user_without_scripting_rights_is_told_which(redis: Redis, on_failure: OnFailure | None) -> None:
     """A mistake in the set-up is no failure of Redis: no policy hides it."""
     await redis.acl_setuser("reader", enabled=True, nopass=True, keys="*", commands=["+@read", "+ping", "-@scripting"])
