@@ -389,8 +389,8 @@ def recommend(pattern: str, stage: str, instances: int) -> Recommendation:
 
 
 def find(pattern: str) -> Pattern:
-    """The row whose name is, or alone contains, `pattern`, whatever its case."""
-    wanted = pattern.strip().lower()
+    """The row whose name is, or alone contains, `pattern`, whatever its case; a hyphen may stand for a space."""
+    wanted = pattern.strip().lower().replace("-", " ")
     hits = [row for row in PATTERNS if wanted == row.name.lower()] or [
         row for row in PATTERNS if wanted and wanted in row.name.lower()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import yaml
 from packaging.requirements import Requirement
 
 import distsys
-from distsys import decide
+from distsys import cli, decide
+from distsys.lab import experiments
 from distsys.lab.notebooks import KERNELSPEC, MAX_BYTES
 from distsys.lab.notebooks import faults as faults_of_outputs
 
@@ -187,6 +189,18 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             if anchor:
                 known = anchors if goal == path else {a for _, found in _texts(goal) for a in found}
                 assert anchor in known, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("checklists/*.md")), ids=_name)
+def test_the_commands_of_a_checklist_are_understood(path: Path) -> None:
+    """Each `distsys` line names a pattern, an experiment or options that there are."""
+    for command in re.findall(r"python -m distsys ([^`\n#]+)", path.read_text("utf-8")):
+        word, *arguments = shlex.split(command)
+        options = cli.parser().parse_args([word, *arguments])
+        if word == "decide" and options.pattern:
+            assert decide.find(options.pattern)
+        elif word == "run":
+            assert set(options.experiments) <= set(experiments.names())
 
 
 async def test_the_code_of_the_readme_runs_as_written(redis: object) -> None:

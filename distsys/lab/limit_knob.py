@@ -5,7 +5,6 @@ The time of its run is virtual, ten seconds in a moment, so the picture depends 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import random
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
+from distsys.lab.knob import Knob
 from distsys.ratelimit.sliding_window import SlidingWindowLimiter
 from distsys.ratelimit.token_bucket import TokenBucketLimiter
 
@@ -25,42 +25,23 @@ START = 1_000_000_000.0
 COLOURS = {"asked": "#8c959f", "token bucket": "#0a3d70", "sliding window": "#1a6334"}
 
 
-class LimitKnob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
-    """Move, press Run, compare the curves. Where no kernel runs, those of the last run are shown alone."""
+class LimitKnob(Knob):
+    """A rate, a burst and a demand; the answer is a picture of what was asked and what was admitted."""
 
     def __init__(self, lab: Lab) -> None:
-        style: Any = {"description_width": "130px"}
-        self._lab, self._loop = lab, asyncio.get_running_loop()
-        self._running: asyncio.Task[LimitKnob] | None = None
         self._runs = 0
+        super().__init__(lab, "ten seconds of this demand")
+
+    def controls(self) -> list[Any]:
+        style: Any = {"description_width": "130px"}
         self.rate = w.IntSlider(value=10, min=1, max=50, description="rate per second", style=style)
         self.burst = w.IntSlider(value=20, min=1, max=100, description="burst (capacity)", style=style)
         self.workers = w.IntSlider(value=3, min=1, max=16, description="workers", style=style)
         self.demand = w.IntSlider(value=5, min=1, max=30, description="requests/s of each", style=style)
-        self.run = w.Button(description="Run", button_style="primary", tooltip="ten seconds of this demand")
-        self.answer = w.HTML()
-        self.run.on_click(self._clicked)
-        super().__init__([self.rate, self.burst, self.workers, w.HBox([self.demand, self.run]), self.answer])
+        return [self.rate, self.burst, self.workers, w.HBox([self.demand, self.run])]
 
-    def _clicked(self, _: object) -> None:
-        # The click may come on another thread (ipykernel 7.1-7.3): the lab belongs to the notebook's own loop.
-        self._loop.call_soon_threadsafe(self._start)
-
-    def _start(self) -> None:
-        if self._running is None or self._running.done():
-            self._running = self._loop.create_task(self.show())
-
-    async def show(self) -> LimitKnob:
-        """Runs what the sliders say, and shows the curves or the error."""
-        self.run.disabled = True
-        try:
-            self.answer.value = _picture(await self._measure(), self.rate.value, self.burst.value)
-        except Exception as error:  # shown where the reader looks
-            self.answer.value = f"<p><b>{escape(type(error).__name__)}</b>: {escape(str(error))}</p>"
-            raise
-        finally:
-            self.run.disabled = False
-        return self
+    async def measure(self) -> str:
+        return _picture(await self._measure(), self.rate.value, self.burst.value)
 
     async def _measure(self) -> dict[str, list[float]]:
         """When each request was made, and when each one was that a limiter admitted: seconds from the start."""
@@ -85,10 +66,6 @@ class LimitKnob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
                     if await limiter.is_allowed("everybody"):
                         admitted[which].append(at)
         return admitted
-
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
-        return {**bundle, "text/html": self.answer.value}
 
 
 def _arrivals(rng: random.Random, rate: float) -> list[float]:

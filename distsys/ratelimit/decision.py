@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from redis import exceptions
 from redis.exceptions import AuthenticationError, AuthorizationError
+
+from distsys.clock import check_timeout
+from distsys.errors import RateLimited
 
 logger = logging.getLogger("distsys.ratelimit")
 Source = Literal["redis", "lease", "open", "closed", "local"]
@@ -47,6 +52,11 @@ class Decision(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.allowed
+
+    @property
+    def tightness(self) -> tuple[float, float]:
+        """For max(): the one that refuses longest, or else has the smallest share left."""
+        return self.retry_after, -self.remaining / self.limit
 
 
 class Limit:
@@ -150,6 +160,39 @@ class Fallback:
         while len(self._buckets) > LOCAL_KEYS:
             self._buckets.popitem(last=False)
         return answers
+
+
+Queues = WeakValueDictionary[str, asyncio.Lock]
+"""One for each key that somebody waits for."""
+
+
+async def wait_in_turn(
+    queues: Queues,
+    key: str,
+    ask: Callable[[], Awaitable[Decision]],
+    timeout: float | None,
+    refusal: Callable[[float | None], RateLimited],
+) -> Decision:
+    """Asks again and again, each time when the answer before said so: in this process first come, first served.
+
+    Raises the refusal, which is told the seconds to wait if they are known, when `timeout` can't be enough.
+    """
+    now = asyncio.get_running_loop().time
+    deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
+    queue = queues.setdefault(check_key(key), asyncio.Lock())
+    try:
+        async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been granted
+            await queue.acquire()
+    except TimeoutError:
+        raise refusal(None) from None
+    try:
+        while not (decision := await ask()):
+            if now() + decision.retry_after > deadline:
+                raise refusal(decision.retry_after)
+            await asyncio.sleep(decision.retry_after)
+    finally:
+        queue.release()
+    return decision
 
 
 def unavailable(error: Exception) -> bool:

@@ -71,7 +71,7 @@ class TieredDecision(NamedTuple):
     @property
     def tightest(self) -> Decision:
         """Of the quota that refuses longest, or else has the smallest share left."""
-        return max(self.quotas.values(), key=lambda one: (one.retry_after, -one.remaining / one.limit))
+        return max(self.quotas.values(), key=lambda one: one.tightness)
 
     @property
     def retry_after(self) -> float:
@@ -182,5 +182,5 @@ class TieredLimiter:
         subject = "" if quota.per == EVERYBODY else hash_tag(check_key(subjects[quota.per]))
         kind, name = (hash_tag(word).replace(":", "%3A") for word in (quota.name, self.name))
         if self.one_slot:
-            return f"distsys:quota:1:{{{name}}}:{kind}:{{{subject}}}"
+            return f"distsys:quota:1:{{:{name}}}:{kind}:{{{subject}}}"  # a hash tag must not be empty
         return f"distsys:quota:1:{name}:{kind}:{{{subject or kind}}}"

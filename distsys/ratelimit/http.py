@@ -164,9 +164,7 @@ class RateLimit:
         items = zip(policies, decisions, waits, pks, strict=True)
         headers.append(("ratelimit", ", ".join(f"{p.quoted};r={d.remaining};t={t}{pk}" for p, d, t, pk in items)))
         if self._x_headers:
-            one, seconds = max(
-                zip(decisions, waits, strict=True), key=lambda x: (x[0].retry_after, -x[0].remaining / x[0].limit)
-            )
+            one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
             reset = math.ceil(self._clock()) + seconds
             trio = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
             headers += [(f"x-ratelimit-{word}", str(value)) for word, value in trio.items()]

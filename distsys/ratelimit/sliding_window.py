@@ -16,13 +16,10 @@ Source   ClassDojo, "Better Rate Limiting With Redis Sorted Sets", 2015 (exact);
 from __future__ import annotations
 
 import asyncio
-import math
 import struct
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakValueDictionary
 
-from distsys.clock import check_timeout
 from distsys.errors import RateLimited
 from distsys.ratelimit.buckets import Clock
 from distsys.ratelimit.decision import (
@@ -32,8 +29,10 @@ from distsys.ratelimit.decision import (
     Fallback,
     Limit,
     OnFailure,
+    Queues,
     check_key,
     check_positive,
+    wait_in_turn,
 )
 from distsys.redis_scripts import Script, async_client, hash_tag
 
@@ -91,7 +90,7 @@ class SlidingWindowLimiter:
         self.precision, self.name, self.clock = precision, name, clock
         self._script, self._prefix = SCRIPTS[precision], f"{KEYS[precision]}:{hash_tag(name)}:"
         self._fallback, self._local = Fallback(name, on_failure), (_LocalLimit(limit, window),)
-        self._queues: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while somebody waits
+        self._queues = Queues()
 
     async def is_allowed(self, key: str, cost: int = 1) -> bool:
         """Admits the request if the window has room for it, and says whether it had."""
@@ -107,22 +106,12 @@ class SlidingWindowLimiter:
         RateLimited as soon as `timeout` seconds can't be enough; None waits as long as it takes. Cancelled while a
         request is under way, it may have been admitted.
         """
-        wanted, now = self._cost(cost), asyncio.get_running_loop().time
-        deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
-        queue = self._queues.setdefault(check_key(key), asyncio.Lock())
-        try:
-            async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been admitted
-                await queue.acquire()
-        except TimeoutError:
-            raise self._refusal(key, self.window) from None
-        try:
-            while not (decision := await self._decide(key, wanted, TAKE)):
-                if now() + decision.retry_after > deadline:
-                    raise self._refusal(key, decision.retry_after)
-                await asyncio.sleep(decision.retry_after)
-        finally:
-            queue.release()
-        return decision
+        wanted = self._cost(cost)
+
+        def refusal(wait: float | None) -> RateLimited:
+            return self._refusal(key, self.window if wait is None else wait)
+
+        return await wait_in_turn(self._queues, key, lambda: self._decide(key, wanted, TAKE), timeout, refusal)
 
     async def peek(self, key: str) -> Decision:
         """What is left, taking nothing; allowed says whether a request of cost 1 would pass."""

@@ -16,12 +16,20 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
-from distsys.clock import check_timeout
 from distsys.errors import RateLimited
 from distsys.ratelimit.buckets import Buckets, Clock, Request
-from distsys.ratelimit.decision import MICRO, Decision, Fallback, Limit, OnFailure, check_key, logger
+from distsys.ratelimit.decision import (
+    MICRO,
+    Decision,
+    Fallback,
+    Limit,
+    OnFailure,
+    Queues,
+    check_key,
+    logger,
+    wait_in_turn,
+)
 from distsys.redis_scripts import hash_tag
 from distsys.tasks import in_background
 
@@ -89,13 +97,16 @@ class TokenBucketLimiter:
         self._prefix = f"distsys:bucket:1:{hash_tag(name)}:"  # 1: the version of what the keys hold
         self._request = lru_cache(REQUESTS, typed=True)(self._new_request)  # the same clients come again
         self._slices: dict[str, _Slice] = {}
-        self._queues: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while somebody waits
+        self._queues = Queues()
 
     async def is_allowed(self, key: str, cost: float = 1) -> bool:
         """Takes `cost` tokens if they are there, and says whether they were."""
         if self.lease is not None:
             return (await self.try_acquire(key, cost)).allowed
-        request = self._request(key, cost)
+        try:
+            request = self._request(key, cost)
+        except TypeError:  # what can't be hashed is no key: say so
+            request = self._new_request(key, cost)
         try:  # as _decide, without what nobody asks for here: it is the most used of all
             granted, _ = await self._buckets.ask(request)
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
@@ -117,22 +128,12 @@ class TokenBucketLimiter:
         RateLimited as soon as `timeout` seconds can't be enough; None waits as long as it takes. Cancelled while a
         request is under way, its tokens may be taken.
         """
-        wanted, now = self.limit.cost(cost), asyncio.get_running_loop().time
-        deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
-        queue = self._queues.setdefault(key, asyncio.Lock())
-        try:
-            async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been granted
-                await queue.acquire()
-        except TimeoutError:
-            raise self._refusal(key, self.limit.seconds(wanted)) from None
-        try:
-            while not (decision := await self.try_acquire(key, cost)):
-                if now() + decision.retry_after > deadline:
-                    raise self._refusal(key, decision.retry_after)
-                await asyncio.sleep(decision.retry_after)
-        finally:
-            queue.release()
-        return decision
+        wanted = self.limit.cost(cost)
+
+        def refusal(wait: float | None) -> RateLimited:
+            return self._refusal(key, self.limit.seconds(wanted) if wait is None else wait)
+
+        return await wait_in_turn(self._queues, key, lambda: self.try_acquire(key, cost), timeout, refusal)
 
     async def peek(self, key: str) -> Decision:
         """What is left, taking nothing; allowed says whether one token would pass."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from distsys.locks import lease as lease_module
 from distsys.locks import redis_lock
 from distsys.locks.redis_lock import _ASK, _EXTEND, _LEAVE, RedisLock
 from tests.locks import test_redis_lock as promises
+from tests.survival import survived
 
 Test = Callable[[redis.asyncio.Redis], Awaitable[None]]
 
@@ -117,27 +117,6 @@ SCRIPTS: list[tuple[str, str, str, str, Test]] = [
         promises.test_a_request_that_arrives_after_its_cancellation_is_refused,
     ),
 ]
-
-
-async def survived(test: Test, server: Server) -> bool:
-    """Whether the test passes under the mutant. One that hangs does not; what it leaves running is ended."""
-    before = asyncio.all_tasks()
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
-        try:
-            async with asyncio.timeout(8):
-                await test(client)
-        except BaseException:  # noqa: BLE001  pytest's own Failed is no Exception
-            return False
-        finally:
-            for _ in range(100):  # Python 3.11's wait_for can swallow a cancellation
-                left = asyncio.all_tasks() - before
-                if not left:
-                    break
-                for task in left:
-                    task.cancel()
-                await asyncio.wait(left, timeout=0.1)
-    return True
 
 
 @pytest.mark.parametrize(("name", "script", "old", "new", "killer"), SCRIPTS, ids=[s[0] for s in SCRIPTS])

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import redis.asyncio
 
 from distsys.lab.servers import Server
 from distsys.ratelimit import sliding_window
 from distsys.ratelimit.sliding_window import SCRIPTS, Precision, SlidingWindowLimiter
 from distsys.redis_scripts import Script
 from tests.ratelimit import test_sliding_window as promises
+from tests.survival import survived
 
 Test = Callable[..., Awaitable[None]]
 
@@ -189,18 +189,6 @@ SCRIPT_MUTANTS: list[tuple[str, Precision, str, str, Test, tuple[Any, ...]]] = [
 ]
 
 
-async def survived(test: Test, arguments: tuple[Any, ...], server: Server) -> bool:
-    """Whether the test passes under the mutant. One that hangs does not."""
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
-        try:
-            async with asyncio.timeout(8):
-                await test(client, *arguments)
-        except BaseException:  # noqa: BLE001  pytest's own Failed is no Exception
-            return False
-    return True
-
-
 @pytest.mark.parametrize(
     ("name", "precision", "old", "new", "killer", "arguments"), SCRIPT_MUTANTS, ids=[each[0] for each in SCRIPT_MUTANTS]
 )
@@ -217,9 +205,9 @@ async def test_a_bug_in_a_script_is_caught(
     """Each mutant by the test that is named beside it, which the script as it is passes."""
     text = SCRIPTS[precision].text
     assert old in text, f"{name}: the script no longer has the line to break"
-    assert await survived(killer, arguments, redis_server)
+    assert await survived(killer, redis_server, *arguments)
     monkeypatch.setitem(SCRIPTS, precision, Script(text.replace(old, new)))
-    assert not await survived(killer, arguments, redis_server)
+    assert not await survived(killer, redis_server, *arguments)
 
 
 async def polls(limiter: SlidingWindowLimiter, key: str, cost: int = 1, timeout: float | None = None) -> Any:
@@ -280,6 +268,6 @@ async def test_a_bug_in_the_code_is_caught(
     """Each mutant by the test that is named beside it."""
     if killer is promises.test_acquire_sleeps_exactly_retry_after:
         arguments = (*arguments, monkeypatch)
-    assert await survived(killer, arguments, redis_server)
+    assert await survived(killer, redis_server, *arguments)
     monkeypatch.setattr(home, attribute, broken)
-    assert not await survived(killer, arguments, redis_server)
+    assert not await survived(killer, redis_server, *arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from distsys.ratelimit import buckets, decision, token_bucket
 from distsys.redis_scripts import Script
 from tests.ratelimit import test_distributed as tiers
 from tests.ratelimit import test_token_bucket as promises
+from tests.survival import survived
 
 Test = Callable[[redis.asyncio.Redis], Awaitable[None]]
 
@@ -80,23 +80,6 @@ SCRIPTS: list[tuple[str, str, str, Test]] = [
         lambda redis: promises.test_the_time_is_the_servers(redis, pytest.MonkeyPatch()),
     ),
 ]
-
-
-async def survived(test: Test, server: Server) -> bool:
-    """Whether the test passes under the mutant. One that hangs does not."""
-    before = asyncio.all_tasks()
-    async with redis.asyncio.Redis.from_url(server.url) as client:
-        await client.flushall()
-        try:
-            async with asyncio.timeout(8):
-                await test(client)
-        except BaseException:  # noqa: BLE001  pytest's own Failed is no Exception
-            return False
-        finally:
-            for task in asyncio.all_tasks() - before:
-                task.cancel()
-                await asyncio.wait([task], timeout=1)
-    return True
 
 
 @pytest.mark.parametrize(("name", "old", "new", "killer"), SCRIPTS, ids=[s[0] for s in SCRIPTS])

@@ -10,6 +10,7 @@ import pytest
 import redis.asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis.crc import key_slot
 
 from distsys.lab.servers import Server
 from distsys.ratelimit.decision import MICRO, OnFailure
@@ -239,6 +240,14 @@ async def test_across_slots_a_crowd_never_exceeds_a_quota(redis_cluster: redis.a
     passed = sum(one.allowed for one in decisions)
     after = await limiter.try_acquire("pro", who("new", "new"))
     assert after.quotas[EVERYBODY].remaining == 99 - passed
+
+
+@pytest.mark.parametrize("name", ["", "api", "{api}"])
+def test_one_slot_is_one_slot_whatever_the_name(name: str) -> None:
+    """An empty hash tag is none at all: without a name, too, there has to be something in it."""
+    limiter = TieredLimiter(Redis(), PRO, name=name, one_slot=True)
+    keys = [limiter._key("pro", quota, who(user)) for quota in PRO["pro"] for user in "ab"]
+    assert len({key_slot(key.encode()) for key in keys}) == 1
 
 
 async def test_one_slot_keeps_a_decision_in_one_step(redis_cluster: redis.asyncio.RedisCluster) -> None:

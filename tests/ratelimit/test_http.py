@@ -828,3 +828,15 @@ for use in (lambda: rate_limit(None, key=None), lambda: RateLimitTransport(budge
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert all("pip install 'distsys[web]'" in line for line in lines)
+
+
+async def test_the_headers_are_the_same_with_and_without_the_older_trio(redis: Redis) -> None:
+    """Most answers are put together in one line, the others piece by piece: they must not drift apart."""
+    short = RateLimit(limiter(redis, 3, name="short"), key=everybody, name="api")
+    long = RateLimit(limiter(redis, 3, name="long"), key=everybody, name="api", x_headers=True)
+    for _ in range(5):
+        one, other = await short.check({}), await long.check({})
+        assert one
+        assert other
+        assert one.headers == [header for header in other.headers if not header[0].startswith("x-")]
+        assert (one.status, one.problem) == (other.status, other.problem)

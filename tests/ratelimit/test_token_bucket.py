@@ -643,6 +643,7 @@ def test_limits_that_mean_nothing_are_refused(options: dict[str, Any], error: ty
         ("", 1, ValueError, "key='' is empty"),
         (42, 1, TypeError, "key=42 is a int; a key is a str: 'user:42'"),
         (b"k", 1, TypeError, "key=b'k' is a bytes"),
+        (["k"], 1, TypeError, "key=['k'] is a list"),
     ],
 )
 async def test_requests_that_mean_nothing_are_refused(

@@ -1,4 +1,4 @@
-"""The mutants run in a pytest of their own: what a broken limiter leaves open must not trouble other tests."""
+"""The mutants run in a pytest of their own: what a broken rule leaves open must not trouble other tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-MUTANTS = sorted(Path(__file__).parent.glob("mutants_*.py"))
+MUTANTS = sorted(Path(__file__).parent.glob("*/mutants_*.py"))
 
 
 @pytest.mark.parametrize("module", MUTANTS, ids=lambda path: path.stem)
