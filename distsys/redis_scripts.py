@@ -12,8 +12,6 @@ from typing import Any
 from redis import Redis, RedisCluster
 from redis.exceptions import NoPermissionError, NoScriptError
 
-from distsys.tasks import cancellations
-
 
 class Script:
     """A Lua script: one atomic step at the server. Sent by its digest, in full when the server does not know it."""
@@ -22,15 +20,16 @@ class Script:
         self.text, self.sha = text, sha1(text)
 
     async def run(self, redis: Any, keys: Sequence[str], *args: Any) -> Any:
-        before = cancellations()
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
         try:
-            answer = await redis.evalsha(self.sha, len(keys), *keys, *args)
+            answer = await redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
             answer = await redis.eval(self.text, len(keys), *keys, *args)
         except NoPermissionError as error:
             error.add_note("distsys decides in scripts: give the user  +evalsha +eval +@read +@write +time ~distsys:*")
             raise
-        if cancellations() > before:
+        if task and task.cancelling() > before:  # as distsys.tasks.cancellations tells, without two calls
             raise asyncio.CancelledError
         return answer
 

@@ -96,11 +96,11 @@ if holder == me then
   local token = now()
   if newest and tonumber(newest) >= token then token = tonumber(newest) + 1 end
   redis.call('SET', lock, me, 'PX', ARGV[2])
-  redis.call('SET', fence, string.format('%.0f', token), 'PX', 604800000)
+  redis.call('SET', fence, token, 'PX', 604800000)
   return token
 end
 if not ARGV[3] then
-  if redis.call('HSET', seen, me, string.format('%.0f', now() + PATIENCE_MS * 1000)) == 1 then
+  if redis.call('HSET', seen, me, now() + PATIENCE_MS * 1000) == 1 then
     redis.call('RPUSH', queue, me)
   end
   redis.call('PEXPIRE', queue, 60000)
@@ -374,7 +374,7 @@ class RedisLock:
 
     async def _run(self, script: str, *args: Any) -> Any:
         try:
-            return await self.redis.evalsha(_SHA[script], 1, self._key, *args)
+            return await self.redis.execute_command("EVALSHA", _SHA[script], 1, self._key, *args)
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
             return await self.redis.eval(script, 1, self._key, *args)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -32,23 +33,24 @@ class Request(NamedTuple):
     times: int = 1
 
 
-Answer = tuple[int, list[int]]
-"""How many of the times were granted; the microtokens used in each bucket before."""
+Answer = tuple[int, list[int], int]
+"""How many of the times were granted; the microtokens used in each bucket before the call; those taken in it before."""
 
 
 class _Run:
     """Requests that differ in nothing, one after the other."""
 
     def __init__(self, request: Request, numbers: list[int]) -> None:
-        self.request, self.numbers, self.times = request, numbers, 0
-        self.futures: list[tuple[int, asyncio.Future[Answer]]] = []  # with how many requests before them
+        self.request, self.numbers = request, numbers
+        self.futures: list[asyncio.Future[Answer]] = []
 
     def answer(self, granted: int, used: list[int]) -> None:
-        times, cost = self.request.times, self.request.cost
-        for before, future in self.futures:
+        times, cost, taken = self.request.times, self.request.cost, 0
+        for future in self.futures:
+            mine = min(times, granted - taken)
             if not future.done():
-                done = min(before, granted)
-                future.set_result((min(times, granted - done), [each + done * cost for each in used]))
+                future.set_result((mine, used, taken * cost))
+            taken += mine
 
 
 class _Batch:
@@ -74,9 +76,15 @@ class _Batch:
             run = _Run(request, [number[key] for key in request.keys])
             self.runs.append(run)
             self._newest.update(dict.fromkeys(request.keys, run))
-        run.futures.append((run.times, future))
-        run.times += request.times
+        run.futures.append(future)
         return True
+
+    def without_cancelled(self) -> bool:
+        """Whether anybody is left to ask for."""
+        for run in self.runs:
+            run.futures = [future for future in run.futures if not future.done()]
+        self.runs = [run for run in self.runs if run.futures]
+        return bool(self.runs)
 
     def _newest_of_all(self, run: _Run) -> bool:
         return all(self._newest[key] is run for key in run.request.keys)
@@ -92,71 +100,87 @@ class Buckets:
         self.redis, self.timeout, self.clock = async_client(redis), timeout, clock
         self.slot: Callable[[str], int] | None = redis.keyslot if isinstance(redis, RedisCluster) else None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] | None = None  # None: no call is under way
+        self._next: dict[int, _Batch] | None = None  # by slot, to be sent next; None: no call is under way
+        self._later: list[tuple[Request, asyncio.Future[Answer]]] = []  # those that do not fit into it
+        self._room = BATCH
         self._task: asyncio.Task[None] | None = None  # the loop keeps weak references only
 
     def ask(self, request: Request) -> Awaitable[Answer]:
         """Cancelled while its own call is under way, the request may have been granted all the same."""
         loop = asyncio.get_running_loop()
-        if self._waiting is None or self._loop is not loop:  # a call under way in another loop will never end
-            self._loop, self._waiting = loop, []
+        if self._next is None or self._loop is not loop:  # a call under way in another loop will never end
+            self._loop, self._next, self._later, self._room = loop, {}, [], BATCH
             return self._ask_alone(request)
         future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((request, future))
+        if self._later or not self._join(self._next, request, future):
+            self._later.append((request, future))
         return future if self.timeout is None else asyncio.wait_for(future, self.timeout)
 
     async def _ask_alone(self, request: Request) -> Answer:
         try:
-            run = _pack(request, request.times, range(1, len(request.keys) + 1))
-            granted, *used = await self._call(request.keys, request.limits, [run])
-            return granted, used
+            granted, *used = await self._call(request.keys, request.limits, (_pack(request.times, request.cost),))
+            return granted, used, 0
         finally:
-            self._next()
+            self._send()
 
-    def _next(self) -> None:
+    def _join(self, batches: dict[int, _Batch], request: Request, future: asyncio.Future[Answer]) -> bool:
+        slot = self.slot(request.keys[0]) if self.slot else 0
+        if (batch := batches.get(slot)) is None:
+            batch = batches[slot] = _Batch()
+        self._room -= 1
+        return self._room >= 0 and batch.add(request, future)
+
+    def _send(self) -> None:
         """What has arrived meanwhile goes out; who was cancelled meanwhile is not asked for."""
-        waiting, taken = self._waiting or [], 0
-        batches: dict[int, _Batch] = {}
-        for request, future in waiting[:BATCH]:
-            if not future.done():
-                slot = self.slot(request.keys[0]) if self.slot else 0
-                if (batch := batches.get(slot)) is None:
-                    batch = batches[slot] = _Batch()
-                if not batch.add(request, future):
-                    break
-            taken += 1
-        if batches and self._loop is not None:
-            self._waiting = waiting[taken:]
-            self._task = self._loop.create_task(self._serve(list(batches.values())))
-        else:
-            self._waiting = None
+        while self._next:
+            batches = [batch for batch in self._next.values() if batch.without_cancelled()]
+            self._next, self._room, later, self._later = {}, BATCH, self._later, []
+            for request, future in later:
+                if not future.done() and (self._later or not self._join(self._next, request, future)):
+                    self._later.append((request, future))
+            if batches and self._loop is not None:
+                self._task = self._loop.create_task(self._serve(batches))
+                return
+        self._next = None
 
     async def _serve(self, batches: list[_Batch]) -> None:
         try:
             await asyncio.gather(*map(self._answer, batches))
         finally:
-            self._next()
+            self._send()
 
     async def _answer(self, batch: _Batch) -> None:
         try:
-            runs = [_pack(run.request, run.times, run.numbers) for run in batch.runs]
+            every = list(range(1, len(batch.limits) + 1))
+            runs = [
+                _pack(
+                    len(run.futures) * run.request.times,
+                    run.request.cost,
+                    *(run.numbers if run.numbers != every else ()),
+                )
+                for run in batch.runs
+            ]
             reply = iter(await self._call(tuple(batch.limits), tuple(batch.limits.values()), runs))
             for run in batch.runs:
                 run.answer(next(reply), [next(reply) for _ in run.numbers])
         except BaseException as error:
-            for future in [future for run in batch.runs for _, future in run.futures if not future.done()]:
+            for future in [future for run in batch.runs for future in run.futures if not future.done()]:
                 future.set_exception(error) if isinstance(error, Exception) else future.cancel()
             if not isinstance(error, Exception):
                 raise
 
-    async def _call(self, keys: tuple[str, ...], limits: tuple[Limit, ...], runs: list[bytes]) -> Any:
+    def _call(self, keys: tuple[str, ...], limits: tuple[Limit, ...], runs: Sequence[bytes]) -> Awaitable[Any]:
         now = "" if self.clock is None else round(self.clock() * MICRO)
         call = SCRIPT.run(self.redis, keys, now, *[limit.packed for limit in limits], *runs)
-        if self.timeout is None:
-            return await call
-        async with asyncio.timeout(self.timeout):
-            return await call
+        return call if self.timeout is None else _within(self.timeout, call)
 
 
-def _pack(request: Request, times: int, numbers: Sequence[int]) -> bytes:
-    return struct.pack(f"<{2 + len(numbers)}d", times, request.cost, *numbers)
+async def _within(timeout: float, call: Awaitable[Any]) -> Any:
+    async with asyncio.timeout(timeout):
+        return await call
+
+
+@lru_cache(1_000)
+def _pack(times: int, cost: int, *numbers: int) -> bytes:
+    """Without numbers: from all buckets of the call."""
+    return struct.pack(f"<{2 + len(numbers)}d", times, cost, *numbers)

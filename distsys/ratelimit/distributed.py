@@ -151,9 +151,9 @@ class TieredLimiter:
                 request = Request(
                     tuple(keys[i] for i in places), tuple(limits[i] for i in places), cost if passes else 0
                 )
-                granted, before = await self._buckets.ask(request)
+                granted, before, more = await self._buckets.ask(request)
                 for place, one in zip(places, before, strict=True):
-                    used[place] = one
+                    used[place] = one + more
                 passes = passes and granted > 0
                 if passes:
                     reserved.append(request)

@@ -31,7 +31,7 @@ from distsys.ratelimit.keys import client_address as client_address
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[str, str]]
+Headers = list[tuple[bytes, bytes]]
 Who = str | tuple[str, Mapping[str, str]] | None  # a key; tier and subjects; None: this request is not limited
 Key = Callable[[Scope], Who | Awaitable[Who]]
 Cost = float | Callable[[Scope], float | Awaitable[float]]
@@ -61,6 +61,7 @@ class Policy:
         self.per, self.refills = per, refills  # whose, of a tier's quota; token by token, not all at once
         self.quoted = sf_string(name)
         self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_INTEGER)}"
+        self.header = (b"ratelimit-policy", self.item.encode())
 
     @classmethod
     def of(cls, limiter: Any, name: str, per: str | None = None) -> Policy:
@@ -135,7 +136,7 @@ class RateLimit:
         decision = await self._limiter.try_acquire(key, cost=cost)
         if decision and self._plain and decision.source != "open":  # nearly every answer: what _say says, in one line
             now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
-            return Verdict([("ratelimit-policy", policy.item), ("ratelimit", now)])
+            return Verdict([policy.header, (b"ratelimit", now.encode())])
         return self._say(self._own, [decision], key, {})
 
     async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Verdict:
@@ -151,7 +152,7 @@ class RateLimit:
     ) -> Verdict:
         keys = [key or (f"{p.per}:{subjects[p.per]}" if p.per and p.per in subjects else None) for p in policies]
         pks = [_partition(each) if self._partition_keys and each else "" for each in keys]
-        headers = [("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
+        headers = [_header("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
         refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
         source, wait = decisions[0].source, max(one.retry_after for one in decisions)
         if source == "open":
@@ -162,12 +163,14 @@ class RateLimit:
         if refused:  # Retry-After is never before the end of an effective window
             waits = [min(each, max(1, whole(wait))) for each in waits]
         items = zip(policies, decisions, waits, pks, strict=True)
-        headers.append(("ratelimit", ", ".join(f"{p.quoted};r={d.remaining};t={t}{pk}" for p, d, t, pk in items)))
+        headers.append(
+            _header("ratelimit", ", ".join(f"{p.quoted};r={d.remaining};t={t}{pk}" for p, d, t, pk in items))
+        )
         if self._x_headers:
             one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
             reset = math.ceil(self._clock()) + seconds
             trio = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
-            headers += [(f"x-ratelimit-{word}", str(value)) for word, value in trio.items()]
+            headers += [_header(f"x-ratelimit-{word}", value) for word, value in trio.items()]
         return _refusal(429, refused, wait, headers) if refused else Verdict(headers)
 
 
@@ -220,8 +223,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
             Exception.__init__(self, verdict.problem["detail"])  # the two roots disagree on what comes first
             self.verdict, self.facts = verdict, {"retry_after": verdict.retry_after}
             self.status = self.status_code = verdict.status
-            self.detail, self.headers = verdict.problem["detail"], dict(verdict.headers)
-            self.headers["content-type"] = "application/problem+json"
+            self.detail, self.headers = verdict.problem["detail"], _of_refusal(verdict)
 
         def problem(self) -> dict[str, Any]:
             return dict(self.verdict.problem or {})
@@ -243,8 +245,7 @@ async def problem_response(_: Any, error: Exception) -> Any:
     """A Starlette exception handler for RateLimited, also for that of `limiter.acquire(key, timeout=...)`."""
     assert isinstance(error, RateLimited)
     verdict = getattr(error, "verdict", None) or _refusal(429, [], error.facts.get("retry_after", 1), [])
-    headers = {**dict(verdict.headers), "content-type": "application/problem+json"}
-    return web("starlette.responses").Response(json.dumps(verdict.problem), verdict.status, headers)
+    return web("starlette.responses").Response(json.dumps(verdict.problem), verdict.status, _of_refusal(verdict))
 
 
 # ---- words
@@ -276,25 +277,35 @@ def _refusal(status: int, names: Iterable[str], wait: float | None, headers: Hea
         "detail": detail,
         "violated-policies": [field_name(name) for name in names],
     }
-    more = [("cache-control", "no-store"), *([] if seconds is None else [("retry-after", str(seconds))])]
+    more = [_header("cache-control", "no-store"), *([] if seconds is None else [_header("retry-after", seconds)])]
     return Verdict([*headers, *more], status, problem, wait or 0.0)
 
 
 def _never(policies: list[Policy], names: list[str]) -> Verdict:
-    return _refusal(429, names, None, [("ratelimit-policy", ", ".join(policy.item for policy in policies))])
+    return _refusal(429, names, None, [_header("ratelimit-policy", ", ".join(policy.item for policy in policies))])
 
 
 def _partition(key: str) -> str:
     return f";pk=:{b64encode(hashlib.sha256(key.encode()).digest()[:8]).decode()}:"
 
 
-def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> list[tuple[bytes, bytes]]:
+def _header(name: str, value: object) -> tuple[bytes, bytes]:
+    return name.encode(), str(value).encode()
+
+
+def _of_refusal(verdict: Verdict) -> dict[str, str]:
+    """As Starlette wants them."""
+    headers = {name.decode(): value.decode() for name, value in verdict.headers}
+    return headers | {"content-type": "application/problem+json"}
+
+
+def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> Headers:
     """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
-    there, added = list(own), [(name.encode(), value.encode()) for name, value in more]
-    if len(added) > 2:  # not only RateLimit and its policy
-        names = {name.lower() for name, _ in there}
-        added = [(name, value) for name, value in added if not (name.startswith(b"x-") and name in names)]
-    return there + added
+    if len(more) > 2:  # not only RateLimit and its policy
+        own = list(own)
+        names = {name.lower() for name, _ in own}
+        more = [(name, value) for name, value in more if not (name.startswith(b"x-") and name in names)]
+    return [*own, *more]
 
 
 def _bounded(key: Any) -> Any:

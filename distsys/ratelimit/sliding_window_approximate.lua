@@ -49,6 +49,6 @@ if changed and reset == 0 then
   redis.call('DEL', key)
 elseif changed then
   local packed = struct.pack('<ddddd', window, start, now, previous, current)
-  redis.call('SET', key, packed, 'PX', string.format('%.0f', ceil(reset / 1000) + 1000))
+  redis.call('SET', key, packed, 'PX', math.min(ceil(reset / 1000) + 1000, 2 ^ 53))
 end
 return {passes, current + weighs(), wait, reset}

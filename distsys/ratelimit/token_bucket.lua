@@ -4,7 +4,7 @@
 -- ARGV    [1] now in microseconds, or "" for the server's own clock
 --         [1 + i] of KEYS[i]: {capacity in microtokens, num, den}; it refills num/den microtokens per microsecond
 --         then runs: {times, cost, i, j ..}, so many requests in a row, each for `cost` microtokens from KEYS[i], KEYS[j]
---         .. together or not at all. A cost of 0 only looks, a negative one gives back.
+--         .. (none named: from all) together or not at all. A cost of 0 only looks, a negative one gives back.
 -- Returns for each run: how many were granted, then `used` of each of its buckets before it.
 local floor, max, min, pack, unpack = math.floor, math.max, math.min, struct.pack, struct.unpack
 local now = tonumber(ARGV[1])
@@ -34,13 +34,14 @@ local reply, length = {}, 0
 for run = count + 2, #ARGV do
   local packed = ARGV[run]
   local granted, cost, at = unpack('<dd', packed)
-  local own = {}
+  local own = at > #packed and buckets or {}
   while at <= #packed do
     local i
     i, at = unpack('<d', packed, at)
-    local bucket = buckets[i]
-    own[#own + 1] = bucket
-    if cost > 0 then granted = min(granted, max(0, floor((bucket[CAPACITY] - bucket[USED]) / cost))) end
+    own[#own + 1] = buckets[i]
+  end
+  for n = 1, cost > 0 and #own or 0 do
+    granted = min(granted, max(0, floor((own[n][CAPACITY] - own[n][USED]) / cost)))
   end
   length = length + 1
   reply[length] = granted
@@ -57,7 +58,7 @@ for i = 1, count do
     redis.call('DEL', KEYS[i])
   elseif bucket[CHANGED] then
     local ms = math.ceil(bucket[USED] / bucket[NUM] * bucket[DEN] / 1000) + 1000  -- until it is full again; never 0
-    redis.call('SET', KEYS[i], pack('<ddd', bucket[USED], bucket[AT], bucket[REST]), 'PX', string.format('%.0f', ms))
+    redis.call('SET', KEYS[i], pack('<ddd', bucket[USED], bucket[AT], bucket[REST]), 'PX', min(ms, 2 ^ 53))
   end
 end
 return reply

@@ -108,7 +108,7 @@ class TokenBucketLimiter:
         except TypeError:  # what can't be hashed is no key: say so
             request = self._new_request(key, cost)
         try:  # as _decide, without what nobody asks for here: it is the most used of all
-            granted, _ = await self._buckets.ask(request)
+            granted, _, _ = await self._buckets.ask(request)
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return self._fallback.decide(error, request.keys, request.limits, request.cost)[0].allowed
         if self._fallback.failing:
@@ -156,11 +156,12 @@ class TokenBucketLimiter:
 
     async def _decide(self, key: str, cost: int, times: int = 1, keep: _Slice | None = None) -> Decision:
         try:
-            granted, (used,) = await self._buckets.ask(Request((self._key(key),), self._limits, cost, times))
+            granted, (used,), before = await self._buckets.ask(Request((self._key(key),), self._limits, cost, times))
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return self._fallback.decide(error, (key,), self._limits, cost or MICRO)[0]
         if self._fallback.failing:
             self._fallback.worked()
+        used += before
         if granted and keep is not None:
             self._fill(key, keep, (granted - 1) * cost, used + granted * cost)
         if cost == 0:

@@ -213,7 +213,7 @@ def test_retry_after_is_never_before_the_end_of_a_window(all_of_them: list[Decis
     policies = [Policy(f"p{i}", one.limit, 1e9, None, refills) for i, one in enumerate(all_of_them)]
     rule = RateLimit(TokenBucketLimiter(Redis(), capacity=1, refill_rate=1), key=everybody)
     verdict = rule._say(policies, all_of_them, "key", {})
-    headers = dict(verdict.headers)
+    headers = {name.decode(): value.decode() for name, value in verdict.headers}
     items = http_sfv.List()
     items.parse(headers["ratelimit"].encode())
     assert all(item.params["t"] >= 0 and item.params["r"] >= 0 for item in items)
@@ -838,5 +838,5 @@ async def test_the_headers_are_the_same_with_and_without_the_older_trio(redis: R
         one, other = await short.check({}), await long.check({})
         assert one
         assert other
-        assert one.headers == [header for header in other.headers if not header[0].startswith("x-")]
+        assert one.headers == [header for header in other.headers if not header[0].startswith(b"x-")]
         assert (one.status, one.problem) == (other.status, other.problem)
