@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distsys.errors import BulkheadFull as BulkheadFull
+    from distsys.errors import CircuitOpen as CircuitOpen
     from distsys.errors import Indeterminate as Indeterminate
     from distsys.errors import LockDeadlock as LockDeadlock
     from distsys.errors import LockLost as LockLost
     from distsys.errors import LockNotAcquired as LockNotAcquired
+    from distsys.errors import PatternOrderError as PatternOrderError
     from distsys.errors import RateLimited as RateLimited
     from distsys.errors import Rejected as Rejected
     from distsys.errors import SharedSession as SharedSession
@@ -37,13 +40,27 @@ if TYPE_CHECKING:
     from distsys.ratelimit.sliding_window import SlidingWindowLimiter as SlidingWindowLimiter
     from distsys.ratelimit.token_bucket import Lease as Lease
     from distsys.ratelimit.token_bucket import TokenBucketLimiter as TokenBucketLimiter
+    from distsys.resilience.bulkhead import OnFull as OnFull
+    from distsys.resilience.bulkhead import SharedCapacity as SharedCapacity
+    from distsys.resilience.bulkhead import Tier as Tier
+    from distsys.resilience.bulkhead import bulkhead as bulkhead
+    from distsys.resilience.circuit_breaker import CircuitBreakers as CircuitBreakers
+    from distsys.resilience.circuit_breaker import circuit_breaker as circuit_breaker
+    from distsys.resilience.circuit_breaker import seconds as seconds
+    from distsys.resilience.composed import resilient as resilient
+    from distsys.resilience.listeners import listen as listen
+    from distsys.resilience.retry import RetryBudget as RetryBudget
+    from distsys.resilience.retry import retry as retry
 
 _HOME = {
     "errors": (
+        "BulkheadFull",
+        "CircuitOpen",
         "Indeterminate",
         "LockDeadlock",
         "LockLost",
         "LockNotAcquired",
+        "PatternOrderError",
         "RateLimited",
         "Rejected",
         "SharedSession",
@@ -66,6 +83,11 @@ _HOME = {
     "ratelimit.distributed": ("Quota", "TieredLimiter"),
     "ratelimit.sliding_window": ("SlidingWindowLimiter",),
     "ratelimit.token_bucket": ("Lease", "TokenBucketLimiter"),
+    "resilience.bulkhead": ("OnFull", "SharedCapacity", "Tier", "bulkhead"),
+    "resilience.circuit_breaker": ("CircuitBreakers", "circuit_breaker", "seconds"),
+    "resilience.composed": ("resilient",),
+    "resilience.listeners": ("listen",),
+    "resilience.retry": ("RetryBudget", "retry"),
 }
 __version__ = "0.1.0"
 __all__ = sorted(name for names in _HOME.values() for name in names)  # computed: one list, not two

@@ -43,6 +43,7 @@ class Rejected(DistsysError):
     """The guarded work certainly did not happen: retrying is safe."""
 
     status = 409
+    retryable = True  # False where a retry is safe but can't help
 
 
 class Indeterminate(DistsysError):
@@ -65,16 +66,39 @@ class SharedSession(Rejected):
     """The server session behind this connection also serves others, and a session lock would be theirs too."""
 
     status = 500
+    retryable = False
 
 
 class StaleToken(Rejected):
     """A newer holder has written here already."""  # expected (the newest token seen), actual (the token presented)
+
+    retryable = False
 
 
 class RateLimited(Rejected):
     """The limit is used up for now."""  # key, limit, retry_after
 
     status = 429
+
+
+class CircuitOpen(Rejected):
+    """The dependency fails too often, and is left alone for a while."""  # name, state, retry_after
+
+    status = 503
+    retryable = False  # to retry at once is what the breaker is there to prevent
+
+
+class BulkheadFull(Rejected):
+    """As many calls run and wait as are allowed."""  # name, depth, expected_wait, retry_after
+
+    status = 503
+
+
+class PatternOrderError(Rejected):
+    """These decorators do harm in this order."""
+
+    status = 500
+    retryable = False
 
 
 class LockLost(Indeterminate):

@@ -72,7 +72,7 @@ class Policy:
 
     def wait(self, one: Decision) -> int:
         """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
-        if not one:
+        if not one.allowed:
             return whole(one.retry_after)
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
@@ -134,7 +134,9 @@ class RateLimit:
         if cost > policy.quota:
             return _never([policy], [policy.name])
         decision = await self._limiter.try_acquire(key, cost=cost)
-        if decision and self._plain and decision.source != "open":  # nearly every answer: what _say says, in one line
+        if (
+            decision.allowed and self._plain and decision.source != "open"
+        ):  # nearly every answer: what _say says, in one line
             now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
             return Verdict([policy.header, (b"ratelimit", now.encode())])
         return self._say(self._own, [decision], key, {})

@@ -120,7 +120,8 @@ class TokenBucketLimiter:
         wanted = self.limit.cost(cost)
         if self.lease is None:
             return await self._decide(key, wanted)
-        return self._from_slice(key, wanted) or await self._with_slice(key, wanted)
+        decision = self._from_slice(key, wanted)
+        return decision if decision is not None else await self._with_slice(key, wanted)
 
     async def acquire(self, key: str, cost: float = 1, timeout: float | None = None) -> Decision:
         """Waits until the tokens are there: in this process first come, first served; it asks only when they can be.

@@ -1,0 +1,102 @@
+"""Resilient: bulkhead, circuit breaker, retry and timeout around one function, in the only order that makes sense.
+
+Promise  from the outside in: a permit, a ticket, the attempts, each with its timeout. Costs less than three decorators.
+Not      another order: a retry outside of the breaker knocks at an open door, and a bulkhead inside of the retry frees
+         the permit while it waits to try again.
+Units    seconds.
+Errors   those of the parts; TimeoutError from an attempt that took longer than `timeout`, which retry may try again.
+Source   as of the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from distsys.resilience.bulkhead import Bulkhead
+from distsys.resilience.circuit_breaker import CircuitBreaker
+from distsys.resilience.layers import Function, check_number, is_async
+from distsys.resilience.retry import YEAR, Retry
+
+T = TypeVar("T")
+
+
+class Resilient:
+    """What `resilient(...)` returns: a decorator; `await policy.call(fn, ...)`. `timeout`: seconds, of an attempt."""
+
+    def __init__(
+        self,
+        *,
+        bulkhead: Bulkhead | None = None,
+        circuit_breaker: CircuitBreaker | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        for name, part, kind in (
+            ("bulkhead", bulkhead, Bulkhead),
+            ("circuit_breaker", circuit_breaker, CircuitBreaker),
+            ("retry", retry, Retry),
+        ):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{name}={part!r}: what {name}(...) returns, or None")
+        if timeout is not None:
+            check_number("timeout", timeout, 1e-6, YEAR, "seconds for one attempt")
+        self.bulkhead, self.circuit_breaker, self.retry, self.timeout = bulkhead, circuit_breaker, retry, timeout
+
+    def __call__(self, fn: Function) -> Function:
+        if self.timeout is not None and not is_async(fn):
+            raise TypeError(f"timeout={self.timeout!r} can't end {fn.__qualname__}, which is not async: use its own")
+        wrapped: Any = self._timed(fn) if self.timeout is not None else fn
+        for part in (self.retry, self.circuit_breaker, self.bulkhead):
+            if part is not None:
+                wrapped = part(wrapped)
+        if is_async(fn) and self.circuit_breaker and self.bulkhead and self.circuit_breaker.slow_call_threshold is None:
+            merged = self._merged(self.circuit_breaker, self.bulkhead, wrapped)
+            wrapped = functools.update_wrapper(merged, wrapped)
+        result: Function = wrapped
+        return result
+
+    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
+        wrapped: Callable[..., Awaitable[Any]] = fn if self.timeout is None else self._timed(fn)
+        for part in (self.retry, self.circuit_breaker, self.bulkhead):
+            if part is not None:
+                wrapped = part.for_async(wrapped)
+        result: T = await wrapped(*args, **kwargs)
+        return result
+
+    def _merged(self, breaker: CircuitBreaker, gate: Bulkhead, stacked: Any) -> Callable[..., Awaitable[Any]]:
+        """The usual case, closed and with permits left, as one layer instead of two; any other as they are stacked."""
+        inside = stacked.__wrapped__.__wrapped__
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            ticket = breaker.closed
+            if ticket is None or not gate.try_enter():
+                return await stacked(*args, **kwargs)
+            try:
+                result = await inside(*args, **kwargs)
+            except Exception as error:
+                breaker.failed(ticket, error)
+                raise
+            except BaseException:
+                breaker.abandoned(ticket)
+                raise
+            else:
+                ticket.success()
+                return result
+            finally:
+                gate.leave()
+
+        return call
+
+    def _timed(self, fn: Any) -> Any:
+        @functools.wraps(fn)
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            async with asyncio.timeout(self.timeout):
+                return await fn(*args, **kwargs)
+
+        return call
+
+
+resilient = Resilient

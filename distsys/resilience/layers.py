@@ -1,0 +1,51 @@
+"""What all three decorators share: one decorator for sync and async functions, which knows the layers below it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def decorate(rule: str, fn: Function, for_async: Callable[..., Any], for_sync: Callable[..., Any]) -> Function:
+    """`for_async(fn)` or `for_sync(fn)`, dressed as fn, with the names of the layers it has now, outermost first."""
+    if not callable(fn):
+        raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"@{rule} got {fn.__qualname__}, a generator, which runs after the call is over: wrap its calls"
+        )
+    wrapper: Any = (for_async if is_async(fn) else for_sync)(fn)
+    functools.update_wrapper(wrapper, fn)
+    wrapper.__distsys__ = (rule, *layers(fn))
+    wrapped: Function = wrapper
+    return wrapped
+
+
+def layers(fn: Any) -> tuple[str, ...]:
+    found: tuple[str, ...] = getattr(fn, "__distsys__", ())
+    return found
+
+
+def is_async(fn: Any) -> bool:
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+
+
+def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:
+    """Between the bounds, both included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: {unit}, from {least:g} to {most:g}")
+    return value
+
+
+def check_count(name: str, value: int, least: int, unit: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: {unit}, {least} or more")
+    return value

@@ -1,0 +1,79 @@
+"""Who wants to know what the policies do: metrics, logs, alerts.
+
+Promise  each listener hears of each event, in the order of its happening, on the thread where it happened.
+Not      for slow work: a listener runs inside the call it hears of. What it raises is logged and goes no further.
+Units    seconds.
+Errors   none.
+Source   OpenTelemetry metrics API, semantic conventions for names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+logger = logging.getLogger("distsys.resilience")
+
+
+class Event(NamedTuple):
+    """What happened to a policy. The kinds are in the table of references/circuit_breaker.md."""
+
+    rule: str  # circuit_breaker, retry, bulkhead
+    name: str  # of the policy
+    kind: str  # state_change, rejected, retry, suppressed, gave_up, shed
+    facts: Mapping[str, Any]
+
+
+Listener = Callable[[Event], None]
+_listeners: tuple[Listener, ...] = ()
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """From now on `listener(event)` is called for every policy of the process; returns what ends that."""
+    global _listeners
+    _listeners = (*_listeners, listener)
+
+    def stop() -> None:
+        global _listeners
+        _listeners = tuple(each for each in _listeners if each is not listener)
+
+    return stop
+
+
+def emit(rule: str, name: str, kind: str, **facts: Any) -> None:
+    """Of the policies: tells every listener."""
+    for listener in _listeners:
+        try:
+            listener(Event(rule, name, kind, facts))
+        except Exception:  # a listener must not change the outcome of the call
+            logger.exception("listener %r failed at %s of %s %r", listener, kind, rule, name)
+
+
+def opentelemetry(meter: Any = None) -> Callable[[], None]:
+    """Counts events as metrics of OpenTelemetry; returns what ends that. Needs `opentelemetry-api`.
+
+    distsys.events            counter: every event, by rule, name and kind
+    distsys.breaker.state     up-down counter per state: 1 for the state the breaker is in
+    distsys.retry.delay       histogram, seconds: how long retries were put off
+    """
+    if meter is None:
+        try:
+            from opentelemetry import metrics
+        except ImportError as error:
+            raise ImportError("opentelemetry is missing: pip install 'distsys[otel]', or pass a meter") from error
+        meter = metrics.get_meter("distsys")
+    events = meter.create_counter("distsys.events", description="what the policies did")
+    states = meter.create_up_down_counter("distsys.breaker.state", description="1 for the present state")
+    delays = meter.create_histogram("distsys.retry.delay", unit="s", description="waits before a retry")
+
+    def listener(event: Event) -> None:
+        who = {"rule": event.rule, "name": event.name}
+        events.add(1, {**who, "kind": event.kind})
+        if event.kind == "state_change":
+            states.add(-1, {"name": event.name, "state": event.facts["old"]})
+            states.add(1, {"name": event.name, "state": event.facts["new"]})
+        elif event.kind == "retry":
+            delays.record(event.facts["delay"], who)
+
+    return listen(listener)

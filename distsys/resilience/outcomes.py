@@ -1,0 +1,203 @@
+"""What an error says of the call that raised it: certainly not done, perhaps done, or never to be repeated.
+
+Promise  NOT_DONE only where nothing can have happened; what is ambiguous is UNKNOWN; what no table names is OTHER.
+Not      a look into responses that were not raised: call raise_for_status(), or raise what you found.
+Units    seconds.
+Errors   none of its own.
+Source   RFC 9110 9.2.2 (idempotent methods), 15.5, 15.6; PostgreSQL appendix A (SQLSTATE); gRPC status codes.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any
+
+from distsys.errors import DistsysError, Rejected
+
+
+class Outcome(Enum):
+    """Of a call that raised."""
+
+    NOT_DONE = "it certainly did not happen, and may pass later"
+    UNKNOWN = "it may have happened"
+    FATAL = "the same call would fail again"
+    OTHER = "no table knows this error"
+
+
+NOT_DONE, UNKNOWN, FATAL, OTHER = Outcome
+
+HTTP_STATUS: dict[int, Outcome] = {  # other 4xx and 5xx: FATAL
+    408: NOT_DONE,  # the request never arrived whole
+    425: NOT_DONE,
+    429: NOT_DONE,
+    500: UNKNOWN,
+    502: UNKNOWN,
+    503: UNKNOWN,  # proxies say so of a reply they lost; with Retry-After it is a refusal: NOT_DONE
+    504: UNKNOWN,
+}
+
+GRPC_CODE: dict[str, Outcome] = {  # others: FATAL
+    "ABORTED": NOT_DONE,
+    "RESOURCE_EXHAUSTED": NOT_DONE,
+    "UNAVAILABLE": UNKNOWN,
+    "DEADLINE_EXCEEDED": UNKNOWN,
+    "CANCELLED": UNKNOWN,
+    "INTERNAL": UNKNOWN,
+    "UNKNOWN": UNKNOWN,
+}
+
+SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
+    "08": UNKNOWN,  # the connection broke
+    "08001": NOT_DONE,  # it was never made
+    "08004": NOT_DONE,
+    "40": NOT_DONE,  # rolled back: 40001 serialization failure, 40P01 deadlock
+    "40003": UNKNOWN,  # statement completion unknown
+    "53": NOT_DONE,  # too many connections, out of memory
+    "55P03": NOT_DONE,  # lock not available
+    "57P": UNKNOWN,  # shut down or crashed, perhaps in the middle of a commit
+    "57P03": NOT_DONE,  # cannot connect now: it is starting
+    "57014": UNKNOWN,  # cancelled, by a timeout of the server or by somebody
+}
+
+EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next of its bases that is here
+    "builtins.ConnectionRefusedError": NOT_DONE,
+    "builtins.ConnectionError": UNKNOWN,
+    "builtins.TimeoutError": UNKNOWN,
+    "builtins.EOFError": UNKNOWN,
+    **dict.fromkeys(
+        [f"builtins.{name}" for name in ("ArithmeticError", "AssertionError", "AttributeError", "ImportError")], FATAL
+    ),
+    **dict.fromkeys(
+        [f"builtins.{name}" for name in ("LookupError", "NameError", "SyntaxError", "TypeError", "ValueError")], FATAL
+    ),
+    "builtins.NotImplementedError": FATAL,
+    "builtins.RecursionError": FATAL,
+    "socket.gaierror": NOT_DONE,  # the name was not resolved
+    "ssl.SSLCertVerificationError": FATAL,
+    "ssl.SSLError": UNKNOWN,
+    "http.HTTPException": UNKNOWN,
+    "http.InvalidURL": FATAL,
+    "httpx.ConnectError": NOT_DONE,
+    "httpx.ConnectTimeout": NOT_DONE,
+    "httpx.PoolTimeout": NOT_DONE,
+    "httpx.LocalProtocolError": FATAL,
+    "httpx.UnsupportedProtocol": FATAL,
+    "httpx.TransportError": UNKNOWN,
+    "httpx.RequestError": FATAL,
+    "requests.ConnectTimeout": NOT_DONE,
+    "requests.SSLError": FATAL,
+    "requests.Timeout": UNKNOWN,
+    "requests.ConnectionError": UNKNOWN,
+    "requests.ChunkedEncodingError": UNKNOWN,
+    "urllib3.NewConnectionError": NOT_DONE,
+    "urllib3.ConnectTimeoutError": NOT_DONE,
+    "urllib3.ProtocolError": UNKNOWN,
+    "urllib3.ReadTimeoutError": UNKNOWN,
+    "aiohttp.ClientConnectorCertificateError": FATAL,
+    "aiohttp.ClientConnectorError": NOT_DONE,
+    "aiohttp.ConnectionTimeoutError": NOT_DONE,
+    "aiohttp.ClientConnectionError": UNKNOWN,
+    "aiohttp.ClientPayloadError": UNKNOWN,
+    "redis.AuthenticationError": FATAL,
+    "redis.AuthorizationError": FATAL,
+    "redis.BusyLoadingError": NOT_DONE,
+    "redis.MaxConnectionsError": NOT_DONE,
+    "redis.ConnectionError": UNKNOWN,
+    "redis.TimeoutError": UNKNOWN,
+    "redis.ReadOnlyError": NOT_DONE,
+    "redis.OutOfMemoryError": NOT_DONE,
+    "redis.TryAgainError": NOT_DONE,
+    "redis.ClusterDownError": NOT_DONE,
+    "redis.MasterDownError": NOT_DONE,
+    "redis.ResponseError": FATAL,
+    "psycopg.ConnectionTimeout": NOT_DONE,
+    "psycopg.OperationalError": UNKNOWN,
+    "psycopg_pool.PoolTimeout": NOT_DONE,
+    "psycopg_pool.TooManyRequests": NOT_DONE,
+}
+
+ERRNO: dict[int, Outcome] = {
+    **dict.fromkeys((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN), NOT_DONE),
+    **dict.fromkeys((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT), UNKNOWN),
+}
+
+
+def classify(error: BaseException) -> Outcome:
+    """By the error's own word, its SQLSTATE, gRPC code or HTTP status, its class, its errno."""
+    return _by_class(type(error)) if _says_nothing(error) else _by_what_it_says(error)
+
+
+def _by_what_it_says(error: BaseException) -> Outcome:
+    if isinstance(error, DistsysError):
+        if not isinstance(error, Rejected):
+            return UNKNOWN
+        return NOT_DONE if error.retryable else FATAL
+    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if isinstance(sqlstate, str) and len(sqlstate) == 5:
+        return next((SQLSTATE[sqlstate[:end]] for end in (5, 3, 2) if sqlstate[:end] in SQLSTATE), FATAL)
+    code = getattr(error, "code", None)
+    if callable(code) and isinstance(name := getattr(code(), "name", None), str):
+        return GRPC_CODE.get(name, FATAL)
+    if (status := http_status(error)) is not None:
+        return NOT_DONE if status == 503 and retry_after(error) is not None else HTTP_STATUS.get(status, FATAL)
+    if isinstance(reason := getattr(error, "reason", None), OSError):  # urllib wraps the reason
+        return classify(reason)
+    found = _by_class(type(error))
+    return ERRNO.get(error.errno or 0, OTHER) if found is OTHER and isinstance(error, OSError) else found
+
+
+_OF_CLASS: dict[type[BaseException], Outcome] = {}
+
+
+def _by_class(kind: type[BaseException]) -> Outcome:
+    if (known := _OF_CLASS.get(kind)) is None:
+        names = (f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in kind.__mro__)
+        known = next((EXCEPTION[name] for name in names if name in EXCEPTION), OTHER)
+        if len(_OF_CLASS) < 1_000:
+            _OF_CLASS[kind] = known
+    return known
+
+
+def _says_nothing(error: BaseException) -> bool:
+    """Nearly every builtin error is its class and no more."""
+    return type(error).__module__ == "builtins" and type(error) is not OSError
+
+
+def http_status(error: BaseException) -> int | None:
+    """As httpx and requests carry it, aiohttp, Starlette, or urllib."""
+    response = getattr(error, "response", None)
+    found = [getattr(response, name, None) for name in ("status_code", "status")]
+    found += [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    return next((status for status in found if isinstance(status, int) and 400 <= status <= 599), None)
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the other side asks to wait: the error's own word, or Retry-After, in seconds or as a date."""
+    if _says_nothing(error):
+        return None
+    own = getattr(error, "retry_after", None)
+    if isinstance(own, (int, float)) and not isinstance(own, bool):
+        return max(0.0, float(own)) if own == own else None
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
+    if not isinstance(headers, Mapping) and not hasattr(headers, "get"):
+        return None
+    said = headers.get("Retry-After") or headers.get("retry-after")
+    if not said:
+        return None
+    try:
+        return max(0.0, float(int(said)))
+    except ValueError:
+        pass
+    try:
+        now = headers.get("Date") or headers.get("date")  # its own clock, where it says so
+        return max(0.0, _epoch(said) - (_epoch(now) if now else time.time()))
+    except (TypeError, ValueError):
+        return None
+
+
+def _epoch(date: str) -> float:
+    return parsedate_to_datetime(date).timestamp()

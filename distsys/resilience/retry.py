@@ -1,0 +1,344 @@
+"""Retry: try again what may pass later, wait longer each time, and never in step with everybody else.
+
+Promise  at most `max_attempts` attempts, the first included; a wait that would pass the deadline is not begun; with a
+         budget, retries stay below its share of the calls. The last error passes through, with its attempts as notes.
+Not      for what may have happened already, unless the call is idempotent: say idempotent=False, and only what
+         certainly did not happen is tried again. Responses that are not raised are not looked into.
+Units    seconds.
+Errors   the last attempt's own; TimeoutError when the deadline ends an attempt of an async function.
+Source   Brooker 2015 (exponential backoff and jitter); Google SRE book, chapter 22 (retry budgets); RFC 9110 10.2.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar
+
+from distsys.clock import Clock
+from distsys.errors import PatternOrderError
+from distsys.resilience.layers import Function, check_count, check_number, decorate, layers
+from distsys.resilience.listeners import emit
+from distsys.resilience.outcomes import NOT_DONE, UNKNOWN, Outcome, classify, retry_after
+
+T = TypeVar("T")
+Jitter = Literal["full", "equal", "decorrelated", "none"]
+On = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Outcome"] | None
+
+YEAR = 366 * 86_400.0
+_around: ContextVar[tuple[int, ...]] = ContextVar("distsys_retry_layers", default=())  # max_attempts, outermost first
+
+
+class RetryAmplification(UserWarning):
+    """Retry inside of retry: their attempts multiply."""
+
+
+class RetryBudget:
+    """Retries for many functions together: each call pays in `ratio` of a retry, and `floor` more per second come by.
+
+    ratio   retries per call: 0.1 is one for ten calls
+    floor   retries per second that are always allowed, for services with few calls
+    burst   how many can be saved up
+    """
+
+    def __init__(
+        self, ratio: float = 0.1, *, floor: float = 1.0, burst: float = 10.0, clock: Clock = time.monotonic
+    ) -> None:
+        self.ratio = check_number("ratio", ratio, 0, 1, "retries per call")
+        self.floor = check_number("floor", floor, 0, 1e6, "retries per second")
+        self.burst = check_number("burst", burst, 1, 1e6, "retries")
+        self.suppressed = 0
+        self._clock, self._lock, self._saved, self._at = clock, threading.Lock(), burst, clock()
+
+    @property
+    def saved(self) -> float:
+        """How many retries are left now."""
+        with self._lock:
+            self._refill()
+            return self._saved
+
+    def pay_in(self) -> None:
+        with self._lock:
+            self._saved = min(self.burst, self._saved + self.ratio)
+
+    def take(self) -> bool:
+        with self._lock:
+            self._refill()
+            if self._saved < 1:
+                self.suppressed += 1
+                return False
+            self._saved -= 1
+            return True
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._saved, self._at = min(self.burst, self._saved + (now - self._at) * self.floor), now
+
+
+class Retry:
+    """What `retry(...)` returns: a decorator; `await policy.call(fn, ...)`; and for a block, which can't run twice by
+    itself: `async for attempt in policy: async with attempt: ...`, or the same without async."""
+
+    def __init__(
+        self,
+        max_attempts: int = 3,
+        base_delay: float = 1.0,
+        *,
+        max_delay: float = 60.0,
+        jitter: Jitter = "full",
+        on: On = None,
+        timeout: float | None = None,
+        budget: RetryBudget | None = None,
+        idempotent: bool | None = None,
+        name: str = "",
+        allow_outside_breaker: bool = False,
+        rng: Callable[[], float] = random.random,
+        sleep: Callable[[float], Any] | None = None,
+    ) -> None:
+        self.max_attempts = check_count("max_attempts", max_attempts, 1, "attempts, the first included")
+        self.base_delay = check_number("base_delay", base_delay, 0, YEAR, "seconds")
+        self.max_delay = check_number("max_delay", max_delay, base_delay, YEAR, "seconds, not below base_delay")
+        if jitter not in ("full", "equal", "decorrelated", "none"):
+            raise ValueError(f"jitter={jitter!r}: 'full', 'equal', 'decorrelated' or 'none'")
+        if timeout is not None:
+            check_number("timeout", timeout, 1e-6, YEAR, "seconds for all attempts together")
+        for kind in on if isinstance(on, tuple) else (on,):
+            if kind in (Exception, BaseException):
+                raise ValueError(
+                    f"on={on!r} retries typing errors, refused passwords and what can't succeed: name the errors that "
+                    "pass, or leave on=None for the tables in distsys.resilience.outcomes"
+                )
+        self.jitter, self.on, self.timeout, self.budget, self.idempotent = jitter, on, timeout, budget, idempotent
+        self.name, self.allow_outside_breaker = name, allow_outside_breaker
+        self._rng, self._sleep = rng, sleep
+
+    def __call__(self, fn: Function) -> Function:
+        if "circuit_breaker" in layers(fn) and not self.allow_outside_breaker:
+            raise PatternOrderError(
+                f"retry outside of circuit_breaker on {fn.__qualname__}: an open breaker is there to be left alone, "
+                "and each attempt counts as a call: put @circuit_breaker above @retry, or allow_outside_breaker=True"
+            )
+        self.name = self.name or getattr(fn, "__qualname__", repr(fn))
+        return decorate("retry", fn, self.for_async, self.for_sync)
+
+    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
+        result: T = await self.for_async(fn)(*args, **kwargs)
+        return result
+
+    # ---- the first attempt costs next to nothing: what can wait until it failed, waits
+
+    def for_async(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        budget = self.budget
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if budget is not None:
+                budget.pay_in()
+            try:
+                return await fn(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  judged by _delay
+                return await self._again(_Call(), error, fn, args, kwargs)
+
+        return call if self.timeout is None else self._until_deadline(fn)
+
+    def _until_deadline(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        budget, seconds = self.budget, self.timeout
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            assert seconds is not None
+            if budget is not None:
+                budget.pay_in()
+            attempts = _Call(asyncio.get_running_loop().time() + seconds)
+            limit = asyncio.timeout(seconds)
+            try:
+                async with limit:
+                    try:
+                        return await fn(*args, **kwargs)
+                    except Exception as error:  # noqa: BLE001  judged by _delay
+                        return await self._again(attempts, error, fn, args, kwargs)
+            except TimeoutError as error:
+                if limit.expired():
+                    attempts.note(error, f"ended by the deadline: all attempts together had {seconds:g} s")
+                raise
+
+        return call
+
+    def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        budget, seconds = self.budget, self.timeout
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if budget is not None:
+                budget.pay_in()
+            deadline = None if seconds is None else time.monotonic() + seconds
+            try:
+                return fn(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  judged by _delay
+                return self._again_sync(_Call(deadline), error, fn, args, kwargs)
+
+        return call
+
+    async def _again(
+        self, attempts: _Call, error: Exception, fn: Callable[..., Awaitable[Any]], args: Any, kwargs: Any
+    ) -> Any:
+        now, around = asyncio.get_running_loop().time, self._nest()
+        try:
+            while (delay := self._delay(attempts, error, now)) is not None:
+                await (self._sleep or asyncio.sleep)(delay)
+                try:
+                    return await fn(*args, **kwargs)
+                except Exception as again:  # noqa: BLE001
+                    error = again
+            raise error
+        finally:  # not reset(): a coroutine may be closed in another context
+            _around.set(around)
+            del error  # or its traceback, which holds this frame, would hold itself
+
+    def _again_sync(self, attempts: _Call, error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        around = self._nest()
+        try:
+            while (delay := self._delay(attempts, error, time.monotonic)) is not None:
+                (self._sleep or time.sleep)(delay)
+                try:
+                    return fn(*args, **kwargs)
+                except Exception as again:  # noqa: BLE001
+                    error = again
+            raise error
+        finally:
+            _around.set(around)
+            del error
+
+    # ---- blocks
+
+    def __iter__(self) -> Iterator[Attempt]:
+        attempts = self._begin(time.monotonic)
+        while True:
+            yield (attempt := Attempt(attempts.number + 1))
+            if attempt.error is None:
+                return
+            if (delay := self._delay(attempts, attempt.error, time.monotonic)) is None:
+                raise attempt.error
+            (self._sleep or time.sleep)(delay)
+
+    async def __aiter__(self) -> AsyncIterator[Attempt]:
+        attempts = self._begin(now := asyncio.get_running_loop().time)
+        while True:
+            yield (attempt := Attempt(attempts.number + 1))
+            if attempt.error is None:
+                return
+            if (delay := self._delay(attempts, attempt.error, now)) is None:
+                raise attempt.error
+            await (self._sleep or asyncio.sleep)(delay)
+
+    def _begin(self, now: Clock) -> _Call:
+        if self.budget is not None:
+            self.budget.pay_in()
+        return _Call(None if self.timeout is None else now() + self.timeout)
+
+    # ---- the decision
+
+    def _delay(self, attempts: _Call, error: Exception, now: Clock) -> float | None:
+        """Seconds until the next attempt; None when there is none, and then the error says why."""
+        attempts.number += 1
+        if why := self._hopeless(error):
+            attempts.note(error, why)
+            return None
+        if attempts.number >= self.max_attempts:
+            attempts.note(error, "no attempts left")
+            emit("retry", self.name, "gave_up", attempts=attempts.number, error=error)
+            return None
+        delay = self._backoff(attempts)
+        if (asked := retry_after(error)) is not None:
+            delay += min(asked, self.max_delay)  # the jitter on top, or all who were told the same come together
+        if attempts.deadline is not None and now() + delay > attempts.deadline:
+            why = f"the next attempt, {delay:.3g} s later, would pass the deadline of {self.timeout:g} s"
+        elif self.budget is not None and not self.budget.take():
+            why = f"the retry budget is used up: {self.budget.ratio:g} retries per call"
+        if why:
+            attempts.note(error, why)
+            emit("retry", self.name, "suppressed", attempts=attempts.number, error=error, reason=why)
+            return None
+        attempts.failed.append((error, delay))
+        emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
+        return delay
+
+    def _hopeless(self, error: Exception) -> str:
+        """Why such an error is not worth another attempt; "" if it is."""
+        outcome = classify(error)
+        if self.on is None:
+            worth = outcome in (NOT_DONE, UNKNOWN)
+        elif isinstance(self.on, (type, tuple)):
+            worth = isinstance(error, self.on)
+        else:
+            said = self.on(error)
+            worth, outcome = (said in (NOT_DONE, UNKNOWN), said) if isinstance(said, Outcome) else (said, outcome)
+        if not worth:
+            return f"not retried: {outcome.value}"
+        if self.idempotent is False and outcome is not NOT_DONE:
+            return f"not retried: {outcome.value}, and idempotent=False"
+        return ""
+
+    def _backoff(self, attempts: _Call) -> float:
+        most = min(self.max_delay, self.base_delay * 2.0 ** min(attempts.number - 1, 1_000))
+        if self.jitter == "full":
+            return most * self._rng()
+        if self.jitter == "equal":
+            return most / 2 + most / 2 * self._rng()
+        if self.jitter == "decorrelated":
+            span = max(0.0, 3 * (attempts.slept or self.base_delay) - self.base_delay)
+            attempts.slept = min(self.max_delay, self.base_delay + span * self._rng())
+            return attempts.slept
+        return most
+
+    def _nest(self) -> tuple[int, ...]:
+        """What was around; from here on this layer is, too. Layers multiply: all of them run while the innermost fails.
+
+        Only layers that have seen a failure are known, so success costs nothing, and the warning comes when it hurts.
+        """
+        around = _around.get()
+        every = (*around, self.max_attempts)
+        if (product := math.prod(every)) > max(every):
+            text = f"{' x '.join(map(str, every))} = {product} attempts on {self.name!r}: retry in one layer only"
+            warnings.warn(text, RetryAmplification, stacklevel=4)
+        _around.set(every)
+        return around
+
+
+class _Call:
+    """A call that failed at least once; or has a deadline."""
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline, self.number, self.slept = deadline, 0, 0.0
+        self.failed: list[tuple[Exception, float]] = []  # and the wait after it
+
+    def note(self, error: Exception, why: str) -> None:
+        before = [f"attempt {n}: {each!r}, {delay:.3g} s" for n, (each, delay) in enumerate(self.failed, 1)]
+        error.add_note("retry: " + "; ".join([*before, f"attempt {self.number}: {why}"]))
+
+
+class Attempt:
+    """`with attempt: ...` runs the block; what it raises is the policy's to judge."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+    async def __aenter__(self) -> Attempt:
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        return self.__exit__(kind, error, traceback)
+
+
+retry = Retry
