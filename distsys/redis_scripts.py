@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import redis.asyncio
 from redis import Redis, RedisCluster
 from redis.exceptions import NoPermissionError, NoScriptError
 
@@ -32,6 +33,57 @@ class Script:
         if task and task.cancelling() > before:  # as distsys.tasks.cancellations tells, without two calls
             raise asyncio.CancelledError
         return answer
+
+
+class Timed:
+    """Runs scripts on one Redis: TimeoutError after `timeout` seconds; None: as long as the client waits.
+
+    The client of a cluster that lost a node first asks the others where the slots are now. Cancelled in this it would
+    begin from the start with the next script, and never come to an end where that takes longer than `timeout`: so it
+    goes on in the background, bounded by the client's own timeouts.
+    """
+
+    def __init__(self, client: Any, timeout: float | None) -> None:
+        self.redis, self.timeout = async_client(client), timeout
+        self._lost = self._cluster = isinstance(client, redis.asyncio.RedisCluster)
+        self._finding: asyncio.Task[Any] | None = None
+
+    async def run(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+        if self.timeout is None:
+            return await script.run(self.redis, keys, *args)
+        if self._cluster:
+            return await self._run_on_cluster(script, keys, *args)
+        async with asyncio.timeout(self.timeout):
+            return await script.run(self.redis, keys, *args)
+
+    async def _run_on_cluster(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+        """Cancelled, the client closes connections, or tries once more where Python 3.11 loses it: nobody waits."""
+
+        async def find_and_run() -> Any:
+            if self._lost:
+                await self._find_slots()
+                self._lost = False
+            try:
+                return await script.run(self.redis, keys, *args)
+            except BaseException:
+                self._lost = True
+                raise
+
+        task = asyncio.create_task(find_and_run())
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs it
+        try:
+            if not (await asyncio.wait([task], timeout=self.timeout))[0]:
+                raise TimeoutError
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _find_slots(self) -> None:
+        """At once when the client knows them; one look at a time."""
+        loop = asyncio.get_running_loop()
+        if self._finding is None or self._finding.done() or self._finding.get_loop() is not loop:
+            self._finding = loop.create_task(self.redis.initialize())
+        await asyncio.shield(self._finding)
 
 
 def async_client(redis: Any) -> Any:

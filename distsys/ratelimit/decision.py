@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 from redis import exceptions
-from redis.exceptions import AuthenticationError, AuthorizationError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisClusterException
 
 from distsys.clock import check_timeout
 from distsys.errors import RateLimited
@@ -196,7 +196,13 @@ async def wait_in_turn(
 
 
 def unavailable(error: Exception) -> bool:
-    """Whether Redis could not be asked. A wrong password or a missing right is a mistake, and no policy may hide it."""
+    """Whether Redis could not be asked. A wrong password or a missing right is a mistake, and no policy may hide it.
+
+    The client of a cluster that can't say where the slots are names, as the cause, what the last node answered.
+    """
+    cause = error.__cause__
+    if isinstance(error, RedisClusterException) and not isinstance(cause, RedisClusterException):
+        return cause is None or (isinstance(cause, Exception) and unavailable(cause))
     return isinstance(error, UNAVAILABLE) and not isinstance(error, (AuthenticationError, AuthorizationError))
 
 

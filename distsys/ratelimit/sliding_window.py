@@ -15,7 +15,6 @@ Source   ClassDojo, "Better Rate Limiting With Redis Sorted Sets", 2015 (exact);
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +33,7 @@ from distsys.ratelimit.decision import (
     check_positive,
     wait_in_turn,
 )
-from distsys.redis_scripts import Script, async_client, hash_tag
+from distsys.redis_scripts import Script, Timed, async_client, hash_tag
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -90,6 +89,7 @@ class SlidingWindowLimiter:
         self.precision, self.name, self.clock = precision, name, clock
         self._script, self._prefix = SCRIPTS[precision], f"{KEYS[precision]}:{hash_tag(name)}:"
         self._fallback, self._local = Fallback(name, on_failure), (_LocalLimit(limit, window),)
+        self._scripts = Timed(redis, self._fallback.timeout)
         self._queues = Queues()
 
     async def is_allowed(self, key: str, cost: int = 1) -> bool:
@@ -142,11 +142,7 @@ class SlidingWindowLimiter:
     async def _ask(self, key: str, cost: int, mode: int) -> Any:
         now = "" if self.clock is None else round(self.clock() * MICRO)
         packed = struct.pack("<dddd", self.limit, round(self.window * MICRO), cost, mode)
-        call = self._script.run(self.redis, (self._key(key),), now, packed)
-        if self._fallback.timeout is None:
-            return await call
-        async with asyncio.timeout(self._fallback.timeout):
-            return await call
+        return await self._scripts.run(self._script, (self._key(key),), now, packed)
 
     # ---- input
 

@@ -591,7 +591,7 @@ async def test_acquire_sleeps_exactly_retry_after(
         clock.now += round(seconds * MICRO)
         await sleep(0)
 
-    monkeypatch.setattr("distsys.ratelimit.sliding_window.asyncio.sleep", pass_time)
+    monkeypatch.setattr("distsys.ratelimit.decision.asyncio.sleep", pass_time)
     assert await one.acquire("k", timeout=60)
     assert slept == [expected]
 
