@@ -180,26 +180,32 @@ class Servers:
         async with _client(replica.url) as client:
             await client.replicaof("NO", "ONE")
 
-    async def cluster(self, masters: int = 3) -> list[Server]:
-        """A Redis Cluster of so many masters, formed through the client alone (2-3 s)."""
+    async def cluster(self, masters: int = 3, *, replicas: int = 0, name: str = "cluster") -> list[Server]:
+        """A Redis Cluster of so many masters, formed through the client alone (2-3 s), then `replicas` of each."""
         if masters < 3:
             raise ValueError(f"a cluster has at least 3 masters, not {masters}")
-        bus = [_free_port() for _ in range(masters)]
+        size = masters * (1 + replicas)
+        bus = [_free_port() for _ in range(size)]
         args = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port"]
-        nodes = [self.redis(f"cluster{i}", args=[*args, str(bus[i])]) for i in range(masters)]
+        nodes = [self.redis(f"{name}{i}", args=[*args, str(bus[i])]) for i in range(size)]
         servers = await asyncio.gather(*nodes)
         for i, server in enumerate(servers):
             async with _client(server.url) as client:
                 await _command(client, "CLUSTER SET-CONFIG-EPOCH", i + 1)
-                first, after = 16384 * i // masters, 16384 * (i + 1) // masters
-                await _command(client, "CLUSTER ADDSLOTSRANGE", first, after - 1)
+                if i < masters:
+                    first, after = 16384 * i // masters, 16384 * (i + 1) // masters
+                    await _command(client, "CLUSTER ADDSLOTSRANGE", first, after - 1)
                 if i:
                     await _command(client, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
-        complete = ("ok", str(masters))
+        complete = ("ok", str(size))
         for server in servers:
             await _info(
                 server, "cluster", lambda said: (said["cluster_state"], said["cluster_known_nodes"]) == complete
             )
+        for i, server in enumerate(servers[masters:]):
+            async with _client(servers[i % masters].url) as master, _client(server.url) as replica:
+                await _command(replica, "CLUSTER REPLICATE", await _command(master, "CLUSTER MYID"))
+            await _info(server, "replication", lambda info: info.get("master_link_status") == "up")
         return servers
 
     async def aclose(self) -> None:

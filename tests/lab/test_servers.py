@@ -284,14 +284,17 @@ async def test_a_replica_follows_its_master_and_can_be_promoted(lab: Servers) ->
 
 
 async def test_a_cluster_takes_keys_of_every_slot(lab: Servers) -> None:
-    """Formed through the client alone; fewer than three masters are refused."""
+    """Formed through the client alone, each master with its replica; fewer than three masters are refused."""
     with pytest.raises(ValueError, match="not 2"):
         await lab.cluster(2)
-    nodes = await lab.cluster()
+    nodes = await lab.cluster(replicas=1)
     async with RedisCluster.from_url(nodes[0].url) as cluster:
         for key in range(50):
             assert await cluster.set(f"k{key}", key)
-        assert {node.port for node in cluster.get_nodes()} == {node.port for node in nodes}
+        assert {node.port for node in cluster.get_primaries()} == {node.port for node in nodes[:3]}
+    for master, replica in zip(nodes[:3], nodes[3:], strict=True):
+        async with client(replica) as r:
+            assert (await r.role())[:3] == ["slave", master.host, master.port]
 
 
 async def test_pgbouncer_lends_one_connection_to_two_clients(lab: Servers) -> None:

@@ -1,20 +1,100 @@
-"""A cluster whose client does not know its slots, or has nobody to ask, is answered for by the policy."""
+"""A cluster of three masters with a replica each loses a master: every limiter goes on through the same client."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import redis.asyncio
 
-from distsys.lab.servers import Server
-from distsys.ratelimit.decision import OnFailure
+from distsys.lab.servers import Server, Servers
+from distsys.ratelimit.decision import Decision, OnFailure
+from distsys.ratelimit.distributed import EVERYBODY, Quota, TieredLimiter
 from distsys.ratelimit.sliding_window import SlidingWindowLimiter
 from distsys.ratelimit.token_bucket import TokenBucketLimiter
+from tests.ratelimit.test_token_bucket import MICRO, Clock
 
 Redis, RedisCluster = redis.asyncio.Redis, redis.asyncio.RedisCluster
+USER = "user:42"
 SLOW = {"capacity": 10, "refill_rate": 0.01}  # by the test's clock; the server's TTL counts a thousand real seconds
+PRO = {"pro": [Quota(per="user", **SLOW), Quota(per=EVERYBODY, capacity=100, refill_rate=0.01)]}
+
+
+@pytest.fixture
+async def nodes(servers: Servers) -> AsyncIterator[list[Server]]:
+    """Masters, then the replica of each."""
+    nodes = await servers.cluster(3, replicas=1, name="failover")
+    yield nodes
+    for node in nodes:
+        await node.kill()
+
+
+async def test_a_failover_in_a_cluster_grants_what_was_used_in_the_lag_again(nodes: list[Server]) -> None:
+    """Six heard by the replica and four that are not: those four pass once more, and what other masters hold stays."""
+    clock, closed = Clock(), OnFailure(policy="closed", timeout=5)
+    async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
+        bucket = TokenBucketLimiter(client, **SLOW, clock=clock, on_failure=closed)
+        window = SlidingWindowLimiter(client, limit=10, window=1000, clock=clock, on_failure=closed)
+        tiers = TieredLimiter(client, PRO, clock=clock, on_failure=closed)
+
+        async def of_tier() -> Decision:
+            return (await tiers.try_acquire("pro", {"user": USER})).quotas["user"]
+
+        limiters = [lambda: bucket.try_acquire(USER), lambda: window.try_acquire(USER), of_tier]
+
+        async def granted(times: int) -> list[int]:
+            return [sum([(await ask()).allowed for _ in range(times)]) for ask in limiters]
+
+        lost, other = (client.get_node_from_key(key).port for key in (USER, EVERYBODY))
+        assert lost != other
+        (master,) = (node for node in nodes if node.port == lost)
+        replica = nodes[nodes.index(master) + 3]
+        async with Redis.from_url(master.url) as link:
+            assert await granted(6) == [6, 6, 6]
+            await link.set(USER, "after them, in the same stream")
+            assert await link.wait(1, 10_000) == 1
+            await replica.pause()
+            assert await link.client_kill_filter(_type="replica") == 1  # what is sent now never arrives
+            assert await granted(5) == [4, 4, 4]
+        await master.kill()
+        await replica.resume()
+        again = 0
+
+        async def promoted() -> bool:
+            nonlocal again
+            decision = await bucket.try_acquire(USER)  # goes on meanwhile, by the policy at first
+            again += decision.allowed
+            return decision.source == "redis" and await is_master(replica) and all([await agrees(n) for n in alive])
+
+        alive = [node for node in nodes if node is not master]
+        await until(promoted)
+        bucket_again, *others_again = await granted(12)
+        assert [again + bucket_again, *others_again] == [4, 4, 4]
+        assert (await tiers.try_acquire("pro", {"user": "other"})).quotas[EVERYBODY].remaining == 100 - 10 - 4 - 1
+        clock.us += 300 * MICRO
+        assert await granted(12) == [3, 0, 3]
+        clock.us += 700 * MICRO
+        assert await granted(12) == [7, 10, 7]
+
+
+async def is_master(node: Server) -> bool:
+    async with Redis.from_url(node.url) as client:
+        return (await client.role())[0] == b"master"
+
+
+async def agrees(node: Server) -> bool:
+    """Whether it counts every slot as served."""
+    async with Redis.from_url(node.url) as client:
+        return (await client.execute_command("CLUSTER INFO"))["cluster_state"] == "ok"
+
+
+async def until(fact: Callable[[], Awaitable[bool]]) -> None:
+    """A failover takes seconds: the other masters wait 2 s until they give one up."""
+    async with asyncio.timeout(60):
+        while not await fact():
+            await asyncio.sleep(0.02)
 
 
 # ---- a cluster's client, and the failure policy
