@@ -13,7 +13,7 @@ from distsys.lab.experiment import Arm, Run
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.story import story
-from distsys.lab.verdict import Verdict
+from distsys.lab.verdict import Verdict, table
 
 if TYPE_CHECKING:
     from distsys.lab.session import Lab
@@ -162,16 +162,9 @@ class Climb:
         return [(level, *(tried[i] if i < len(tried) else ("·", ""))) for i, level in enumerate(self.levels)]
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{i}</td><td>{mark}</td><td style='text-align:left'>{html.escape(level.title)}</td>"
-            f"<td style='text-align:left'>{html.escape(said)}</td></tr>"
-            for i, (level, mark, said) in enumerate(self._rows(), 1)
-        )
-        page = (
-            f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(self.levels)} levels</p>"
-            "<table><thead><tr><th></th><th></th><th>level</th><th>what happened</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
+        rows = [(str(i), mark, level.title, said) for i, (level, mark, said) in enumerate(self._rows(), 1)]
+        page = f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(self.levels)} levels</p>"
+        page += table(("", "", "level", "what happened"), rows)
         if self.verdicts and self.verdicts[-1].status != "HELD":
             hint = html.escape(self.levels[self.level].hint)
             page += self.verdicts[-1]._repr_html_() + f"<details><summary>a hint</summary><p>{hint}</p></details>"

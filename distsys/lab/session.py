@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import html
 import statistics
 import time
 from dataclasses import replace
@@ -15,7 +14,7 @@ from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers, ServerUnavailable
-from distsys.lab.verdict import Verdict, Verdicts
+from distsys.lab.verdict import Verdict, Verdicts, table
 from distsys.locks.lease import check_ttl
 
 Profile = Literal["quick", "full"]
@@ -230,14 +229,10 @@ class Lab:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td><b>{html.escape(s.name)}</b></td><td>{html.escape(s.version)}</td><td>{html.escape(_ORIGINS[s.origin])}"
-            f"</td><td><code>{html.escape(_address(s))}</code></td></tr>"
-            for s in self.servers.running.values()
-        )
-        return (
-            "<table><thead><tr><th>server</th><th>version</th><th>from</th><th>address</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+        running = self.servers.running.values()
+        return table(
+            ("server", "version", "from", "address"),
+            [(s.name, s.version, _ORIGINS[s.origin], _address(s)) for s in running],
         )
 
 

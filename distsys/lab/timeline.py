@@ -129,7 +129,7 @@ class _Picture:
             half = (width_of(text, 11, bold=True) + 16) / 2
             x = min(max((x0 + x1) / 2, v.left + half), WIDTH - MARGIN - half)
             self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v")
-            self.out += [cross(x - half + 4, self.top - 10, "q"), put(x + 7, self.top - 6, text, "i m b r z")]
+            self.out += [cross(x - half + 4, self.top - 12, "q"), put(x + 7, self.top - 8, text, "i m b r z")]
 
     def _clashes(self) -> None:
         """The stretches with two holders, hatched in both lanes; red where that breaks the promise."""
@@ -148,8 +148,8 @@ class _Picture:
             x = min(max((x0 + x1) / 2, v.left + half), WIDTH - MARGIN - half)
             self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v" if bad else "l u")
             if x - half > said_until:
-                self.out.append(cross(x - half + 4, self.top - 10, "q") if bad else "")
-                self.out.append(put(x + 7, self.top - 6, text, "i m b r z" if bad else "i m z"))
+                self.out.append(cross(x - half + 4, self.top - 12, "q") if bad else "")
+                self.out.append(put(x + 7, self.top - 8, text, "i m b r z" if bad else "i m z"))
                 said_until = x + half
 
     def _tokens(self) -> None:

@@ -141,7 +141,7 @@ class Verdict:
                 y += 19
                 out += [] if n else [f'<circle cx="{MARGIN + 3}" cy="{y - 4.5}" r="2.5" fill="{colour}"/>']
                 out.append(put(MARGIN + 14, y, line))
-        facts = [count(self.runs, "run"), f"seed {self.seed}", *self.servers.values()]
+        facts = [count(self.runs, "run"), f"seed {self.seed}", *dict.fromkeys(self.servers.values())]
         for line in wrap(" · ".join(facts), wide, 11, lines=2):
             y += 20
             out.append(put(MARGIN, y + 4, line, "s"))
@@ -168,14 +168,14 @@ class Verdict:
             return ""
         head = ("when", "who", "what") if all(len(row) == 3 for row in rows) else ()
         more = f"<p>+{len(rows) - ROWS:,} more</p>" if len(rows) > ROWS else ""
-        return _table(head, rows[:ROWS]) + more
+        return table(head, rows[:ROWS]) + more
 
     def _details(self) -> str:
         facts = [("runs", self.runs), ("seed", self.seed), *self.servers.items(), *self.params.items()]
         rows = [(str(key), str(value)) for key, value in facts]
         rows += [(key.replace("_", " "), _number(key, value)) for key, value in self.stats.items()]
         replay = f"<p>Run it again:</p><pre>{escape(self.replay)}</pre>" if self.replay else ""
-        return f"<details><summary>seed, versions, parameters</summary>{_table((), rows)}{replay}</details>"
+        return f"<details><summary>seed, versions, parameters</summary>{table((), rows)}{replay}</details>"
 
 
 class Verdicts(list[Verdict]):
@@ -216,7 +216,7 @@ class Verdicts(list[Verdict]):
             picture = not v.as_expected or any(v is one for one in pictured)
             unfold = " open" if not v.as_expected or (picture and v.status == "VIOLATED") else ""
             cards.append(f"<details{unfold}>{line}{v._repr_html_() if picture else f'<ul>{words}</ul>'}</details>")
-        return f"<div>{_table(head, rows)}{''.join(cards)}</div>"
+        return f"<div>{table(head, rows)}{''.join(cards)}</div>"
 
 
 def escape(text: str) -> str:
@@ -237,7 +237,9 @@ def _number(key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Every column flush left: JupyterLab sets them flush right, also words below their heading."""
+
     def cells(row: Sequence[str], tag: str) -> str:
         plain = f'<{tag} align="left" style="text-align:left;padding:2px 12px 2px 0'
         return "".join(f'{plain}{";white-space:nowrap" * (len(c) < 18)}">{escape(c)}</{tag}>' for c in row)

@@ -54,7 +54,7 @@ async def test_the_lab_shows_its_servers_with_versions_and_where_they_come_from(
     """As text and as a table."""
     assert "redis: " in str(lab)
     assert "postgres: PostgreSQL" in str(lab)
-    assert "<td><b>redis</b></td>" in lab._repr_html_()
+    assert ">redis</td>" in lab._repr_html_()
     assert "started for this lab" in lab._repr_html_()
 
 

@@ -90,12 +90,14 @@ def test_the_start_notebook_answers_a_reader(page: Page) -> None:
     no_errors(page)
 
 
-@pytest.mark.parametrize("page", [("01_locks", "Dark")], indirect=True, ids=["Dark"])
-def test_the_locks_notebook_comes_to_its_verdicts(page: Page) -> None:
-    """Run all: both words are on screen, as pictures that also say it in text, and nothing raised."""
-    run_all(page, "01_locks")
-    for word in ("VIOLATED", "HELD"):
-        expect(page.locator(f'{OUTPUT} img[alt*="{word}"]').first).to_be_visible()
+@pytest.mark.parametrize(
+    "page", [("01_locks", "Dark"), ("04_rate_limiting", "Light")], indirect=True, ids=lambda p: p[0]
+)
+def test_a_category_notebook_comes_to_its_verdicts(page: Page, request: pytest.FixtureRequest) -> None:
+    """Run all: a picture that also says VIOLATED in text, HELD at least in a table, and nothing raised."""
+    run_all(page, request.node.callspec.params["page"][0])
+    expect(page.locator(f'{OUTPUT} img[alt*="VIOLATED"]').first).to_be_visible()
+    expect(page.locator(f"{OUTPUT} td", has_text="✓ HELD").first).to_be_visible()
 
 
 def run_all(page: Page, notebook: str) -> None:
