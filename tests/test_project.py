@@ -285,6 +285,18 @@ def test_a_category_shows_its_row_of_the_matrix_in_its_title(path: Path) -> None
     assert any(decide.stage_strip(pattern.name) in title for pattern in decide.PATTERNS)
 
 
+def test_each_notebook_leads_to_the_next_and_back() -> None:
+    """By number, in their titles: one that comes between two others has to be linked by both."""
+    chain = [p for p in NOTEBOOKS if p.parent.name == "notebooks"]
+    titles = [nbformat.read(path, as_version=4).cells[0].source for path in chain]
+    leads = [re.findall(r"(previous|next): \[(\d\d) [^]]+\]\((\2_\w+\.ipynb)\)", title) for title in titles]
+    before, after = [None, *chain[:-1]], [*chain[1:], None]
+    for found, *wanted in zip(leads, before, after, strict=True):
+        assert found == [
+            (word, path.name[:2], path.name) for word, path in zip(("previous", "next"), wanted, strict=True) if path
+        ]
+
+
 def test_the_start_notebook_shows_the_tables_of_today() -> None:
     """Its committed outputs are what decide.py says now; `make notebooks` renews them."""
     cells = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4).cells
