@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distsys import __version__
-from distsys.decide import PATTERNS, RULE_OF_THUMB, STAGES, recommend
+from distsys.decide import PATTERNS, RULE_OF_THUMB, STAGES, Recommendation, recommend
 
 ABOUT = """\
 Sixteen rules for distributed systems, each shown breaking and holding on real Redis and PostgreSQL.
@@ -39,73 +38,48 @@ class Usage(Exception):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="distsys", description=ABOUT, epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    top = argparse.ArgumentParser(prog="distsys", description=ABOUT, epilog=CODES, **as_written)
     top.add_argument("--version", action="version", version=f"distsys {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="{lab,run,prove,decide}")
 
-    def command(
-        name: str, call: Callable[[argparse.Namespace], int], text: str, example: str
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example: {example}\n{CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def command(name: str, call: Callable[[argparse.Namespace], int], text: str, example: str) -> Callable[..., Any]:
+        about = f"{text[0].upper()}{text[1:]}."
+        epilog = f"example: distsys {name} {example}\n{CODES}"
+        sub = commands.add_parser(name, help=text, description=about, epilog=epilog, **as_written)
         sub.set_defaults(call=call)
-        return sub
+        return sub.add_argument
 
-    lab = command("lab", _lab, "open the notebooks in JupyterLab, on this machine only", "distsys lab --port 8889")
-    lab.add_argument("notebook", nargs="?", default="00_start_here", help="which one to open (default: %(default)s)")
-    lab.add_argument("--port", type=int, help="exactly this port (default: 8888, or the next free one)")
-    lab.add_argument("--no-browser", action="store_true", help="print the address instead of opening it")
+    add = command("lab", _lab, "open the notebooks in JupyterLab, on this machine only", "--port 8889")
+    add("notebook", nargs="?", default="00_start_here", help="which one to open (default: %(default)s)")
+    add("--port", type=int, help="exactly this port (default: 8888, or the next free one)")
+    add("--no-browser", action="store_true", help="print the address instead of opening it")
 
-    run = command(
-        "run", _run, "run experiments and print a verdict per arm", "distsys run slow-holder --runs 20 --seed 7"
-    )
-    run.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="names; none lists them")
-    run.add_argument("--list", action="store_true", help="list names and claims, run nothing")
-    run.add_argument("--story", action="store_true", help="tell what happened in the run that decided")
+    run = command("run", _run, "run experiments and print a verdict per arm", "slow-holder --runs 20 --seed 7")
+    run("experiments", nargs="*", metavar="EXPERIMENT", help="names; none lists them")
+    run("--list", action="store_true", help="list names and claims, run nothing")
+    run("--story", action="store_true", help="tell what happened in the run that decided")
+    run("--runs", type=int, default=3, metavar="N", help="runs of each arm (default: %(default)s)")
 
-    prove = command(
-        "prove",
-        _prove,
-        "put your own class under the lab's faults, level by level, until one breaks it",
-        "distsys prove mypkg.locks:MyLock --as lock",
-    )
-    prove.add_argument("candidate", metavar="MODULE:NAME", help="importable from the current folder")
-    prove.add_argument("--as", dest="kind", choices=["lock", "limiter"], required=True, help="what it promises to be")
-    prove.add_argument("--level", type=int, metavar="N", help="stop after level N (default: all)")
-    prove.add_argument(
-        "--ttl",
-        type=float,
-        default=0.3,
-        metavar="S",
-        help="of a lock, seconds: what it is given or has built in (default: 0.3)",
-    )
-    for sub, runs in ((run, 3), (prove, None)):
-        if runs:
-            sub.add_argument(
-                "--runs", type=int, default=runs, metavar="N", help="runs of each arm (default: %(default)s)"
-            )
-        sub.add_argument("--seed", type=int, default=7, metavar="N", help="the same seed replays the same run")
-        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    text = "put your own class under the lab's faults, level by level, until one breaks it"
+    prove = command("prove", _prove, text, "mypkg.locks:MyLock --as lock")
+    prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
+    prove("--as", dest="kind", choices=["lock", "limiter"], required=True, help="what it promises to be")
+    prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
+    ttl = "of a lock, seconds: what it is given or has built in (default: %(default)s)"
+    prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
 
-    decide = command(
-        "decide",
-        _decide,
-        "whether a pattern pays at your stage, and what is simpler",
-        "distsys decide 'rate limiting' --stage Growth --instances 4",
-    )
-    decide.add_argument("pattern", nargs="?", metavar="PATTERN", help="any part of its name; none shows them all")
-    decide.add_argument("--stage", required=True, type=_stage, metavar="STAGE", help=" | ".join(STAGES))
-    decide.add_argument(
-        "--instances", type=int, required=True, metavar="N", help="server processes that run at the same time"
-    )
-    decide.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    text = "whether a pattern pays at your stage, and what is simpler"
+    decide = command("decide", _decide, text, "'rate limiting' --stage Growth --instances 4")
+    decide("pattern", nargs="?", metavar="PATTERN", help="any part of its name; none shows them all")
+    decide("--stage", required=True, type=_stage, metavar="STAGE", help=" | ".join(STAGES))
+    many = "server processes that run at the same time"
+    decide("--instances", type=int, required=True, metavar="N", help=many)
+
+    for add in (run, prove):
+        add("--seed", type=int, default=7, metavar="N", help="the same seed replays the same run")
+    for add in (run, prove, decide):
+        add("--json", action="store_true", help="one JSON document on stdout")
     return top
 
 
@@ -124,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as missing:
-        if (missing.name or "").split(".")[0] in ("distsys", ""):
+        if (missing.name or "").partition(".")[0] in ("distsys", ""):
             raise
         print(f"distsys: no {missing.name} here: run  pip install 'distsys[lab]'", file=sys.stderr)
         return 2
@@ -138,21 +112,7 @@ def _decide(options: argparse.Namespace) -> int:
     except ValueError as problem:
         raise Usage(str(problem)) from None
     if options.json:
-        _print_json(
-            [
-                {
-                    "pattern": a.pattern.name,
-                    "stage": a.stage,
-                    "instances": a.instances,
-                    "verdict": a.verdict,
-                    "reason": a.reason,
-                    "alternative": a.alternative,
-                    "ours": a.pattern.ours,
-                    "links": dict(a.links),
-                }
-                for a in answers
-            ]
-        )
+        _print_json([_facts(answer) for answer in answers])
     elif options.pattern:
         print(answers[0])
     else:
@@ -162,40 +122,40 @@ def _decide(options: argparse.Namespace) -> int:
     return 0
 
 
+def _facts(a: Recommendation) -> dict[str, Any]:
+    facts = {"pattern": a.pattern.name, "ours": a.pattern.ours, "decisions": [str(d) for d in a.decisions]}
+    return vars(a) | facts | {"links": dict(a.links)}
+
+
 def _run(options: argparse.Namespace) -> int:
     from distsys.lab import experiments
 
+    known = experiments.every()
     if options.list or not options.experiments:
-        for name in experiments.names():
-            print(f"{name:<30} {experiments.load(name).claim}")
+        for experiment in known.values():
+            print(f"{experiment.name:<30} {experiment.claim}")
         return 0
     if options.runs < 1:
         raise Usage(f"--runs {options.runs}: at least 1")
-    unknown = [name for name in options.experiments if name not in experiments.names()]
-    if unknown:
+    if unknown := [name for name in options.experiments if name not in known]:
         raise Usage(f"no experiment {unknown[0]!r}: run  distsys run --list")
-    return asyncio.run(_verdicts(options, [experiments.load(name) for name in options.experiments]))
+    return asyncio.run(_verdicts(options, [known[name] for name in options.experiments]))
 
 
 async def _verdicts(options: argparse.Namespace, chosen: list[Any]) -> int:
-    from distsys.lab.story import story
+    from distsys.lab.verdict import Verdicts
 
-    found: list[Any] = []
+    found, say = Verdicts(), (lambda *_, **__: None) if options.json else print
     async with await _open(options.seed) as lab:
         for experiment in chosen:
-            if not options.json:
-                print(f"{experiment.name}: {experiment.claim}", flush=True)
+            say(f"{experiment.name}: {experiment.claim}", flush=True)
             for verdict in await lab.run(experiment, runs=options.runs):
                 found.append(verdict)
-                if not options.json:
-                    print(f"  {verdict}", flush=True)
-                    for sentence in story(verdict.history, verdict.finding) if options.story else ():
-                        print(f"      {sentence}")
-    wrong = [v for v in found if v.was_run and not v.as_expected]
+                say("\n      ".join([f"  {verdict}", *(verdict.story() if options.story else ())]), flush=True)
+    wrong = [verdict for verdict in found if verdict.was_run and not verdict.as_expected]
+    say(f"{len(found) - len(wrong)} of {len(found)} verdicts as expected")
     if options.json:
-        _print_json([v.to_dict() for v in found])
-    else:
-        print(f"{len(found) - len(wrong)} of {len(found)} verdicts as expected")
+        _print_json(found.to_dict())
     return 1 if wrong else 0
 
 
@@ -245,16 +205,17 @@ def _lab(options: argparse.Namespace) -> int:
     import_module("jupyterlab")
     from jupyter_core.paths import jupyter_runtime_dir
 
-    root = next(
-        (p for p in (Path.cwd(), Path(__file__).parents[1]) if (p / "notebooks/00_start_here.ipynb").exists()), None
-    )
+    from distsys.lab.servers import is_free
+
+    roots = (Path.cwd(), Path(__file__).parents[1])
+    root = next((path for path in roots if (path / "notebooks/00_start_here.ipynb").exists()), None)
     if root is None:
         raise Usage("no notebooks here: run it in the project's folder")
     path = root / "notebooks" / f"{options.notebook.removesuffix('.ipynb')}.ipynb"
     if not path.exists():
         raise Usage(f"no {path.name}: there are {', '.join(p.stem for p in sorted(path.parent.glob('[0-9]*.ipynb')))}")
-    if options.port and not _free(options.port):
-        other = next((p for p in range(options.port + 1, options.port + 100) if _free(p)), 0)
+    if options.port and not is_free(options.port):
+        other = next((p for p in range(options.port + 1, options.port + 100) if is_free(p)), 0)
         raise Usage(f"port {options.port} is taken: run  PORT={other} make lab  or  distsys lab --port {other}")
     try:
         Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
@@ -278,16 +239,6 @@ def _lab(options: argparse.Namespace) -> int:
     quiet = Path(__file__).parent / "lab/jupyter"  # no news, and checklists open as pages
     config = os.pathsep.join(filter(None, (os.environ.get("JUPYTER_CONFIG_PATH"), str(quiet))))
     os.execve(sys.executable, arguments, {**os.environ, "JUPYTER_CONFIG_PATH": config})  # Ctrl-C goes to the server
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
 
 
 def _stage(text: str) -> str:

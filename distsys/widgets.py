@@ -14,13 +14,11 @@ import ipywidgets as w
 
 from distsys.decide import DONT, PATTERNS, STAGES, Decision, Recommendation, Word, recommend
 
+AMBER = ("~", "#7a4b00", "#fff3d6")
 TONES: dict[Word, tuple[str, str, str]] = {  # sign, ink, paper: at least 4.5 : 1
     "IN-PROCESS": ("○", "#3d4852", "#e8ecf0"),
     "OVERKILL": ("✕", "#9b1c1c", "#fdeaea"),
-    "BORDERLINE": ("~", "#7a4b00", "#fff3d6"),
-    "SIMPLE ONLY": ("~", "#7a4b00", "#fff3d6"),
-    "SELECTIVE": ("~", "#7a4b00", "#fff3d6"),
-    "WHEN JUSTIFIED": ("~", "#7a4b00", "#fff3d6"),
+    **dict.fromkeys(("BORDERLINE", "SIMPLE ONLY", "SELECTIVE", "WHEN JUSTIFIED"), AMBER),
     "APPROPRIATE": ("✓", "#14592b", "#e3f5e8"),
     "REQUIRED": ("!", "#0b4a8f", "#e3effc"),
 }
@@ -29,31 +27,25 @@ INK, PAPER, QUIET, LINK = "#1f2328", "#ffffff", "#57606a", "#0b57d0"
 
 def answer_html(answer: Recommendation, *, base: str = "../") -> str:
     """The card of one recommendation; links are relative to `base`, the project's folder as seen from the notebook."""
-    rows = [
-        f"<b>{'Instead' if answer.verdict in DONT else 'Simpler, where it is enough'}:</b> {escape(answer.alternative)}"
-    ]
-    if answer.verdict not in DONT:
-        rows += [f"<b>{escape(d.topic)}:</b> {escape(d.claim)}{_caveat(d)}" for d in answer.decisions]
+    dont = answer.verdict in DONT
+    rows = [f"<b>{'Instead' if dont else 'Simpler, where it is enough'}:</b> {escape(answer.alternative)}"]
+    rows += [f"<b>{escape(d.topic)}:</b> {escape(d.claim)}{_caveat(d)}" for d in answer.decisions if not dont]
     links = " · ".join(
         f'<a href="{escape(base + path)}" target="_blank" rel="noopener" style="color:{LINK}">{escape(label)}</a>'
         for label, path in answer.links
     )
-    strip = "".join(
-        _chip(word, stage, on=stage == answer.stage and answer.instances > 1)
-        for stage, word in zip(STAGES, answer.pattern.cells, strict=True)
-    )
+    words = zip(STAGES, answer.pattern.cells, strict=True)
+    strip = "".join(_chip(word, stage, on=stage == answer.stage and answer.instances > 1) for stage, word in words)
     ours = " The verdicts of this pattern are ours." if answer.pattern.ours else ""
+    parts = [("font-size:18px", f"{_badge(answer.verdict)} {escape(answer.pattern.name)}")]
+    parts += [("margin:8px 0", escape(answer.reason)), *(("margin:2px 0", row) for row in rows)]
+    parts += [("margin-top:8px", f"Next: {links}")] if links else []
+    parts += [("display:flex;flex-wrap:wrap;gap:6px;margin-top:12px", strip)]
+    parts += [(f"margin-top:6px;color:{QUIET};font-size:12px", f"The row of the matrix, for several instances.{ours}")]
+    body = "".join(f'<div style="{style}">{part}</div>' for style, part in parts)
     return (
         f'<div role="status" style="background:{PAPER};color:{INK};border:1px solid #c8ced6;border-radius:6px;'
-        f'padding:14px 16px;max-width:760px;font:14px/1.5 system-ui,sans-serif">'
-        f'<div style="font-size:18px">{_badge(answer.verdict)} {escape(answer.pattern.name)}</div>'
-        f'<div style="margin:8px 0">{escape(answer.reason)}</div>'
-        + "".join(f'<div style="margin:2px 0">{row}</div>' for row in rows)
-        + (f'<div style="margin-top:8px">Next: {links}</div>' if links else "")
-        + f'<div style="display:flex;flex-wrap:wrap;gap:6px;margin-top:12px">{strip}</div>'
-        f'<div style="margin-top:6px;color:{QUIET};font-size:12px">'
-        f"The row of the matrix, for several instances.{ours}</div>"
-        "</div>"
+        f'padding:14px 16px;max-width:760px;font:14px/1.5 system-ui,sans-serif">{body}</div>'
     )
 
 
@@ -69,9 +61,8 @@ class Dashboard(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
         style: Any = {"description_width": "80px"}
         self.base = base
         self.pattern = w.Dropdown(options=[p.name for p in PATTERNS], value=pattern, description="Pattern", style=style)
-        self.stage = w.ToggleButtons(
-            options=STAGES, value=stage, description="Stage", style={"button_width": "auto", **style}
-        )
+        wide = {"button_width": "auto", **style}
+        self.stage = w.ToggleButtons(options=STAGES, value=stage, description="Stage", style=wide)
         self.instances = w.BoundedIntText(value=instances, min=1, max=10_000, description="Instances", style=style)
         self.instances.layout.width = "180px"
         self.answer = w.HTML()

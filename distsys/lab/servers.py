@@ -420,16 +420,23 @@ async def _listens(sock: Path) -> bool:
 
 def _free_port() -> int:
     """From below the range systems take outgoing connections' ports from, so that a restart finds it free again."""
-    for _ in range(100):
-        port = 20000 + secrets.randbelow(12000)  # not from `random`, which a notebook may have seeded
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+    ports = (
+        20000 + secrets.randbelow(12000) for _ in range(100)
+    )  # not from `random`, which a notebook may have seeded
+    if port := next(filter(is_free, ports), None):
         return port
     raise ServerUnavailable("no free port between 20000 and 32000 on 127.0.0.1: end what listens there")
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen there, on 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _read(path: Path) -> str:

@@ -82,9 +82,13 @@ class Verdict:
 
     __repr__ = __str__
 
+    def story(self) -> list[str]:
+        """What happened, in a few sentences."""
+        return story(self.history, self.finding)
+
     def assert_expected(self) -> Verdict:
         if not self.as_expected:
-            raise AssertionError("\n".join([str(self), *story(self.history, self.finding), self.replay]).rstrip())
+            raise AssertionError("\n".join([str(self), *self.story(), self.replay]).rstrip())
         return self
 
     def plot(self) -> Figure:
@@ -136,7 +140,7 @@ class Verdict:
         body, height = timeline(self.history, self.finding)
         out.append(f'<g transform="translate(0 {y:.0f})">{body}</g>')
         y += height + 6
-        for sentence in story(self.history, self.finding):
+        for sentence in self.story():
             for n, line in enumerate(wrap(sentence, wide - 14, lines=2)):
                 y += 19
                 out += [] if n else [f'<circle cx="{MARGIN + 3}" cy="{y - 4.5}" r="2.5" fill="{colour}"/>']
@@ -155,7 +159,7 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         alarm = "" if self.as_expected else f"{self._alarm()}. "
-        alt = f"{alarm}{self.title}: {self.badge}. {' '.join(story(self.history, self.finding))}"
+        alt = f"{alarm}{self.title}: {self.badge}. {' '.join(self.story())}"
         data = base64.b64encode(self.svg().encode()).decode()
         picture = (
             f'<img width="{WIDTH}" style="max-width:100%" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
@@ -212,7 +216,7 @@ class Verdicts(list[Verdict]):
         cards = []
         for v in self:
             line = f"<summary>{escape(v.title)}: {escape(v.badge)}</summary>"
-            words = "".join(f"<li>{escape(sentence)}</li>" for sentence in story(v.history, v.finding))
+            words = "".join(f"<li>{escape(sentence)}</li>" for sentence in v.story())
             picture = not v.as_expected or any(v is one for one in pictured)
             unfold = " open" if not v.as_expected or (picture and v.status == "VIOLATED") else ""
             cards.append(f"<details{unfold}>{line}{v._repr_html_() if picture else f'<ul>{words}</ul>'}</details>")
