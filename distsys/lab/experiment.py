@@ -63,6 +63,10 @@ class Experiment:
     alone: bool = False  # it measures: its arms run one after the other
 
 
+def name_of(candidate: Any) -> str:
+    return getattr(candidate, "__name__", None) or repr(candidate)
+
+
 class Stalled(RuntimeError):
     """Nothing of what the script waits for happened."""
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab import experiments
 from distsys.lab.checks import no_lost_update
-from distsys.lab.experiment import Arm, Run
+from distsys.lab.experiment import Arm, Run, name_of
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.proxy import TcpProxy
-from distsys.lab.story import story
-from distsys.lab.verdict import Verdict, table
+from distsys.lab.verdict import MARK, Verdict, escape, table
 
 if TYPE_CHECKING:
     from distsys.lab.session import Lab
-
 
 ACCOUNT = "redis, fenced where it can be"
 
@@ -47,73 +45,35 @@ class Level:
 
 
 LOCK = (
-    Level(
-        "no faults but a slow link: workers take turns",
-        "contention",
+    Level("no faults but a slow link: workers take turns", "contention",
         "Who may enter is decided by one atomic step at the server. Is there a gap between your look and your taking?",
-        {"prepare": _slow_link, "params": {"rounds": 3}, "check": no_lost_update},
-    ),
-    Level(
-        "the holder is killed: the next one still gets in",
-        "killed-holder",
-        "A dead process releases nothing. Who else can end its lock, and when?",
-    ),
-    Level(
-        "the holder is slower than its TTL",
-        "slow-holder",
-        "The lease has to last as long as the work. Who extends it, how often, and who is told when that fails?",
-    ),
-    Level(
-        "the holder comes back late and releases",
-        "late-release",
-        "Between your look at the owner and your DEL the lock can change hands. Only the server can do both at once.",
-    ),
-    Level(
-        "the holder's process stands still, wakes up and writes",
-        "paused-holder",
-        "No client can notice that it is asleep. What could the account compare to refuse a write that comes too late?",
-    ),
-    Level(
-        "the server forgets the lock",
-        "node-restarts-empty",
+        {"prepare": _slow_link, "params": {"rounds": 3}, "check": no_lost_update}),
+    Level("the holder is killed: the next one still gets in", "killed-holder",
+        "A dead process releases nothing. Who else can end its lock, and when?"),
+    Level("the holder is slower than its TTL", "slow-holder",
+        "The lease has to last as long as the work. Who extends it, how often, and who is told when that fails?"),
+    Level("the holder comes back late and releases", "late-release",
+        "Between your look at the owner and your DEL the lock can change hands. Only the server can do both at once."),
+    Level("the holder's process stands still, wakes up and writes", "paused-holder",
+        "No client can notice that it is asleep. What could the account compare to refuse a late write?"),
+    Level("the server forgets the lock", "node-restarts-empty",
         "The second holder is granted rightly. Does its token still look newer than the first one's, to the account?",
-        {"prepare": _forgetful_redis, "check": no_lost_update},
-    ),
-)
+        {"prepare": _forgetful_redis, "check": no_lost_update}),
+)  # fmt: skip
 
 VIRTUAL = {"params": {"clock": "virtual", "window": 1.0}}
 LIMITER = (
-    Level(
-        "four processes share one limit",
-        "counter-per-process",
-        "Each process has a memory of its own. What do all of them share?",
-        VIRTUAL,
-    ),
-    Level(
-        "one looks, and another takes before it counts",
-        "count-by-get-then-set",
-        "Between reading the count and writing it others come by. Which single command, or script, does both?",
-        VIRTUAL,
-    ),
-    Level(
-        "two workers ask within one millisecond",
-        "same-millisecond",
-        "Two requests must leave two marks. What tells them apart when the time does not?",
-        {},
-    ),
-    Level(
-        "an impatient client is refused again and again",
-        "refusals-that-count",
-        "What does a refused request leave behind in your count?",
-        {},
-    ),
-    Level(
-        "a burst on both sides of a boundary",
-        "fixed-window-boundary",
-        "Ten a second means in any second, not in each one of the clock. When may an admitted request be forgotten?",
-        {},
-    ),
-)
+    Level("four processes share one limit", "counter-per-process",
+        "Each process has a memory of its own. What do all of them share?", VIRTUAL),
+    Level("one looks, and another takes before it counts", "count-by-get-then-set",
+        "Between reading the count and writing it others come by. Which one command, or script, does both?", VIRTUAL),
+    Level("two workers ask within one millisecond", "same-millisecond",
+        "Two requests must leave two marks. What tells them apart when the time does not?", {}),
+    Level("an impatient client is refused again and again", "refusals-that-count",
+        "What does a refused request leave behind in your count?", {}),
+    Level("a burst on both sides of a boundary", "fixed-window-boundary",
+        "Ten a second means in any second, not in each of the clock. When may an admitted request be forgotten?", {}),
+)  # fmt: skip
 """For a limiter of ten in any second, which is given redis, limit, window and clock where it names them."""
 
 
@@ -135,50 +95,43 @@ class Climb:
         """How many levels it passed."""
         return sum(verdict.status == "HELD" for verdict in self.verdicts)
 
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        for n, (level, verdict) in enumerate(zip_longest(self.levels, self.verdicts), 1):
+            happened = verdict.summary if verdict and verdict.status != "HELD" else ""
+            yield str(n), MARK[verdict.status] if verdict else "·", level.title, happened
+
+    def _failed(self) -> list[tuple[Verdict, str]]:
+        """The verdict it failed with, and a hint; none when it passed all it tried."""
+        return [(verdict, self.levels[self.level].hint) for verdict in self.verdicts if verdict.status != "HELD"]
+
     def __str__(self) -> str:
         lines = [f"{self.candidate}: passed {self.level} of {len(self.levels)} levels"]
-        for i, (level, mark, said) in enumerate(self._rows(), 1):
-            lines.append(f"  {mark} {i}. {level.title}{f' - {said}' if said else ''}")
-        if self.verdicts and self.verdicts[-1].status != "HELD":
-            last = self.verdicts[-1]
-            lines += ["", *(f"  {sentence}" for sentence in story(last.history, last.finding))]
-            lines += ["", f"  hint: {self.levels[self.level].hint}"]
+        for n, mark, title, happened in self._rows():
+            lines.append(f"  {mark} {n}. {title}{f' - {happened}' if happened else ''}")
+        for verdict, hint in self._failed():
+            lines += ["", *(f"  {sentence}" for sentence in verdict.story()), "", f"  hint: {hint}"]
         return "\n".join(lines)
 
     __repr__ = __str__
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "candidate": self.candidate,
-            "passed": self.passed,
-            "level": self.level,
-            "levels": len(self.levels),
-            "verdicts": [verdict.to_dict() for verdict in self.verdicts],
-        }
-
-    def _rows(self) -> list[tuple[Level, str, str]]:
-        marks = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
-        tried = [(marks[v.status], "" if v.status == "HELD" else v.summary) for v in self.verdicts]
-        return [(level, *(tried[i] if i < len(tried) else ("·", ""))) for i, level in enumerate(self.levels)]
-
     def _repr_html_(self) -> str:
-        rows = [(str(i), mark, level.title, said) for i, (level, mark, said) in enumerate(self._rows(), 1)]
-        page = f"<p><b>{html.escape(self.candidate)}</b> passed {self.level} of {len(self.levels)} levels</p>"
-        page += table(("", "", "level", "what happened"), rows)
-        if self.verdicts and self.verdicts[-1].status != "HELD":
-            hint = html.escape(self.levels[self.level].hint)
-            page += self.verdicts[-1]._repr_html_() + f"<details><summary>a hint</summary><p>{hint}</p></details>"
+        page = f"<p><b>{escape(self.candidate)}</b> passed {self.level} of {len(self.levels)} levels</p>"
+        page += table(("", "", "level", "what happened"), [*self._rows()])
+        for verdict, hint in self._failed():
+            page += f"{verdict._repr_html_()}<details><summary>a hint</summary><p>{escape(hint)}</p></details>"
         return page
 
+    def to_dict(self) -> dict[str, Any]:
+        verdicts = [verdict.to_dict() for verdict in self.verdicts]
+        facts = {"candidate": self.candidate, "passed": self.passed, "level": self.level, "levels": len(self.levels)}
+        return {**facts, "verdicts": verdicts}
 
-async def climb(
-    lab: Lab, candidate: Any, levels: tuple[Level, ...], *, upto: int | None, params: Mapping[str, Any]
-) -> Climb:
+
+async def climb(lab: Lab, candidate: Any, levels: tuple[Level, ...], upto: int | None, **params: Any) -> Climb:
     """Tries level after level. `params` go to the workload."""
-    name = getattr(candidate, "__name__", None) or repr(candidate)
-    verdicts: list[Verdict] = []
     if upto is not None and not 1 <= upto <= len(levels):
         raise ValueError(f"upto={upto}: the ladder has levels 1 to {len(levels)}")
+    name, verdicts = name_of(candidate), list[Verdict]()
     for level in levels[:upto]:
         experiment = replace(experiments.load(level.experiment), **level.changes)
         arm = Arm(name=f"{name}: {level.title}", candidate=candidate, expected=None, params=params)

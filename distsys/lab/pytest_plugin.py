@@ -8,6 +8,7 @@ def test_our_lock_survives(prove_lock):
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,21 +20,13 @@ if TYPE_CHECKING:
 @pytest.fixture
 def prove_lock() -> Callable[..., Climb]:
     """`prove_lock(candidate, *, ttl=0.3, upto=None) -> Climb`: climbs the ladder; starts and ends its own servers."""
-
-    def prove(candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
-        return _climb("try_lock", candidate, ttl=ttl, upto=upto)
-
-    return prove
+    return partial(_climb, "try_lock")
 
 
 @pytest.fixture
 def prove_limiter() -> Callable[..., Climb]:
     """`prove_limiter(candidate, *, upto=None) -> Climb`: the same for a limiter of ten requests in any second."""
-
-    def prove(candidate: Any, *, upto: int | None = None) -> Climb:
-        return _climb("try_limiter", candidate, upto=upto)
-
-    return prove
+    return partial(_climb, "try_limiter")
 
 
 def _climb(ladder: str, candidate: Any, **options: Any) -> Climb:

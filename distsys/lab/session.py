@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from distsys.lab import experiments, ladder
-from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, new_prefix
+from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name_of, new_prefix
 from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
@@ -117,7 +117,7 @@ class Lab:
         workload; `keep=False` leaves the verdict out of the summary.
         """
         chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
-        arm = Arm(name=name or _label(candidate), candidate=candidate, expected=expected, point=point, params=params)
+        arm = Arm(name=name or name_of(candidate), candidate=candidate, expected=expected, point=point, params=params)
         verdict = await self.judge(chosen, arm, runs, seed)
         if keep:
             self.verdicts.append(verdict)
@@ -129,12 +129,11 @@ class Lab:
         `ttl` is what the candidate is given, or the TTL it has built in.
         """
         # What counts is the damage: two holders at once are no failure when the account refuses the older one.
-        params = {"account": ladder.ACCOUNT, "ttl": check_ttl(ttl)}
-        return await ladder.climb(self, candidate, ladder.LOCK, upto=upto, params=params)
+        return await ladder.climb(self, candidate, ladder.LOCK, upto, account=ladder.ACCOUNT, ttl=check_ttl(ttl))
 
     async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:
         """The same with a limiter of yours: ten requests in any second, whoever asks."""
-        return await ladder.climb(self, candidate, ladder.LIMITER, upto=upto, params={})
+        return await ladder.climb(self, candidate, ladder.LIMITER, upto)
 
     def summary(self) -> str:
         """A line per verdict so far, in words only: the same on every machine."""
@@ -229,11 +228,8 @@ class Lab:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        running = self.servers.running.values()
-        return table(
-            ("server", "version", "from", "address"),
-            [(s.name, s.version, _ORIGINS[s.origin], _address(s)) for s in running],
-        )
+        rows = [(s.name, s.version, _ORIGINS[s.origin], _address(s)) for s in self.servers.running.values()]
+        return table(("server", "version", "from", "address"), rows)
 
 
 _ORIGINS = {
@@ -246,10 +242,6 @@ _ORIGINS = {
 
 def _address(server: Server) -> str:
     return f"{server.host}:{server.port}" if server.port else server.url.rpartition("@")[2]
-
-
-def _label(candidate: Any) -> str:
-    return getattr(candidate, "__name__", None) or repr(candidate)
 
 
 def _latencies(histories: list[History]) -> dict[str, Any]:
