@@ -14,21 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from distsys.lab.history import Check, Finding, History, Op
-from distsys.lab.spans import (
-    RECOVERIES,
-    Span,
-    at,
-    conflicts,
-    count,
-    holds,
-    is_of,
-    labels,
-    lasting,
-    meetings,
-    named,
-    said,
-    waits,
-)
+from distsys.lab.spans import RECOVERIES, Span, conflicts, count, holds, is_of, lasting, meetings, said, waits
 
 Pairs = list[tuple[Op, Op]]
 TINY = 1e-6  # of a token: what sums of times may be off by
@@ -58,27 +44,22 @@ def all_of(*checks: Check) -> Check:
 
 def mutual_exclusion(history: History) -> Finding:
     """At no moment do two living processes hold the lock (unless both hold it shared)."""
-    held, pairs, label = holds(history), conflicts(history), labels(history)
+    held, pairs = holds(history), conflicts(history)
+    total = count(len(held), "acquisition")
     if pairs:
-        late: dict[int, list[str]] = defaultdict(list)
-        rows = []
+        late, rows = defaultdict[int, set[str]](set), []
         for a, b in pairs:
-            late[id(b)].append(a.process)
+            late[id(b)].add(a.process)
             end = min(a.end, b.end)
-            both = f"{named(a.op, label)}, {named(b.op, label)}"
-            rows.append(
-                (f"{at(history, b.start, '')}-{at(history, end)}", both, f"both held, {lasting(end - b.start)}")
-            )
-        crowd = 1 + max(len(set(others)) for others in late.values())
-        summary = f"{crowd} holders at once, {len(late):,} of {count(len(held), 'acquisition')}"
+            when, who = f"{history.at(b.start, '')}-{history.at(end)}", f"{history.who(a.op)}, {history.who(b.op)}"
+            rows.append((when, who, f"both held, {lasting(end - b.start)}"))
+        summary = f"{1 + max(map(len, late.values()))} holders at once, {len(late):,} of {total}"
         return Finding("VIOLATED", summary, _in_time(span.op for span in pairs[0]), tuple(rows))
     if not held:
         return _unclear(f"nobody acquired the lock, {len(history.where('acquire'))} tried")
     if not (met := waits(history)):
-        return _unclear(f"nobody asked for the lock while another held it, {count(len(held), 'acquisition')}")
-    return Finding(
-        "HELD", f"one holder at a time, {count(len(held), 'acquisition')}, {len(met):,} asked for while held"
-    )
+        return _unclear(f"nobody asked for the lock while another held it, {total}")
+    return Finding("HELD", f"one holder at a time, {total}, {len(met):,} asked for while held")
 
 
 def _based_on(history: History, status: str = "ok") -> list[tuple[Any, Op | None, Op]]:
@@ -117,7 +98,7 @@ def no_lost_update(history: History) -> Finding:
 
     When every process adds an amount of its own, the sum tells whose was lost, even where another's outcome is unknown.
     """
-    based, label = _based_on(history), labels(history)
+    based = _based_on(history)
     sure, maybe = _added(based), _added(_based_on(history, "info"))
     groups: dict[str, list[tuple[Op | None, Op]]] = defaultdict(list)
     for value, source, write in based:
@@ -126,7 +107,7 @@ def no_lost_update(history: History) -> Finding:
     for value, ((source, write), *more) in groups.items():
         for again, over in more:
             what = f"wrote {over.value!r} over {write.process}'s {write.value!r}, both from {value}"
-            rows.append((at(history, over.end), named(over, label), what))
+            rows.append((history.at(over.end), history.who(over), what))
             first, lost = first or _in_time([source, write, again, over]), lost + 1
     initial, final = history.facts.get("initial", 0), history.facts.get("final")
     if isinstance(final, int) and isinstance(initial, int):
@@ -170,8 +151,7 @@ def _token(op: Op) -> int:
 
 
 def _broken(history: History, pairs: Pairs, summary: str, what: str) -> Finding:
-    label = labels(history)
-    rows = [(at(history, b.end), named(b, label), f"{what} {named(a, label)}") for a, b in pairs]
+    rows = [(history.at(b.end), history.who(b), f"{what} {history.who(a)}") for a, b in pairs]
     return Finding("VIOLATED", summary, _in_time(pairs[0]), tuple(rows))
 
 
@@ -221,7 +201,7 @@ def progress(history: History, name: str = "acquire", done: str = "acquired") ->
         return Finding("HELD", f"{done} again {lasting(min(got) - when)} after {what}")
     if any(hold.lease_end is not None and hold.lease_end >= end for hold in held):
         return _unclear(f"the run ended before {hit}'s lease did")
-    rows = tuple((at(history, op.called), op.process, op.detail or "asked in vain") for op in asked)
+    rows = tuple((history.at(op.called), op.process, op.detail or "asked in vain") for op in asked)
     summary = f"nobody {done} in the {lasting(end - when)} after {what}, {len(asked):,} tried"
     return Finding("VIOLATED", summary, _in_time([*(hold.op for hold in held[-1:]), asked[0]]), rows)
 
@@ -243,7 +223,7 @@ def exactly_once(history: History) -> Finding:
         least, most = any(op.status == "ok" for op in ops), any(op.status != "fail" for op in ops)
         if done[key] > most or done[key] + maybe[key] < least:
             should = f"should be {most:d}" if least == most else "should be 0 or 1"
-            when = at(history, ops[0].called) if ops else ""
+            when = history.at(ops[0].called) if ops else ""
             rows.append((when, key, f"applied {count(done[key], 'time')}, {should}"))
             first = first or _in_time(op for op in history if op.name in ("request", "apply") and str(op.value) == key)
     if rows:
@@ -311,7 +291,7 @@ def at_most(*allowances: Allowance, name: str = "admit") -> Check:
         for allowed in allowances:
             excess, seconds, ops = _worst([op for op in asked if op.status == "ok"], allowed)
             if excess > TINY:
-                when = f"{at(history, min(op.called for op in ops), '')}-{at(history, ops[-1].end)}"
+                when = f"{history.at(min(op.called for op in ops), '')}-{history.at(ops[-1].end)}"
                 passed = f"{sum(map(_cost, ops)):,.6g} admitted"
                 row = (when, "", f"{passed}, {math.ceil(excess - TINY):,} too many")
                 summary = f"{passed} within {lasting(seconds)}, allowed: {allowed}"
@@ -359,7 +339,7 @@ def no_needless_refusal(*allowances: Allowance, name: str = "admit") -> Check:
             if all(left >= _cost(op) for _, left, _ in found):
                 before = [one for one in passed if one.end <= op.called and any(_same(one, op, a) for a in allowances)]
                 room = " and ".join(f"{left:,.3g} of {a.tokens:,.6g} left{_of(op, a)}" for a, left, _ in found)
-                rows.append((at(history, op.end), op.process, f"refused with {room}"))
+                rows.append((history.at(op.end), op.process, f"refused with {room}"))
                 counted = [one for *_, ops in found for one in ops]
                 first = first or _in_time([op, *before[-math.ceil(allowances[0].tokens) :], *counted])
         if rows:
@@ -407,5 +387,5 @@ def linearizable_register(history: History, *, bound: int = 1_000_000) -> Findin
                     todo.append(then)
     stuck = min((ops[i] for i in must - deepest[0]), key=lambda op: op.end)
     summary = f"{stuck.process}'s {stuck.name} of {stuck.value!r} fits no order of {total}"
-    row = (at(history, stuck.called), stuck.process, f"{stuck.name} {stuck.value!r}, the value was {deepest[1]}")
+    row = (history.at(stuck.called), stuck.process, f"{stuck.name} {stuck.value!r}, the value was {deepest[1]}")
     return Finding("VIOLATED", summary, _in_time([deepest[2], stuck]), (row,))

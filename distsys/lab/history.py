@@ -7,7 +7,7 @@ processes share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -50,31 +50,48 @@ class History:
     faults: tuple[Fault, ...] = ()
     started: float = 0.0
     ended: float = 0.0
-    facts: dict[str, Any] = field(
-        default_factory=dict
-    )  # what the controller read at the end: {"final": 3, "initial": 0, ...}
+    facts: dict[str, Any] = field(default_factory=dict)  # as read at the end: {"final": 3, "initial": 0, ...}
 
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 
     def where(self, name: str | None = None, *, process: str | None = None, status: Status | None = None) -> list[Op]:
         """The ops that match, by the time of their call."""
-        return [
-            op
-            for op in self.ops
-            if (name is None or op.name == name)
-            and (process is None or op.process == process)
-            and (status is None or op.status == status)
-        ]
+        wanted = {"name": name, "process": process, "status": status}
+        return [op for op in self.ops if all(v is None or v == getattr(op, key) for key, v in wanted.items())]
 
     @cached_property
     def end(self) -> float:
         """The last moment known: an op without an answer is open until here."""
         return max([self.started, self.ended, *(op.end for op in self.ops), *(f.at for f in self.faults)])
 
+    def until(self, op: Op) -> float:
+        """When its answer came: an op without one is open to the end."""
+        return self.end if op.returned is None else op.returned
+
     @property
     def processes(self) -> list[str]:
         return sorted({op.process for op in self.ops} | {f.target for f in self.faults if f.target.startswith("w")})
+
+    # ---- in words
+
+    def at(self, t: float, unit: str = " s") -> str:
+        """A moment as the reader sees it: seconds since the start, as fine as the run is short."""
+        length = self.end - self.started
+        return f"{max(0.0, t - self.started):.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
+
+    @cached_property
+    def labels(self) -> dict[int | None, str]:
+        """Fencing tokens have 16 digits, and only their order matters: the smallest in this history is #1."""
+        return {token: f"#{n}" for n, token in enumerate(sorted({op.token for op in self if op.token is not None}), 1)}
+
+    def label(self, op: Op) -> str:
+        """Of its token; empty without one."""
+        return self.labels.get(op.token, "")
+
+    def who(self, op: Op) -> str:
+        """Its process and its token: "w1 (#2)"."""
+        return f"{op.process} ({self.label(op)})" if op.token is not None else op.process
 
 
 class Recorder:
@@ -85,18 +102,15 @@ class Recorder:
         self._done: list[Op] = []
         self._faults: list[Fault] = []
 
-    def event(self, process: str, event: dict[str, Any]) -> Op | None:
-        """One event as a worker sent it; returns the op it completed, if any."""
+    def event(self, process: str, event: dict[str, Any]) -> None:
+        """One event as a worker sent it."""
         key = (event.get("task") or process, event["id"])
         if event["e"] == "call":
-            self._open[key] = Op(
-                key[0], event["name"], "info", event["t"], None, event.get("value"), event.get("token")
-            )
-            return None
-        op = replace(self._open.pop(key), status=event["e"], returned=event["t"], detail=event.get("detail", ""))
-        op = replace(op, value=event.get("value", op.value), token=event.get("token", op.token))
-        self._done.append(op)
-        return op
+            value, token = event.get("value"), event.get("token")
+            self._open[key] = Op(key[0], event["name"], "info", event["t"], None, value, token)
+        else:
+            told = {name: event[name] for name in ("detail", "value", "token") if name in event}
+            self._done.append(replace(self._open.pop(key), status=event["e"], returned=event["t"], **told))
 
     def fault(self, at: float, kind: str, target: str, detail: str = "") -> None:
         self._faults.append(Fault(at, kind, target, detail))
@@ -117,7 +131,3 @@ class Finding:
     summary: str  # one line: "2 holders at once, 2 of 40 acquisitions"
     witness: tuple[Op, ...] = ()  # the counterexample: the ops that together break the promise, in order of time
     violations: tuple[tuple[str, ...], ...] = ()  # rows for the table under the story
-
-
-def first(items: Iterable[Op]) -> Op | None:
-    return next(iter(items), None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from distsys.lab.history import History, Op
@@ -32,34 +32,35 @@ def holds(history: History) -> list[Span]:
     lost the lock held until it was stopped. Values may say more: "acquire" {"ttl": 2.0, "lock": "a",
     "shared": True}, "release" {"lock": "a"} where there are several locks, "extend" 2.0 (its new ttl).
     """
-    by_process: dict[str, list[Op]] = defaultdict(list)
-    for op in history:
-        by_process[op.process].append(op)
     found = []
-    for process, ops in by_process.items():
-        deaths = [f.at for f in history.faults if f.kind in DEATHS and is_of(process, f.target)]
+    for process in dict.fromkeys(op.process for op in history):
+        ops = history.where(process=process)
         for i, op in enumerate(ops):
-            if op.name != "acquire" or op.status != "ok":
-                continue
-            end = min((t for t in deaths if t >= op.end), default=history.end)
-            lease = op.end + ttl if (ttl := _ttl(op)) is not None else None
-            for j in range(i + 1, len(ops)):
-                before, later = ops[j - 1], ops[j]
-                if later.called >= end:
-                    break
-                if later.called < op.end:
-                    continue
-                if later.name == "extend" and later.status == "ok" and (ttl := _ttl(later)) is not None:
-                    lease = later.end + ttl
-                again = later.name == "acquire" and later.status == "ok"
-                if (again or later.name in ("release", "lost")) and said(later, "lock") in (None, said(op, "lock")):
-                    end = later.end if again else later.called
-                    told = later.name == "lost" or (later.name == "release" and later.status != "ok")
-                    stops = [f.at for f in history.faults if f.kind == "stopped" and is_of(process, f.target)]
-                    end = min((t for t in stops if told and before.end <= t < end), default=end)
-                    break
-            found.append(Span(process, op.end, max(end, op.end), op, lease_end=lease))
+            if op.name == "acquire" and op.status == "ok":
+                found.append(_hold(history, op, ops[i:]))
     return sorted(found, key=lambda span: span.start)
+
+
+def _hold(history: History, op: Op, ops: list[Op]) -> Span:
+    """The hold that begins with the first of these ops of its process."""
+    faults = [f for f in history.faults if is_of(op.process, f.target)]
+    end = min((f.at for f in faults if f.kind in DEATHS and f.at >= op.end), default=history.end)
+    ttl = _ttl(op)
+    lease = None if ttl is None else op.end + ttl
+    for before, later in pairwise(ops):
+        if later.called >= end:
+            break
+        if later.called < op.end:
+            continue
+        if later.name == "extend" and later.status == "ok" and (ttl := _ttl(later)) is not None:
+            lease = later.end + ttl
+        again = later.name == "acquire" and later.status == "ok"
+        if (again or later.name in ("release", "lost")) and said(later, "lock") in (None, said(op, "lock")):
+            end = later.end if again else later.called
+            if later.name == "lost" or (later.name == "release" and later.status != "ok"):
+                end = min((f.at for f in faults if f.kind == "stopped" and before.end <= f.at < end), default=end)
+            break
+    return Span(op.process, op.end, max(end, op.end), op, lease_end=lease)
 
 
 def meetings(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
@@ -93,10 +94,8 @@ def expired(history: History) -> list[Span]:
 
 def waits(history: History) -> list[Op]:
     """The acquisitions asked for while another process held the lock: where there are none, no lock was tested."""
-    asking = [
-        Span(op.process, op.called, history.end if op.returned is None else op.returned, op, held=False)
-        for op in history.where("acquire")
-    ]
+    asked = history.where("acquire")
+    asking = [Span(op.process, op.called, history.until(op), op, held=False) for op in asked]
     met = {
         id(span.op): span.op
         for a, b in meetings([*holds(history), *asking])
@@ -130,15 +129,6 @@ def _ttl(op: Op) -> float | None:
     return float(ttl) if isinstance(ttl, (int, float)) else None
 
 
-# --- Words
-
-
-def at(history: History, t: float, unit: str = " s") -> str:
-    """A moment as the reader sees it: seconds since the start, as fine as the run is short."""
-    length = history.end - history.started
-    return f"{max(0.0, t - history.started):.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
-
-
 def lasting(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
@@ -147,12 +137,3 @@ def lasting(seconds: float) -> str:
 
 def count(n: int, noun: str, plural: str = "") -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
-
-
-def labels(history: History) -> dict[int | None, str]:
-    """Fencing tokens have 16 digits, and only their order matters: the smallest in this history is #1."""
-    return {token: f"#{n}" for n, token in enumerate(sorted({op.token for op in history if op.token is not None}), 1)}
-
-
-def named(op: Op, label: dict[int | None, str]) -> str:
-    return f"{op.process} ({label[op.token]})" if op.token is not None else op.process

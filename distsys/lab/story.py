@@ -3,21 +3,7 @@
 from __future__ import annotations
 
 from distsys.lab.history import Fault, Finding, History, Op
-from distsys.lab.spans import (
-    DEATHS,
-    RECOVERIES,
-    Span,
-    at,
-    conflicts,
-    count,
-    expired,
-    holds,
-    is_of,
-    labels,
-    lasting,
-    pauses,
-    waits,
-)
+from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, lasting, pauses, waits
 
 LIMIT = 5
 WORDS = {"stopped": "paused", "held": "held back"}  # for a fault's kind, of a process
@@ -58,11 +44,8 @@ def _late_releases(history: History, finding: Finding) -> list[Op]:
     if len(spans) < 2 or finding.status != "VIOLATED":
         return []
     first, second = spans[:2]
-    return [
-        op
-        for op in history.where("release")
-        if op.process not in (first.process, second.process) and first.start < op.end < second.start
-    ][-1:]
+    others = [op for op in history.where("release") if op.process not in (first.process, second.process)]
+    return [op for op in others if first.start < op.end < second.start][-1:]
 
 
 def _key_writes(history: History, finding: Finding) -> list[Op]:
@@ -78,59 +61,54 @@ def _key_writes(history: History, finding: Finding) -> list[Op]:
 
 
 def _counterexample(history: History, finding: Finding) -> list[str]:
-    label, spans, acts = labels(history), involved(history, finding), {op.process for op in finding.witness}
-    times = [t for op in finding.witness for t in (op.called, history.end if op.returned is None else op.returned)]
-    times += [hold.start for hold in spans]
+    at, spans, witness = history.at, involved(history, finding), finding.witness
+    acts, clashes, late = {op.process for op in witness}, conflicts(history), expired(history)
+    times = [t for op in witness for t in (op.called, history.until(op))] + [hold.start for hold in spans]
     begin, until = min(times, default=history.started), max(times, default=history.end)
-    clashes, late = conflicts(history), expired(history)
     told: list[tuple[float, int, str]] = []  # when, how dispensable, the sentence
+
+    def tell(when: float, rank: int, sentence: str) -> None:
+        told.append((when, rank, sentence))
+
     for hold in spans:
-        token = f" ({'token ' if hold is spans[0] else ''}{label[hold.op.token]})" if hold.op.token is not None else ""
+        label = history.label(hold.op)
+        token = f" ({'token ' if hold is spans[0] else ''}{label})" if label else ""
         other = next((a.process for a, b in clashes if b == hold), None)
         still = f" while {other} still held the lock" if other else ""
-        told.append((hold.start, 0, f"t={at(history, hold.start)}: {hold.process} acquired{token}{still}."))
+        tell(hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}.")
         if hold.lease_end is not None and hold in late:
             kept = [k for who, k, a, b in pauses(history) if is_of(hold.process, who) and a <= hold.lease_end < b]
             why = f" while it was {WORDS[kept[0]]}" if kept else ""
-            told.append((hold.lease_end, 0, f"{hold.process}'s lease ended at {at(history, hold.lease_end)}{why}."))
+            tell(hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}.")
     for who, kind, a, b in pauses(history):
         if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
-            told.append((a, 2, f"{who} was {WORDS[kind]} at {at(history, a)}, for {lasting(b - a)}."))
+            tell(a, 2, f"{who} was {WORDS[kind]} at {at(a)}, for {lasting(b - a)}.")
     for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
-        told.append((fault.at, 1 + n, f"t={at(history, fault.at)}: {what(fault)}."))
-    told += _admissions(history, finding)
-    for op in finding.witness:
-        if op.name == "read":
-            told.append((op.end, 3, f"{op.process} read {op.value!r} at {at(history, op.end)}."))
-        elif op.name == "acquire" and op.status != "ok":
-            end = history.end if op.returned is None else op.returned
-            how = "was refused" if op.status == "fail" else "still had no answer"
-            told.append((end, 0, f"{op.process} asked at {at(history, op.called)} and {how} at {at(history, end)}."))
-    told += [(op.end, 0, text) for op, text in _writes(history, finding, spans)]
-    for op in _late_releases(history, finding):
-        told.append(
-            (op.end, 0, f"{op.process}'s release came at {at(history, op.end)}, while {spans[0].process} held.")
-        )
-    for one, two in clashes[:1]:
-        if one.op in finding.witness and two.op in finding.witness:
-            end = min(one.end, two.end)
-            told.append((end, 3, f"For {lasting(end - two.start)}, until {at(history, end)}, both were inside."))
-    best = sorted(told, key=lambda item: (item[1], item[0]))[:LIMIT]
-    return [text for *_, text in sorted(best)]
-
-
-def _admissions(history: History, finding: Finding) -> list[tuple[float, int, str]]:
-    """Who was admitted how often, and the refusal that was needless."""
-    told, ops = list[tuple[float, int, str]](), [op for op in finding.witness if op.name == "admit"]
-    for process, status in dict.fromkeys((op.process, op.status) for op in ops):
-        row = [op for op in ops if (op.process, op.status) == (process, status)]
-        first, last = at(history, row[0].called, ""), at(history, row[-1].end)
+        tell(fault.at, 1 + n, f"t={at(fault.at)}: {what(fault)}.")
+    for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
+        row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
+        first, last = at(row[0].called, ""), at(row[-1].end)
         when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
         if status == "fail":
-            told.append((row[-1].end, 0, f"{process} was {refusal(finding)} at {last}."))
+            tell(row[-1].end, 0, f"{process} was {refusal(finding)} at {last}.")
         else:
-            told.append((row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."))
-    return told
+            tell(row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}.")
+    for op in witness:
+        if op.name == "read":
+            tell(op.end, 3, f"{op.process} read {op.value!r} at {at(op.end)}.")
+        elif op.name == "acquire" and op.status != "ok":
+            end, how = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
+            tell(end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}.")
+    for op, text in _writes(history, finding, spans):
+        tell(op.end, 0, text)
+    for op in _late_releases(history, finding):
+        tell(op.end, 0, f"{op.process}'s release came at {at(op.end)}, while {spans[0].process} held.")
+    for one, two in clashes[:1]:
+        if one.op in witness and two.op in witness:
+            end = min(one.end, two.end)
+            tell(end, 3, f"For {lasting(end - two.start)}, until {at(end)}, both were inside.")
+    best = sorted(told, key=lambda item: (item[1], item[0]))[:LIMIT]
+    return [text for *_, text in sorted(best)]
 
 
 def refusal(finding: Finding) -> str:
@@ -145,7 +123,7 @@ def _tally(asked: list[Op], history: History) -> str:
     for process in sorted({op.process for op in asked})[:LIMIT]:
         mine = [op for op in asked if op.process == process]
         passed = [op for op in mine if op.status == "ok"]
-        last = f", last at {at(history, passed[-1].end)}" if passed else ""
+        last = f", last at {history.at(passed[-1].end)}" if passed else ""
         told.append(f"{process} {len(passed):,} of {count(len(mine), 'time')}{last}")
     return "; ".join(told).replace(" ", " was admitted ", 1) + "."
 
@@ -158,7 +136,7 @@ def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple
         before = [w for w in done if w.process != op.process and w.end < op.end]
         over = before[-1] if before and op is told[-1] and len(told) > 1 else None
         late = any(s.process == op.process and s.lease_end is not None and s.lease_end < op.called for s in spans)
-        text = f"{op.process} {'still ' if late else ''}wrote {op.value!r} at {at(history, op.end)}"
+        text = f"{op.process} {'still ' if late else ''}wrote {op.value!r} at {history.at(op.end)}"
         if over:
             newer = over.token is not None and op.token is not None and op.token < over.token
             text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
@@ -173,7 +151,7 @@ def _other_faults(history: History) -> list[Fault]:
 
 
 def _overview(history: History, finding: Finding) -> list[str]:
-    held, asked, met, label = holds(history), history.where("acquire"), waits(history), labels(history)
+    at, held, asked, met = history.at, holds(history), history.where("acquire"), waits(history)
     told = ["The danger was not reached, so this shows nothing either way."] if finding.status == "INCONCLUSIVE" else []
     if held:
         who = count(len({hold.process for hold in held}), "process", "processes")
@@ -196,17 +174,17 @@ def _overview(history: History, finding: Finding) -> list[str]:
     kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
     for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
         lock = " while it held the lock" if inside else ""
-        told.append(f"{process} was {WORDS[kind]} at {at(history, a)} for {lasting(b - a)}{lock}{_next(held, a)}.")
+        told.append(f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}.")
     ends = {hold.end: hold.lease_end for hold in expired(history)}
     for fault in _other_faults(history)[:2]:
         lease = ends.get(fault.at) if fault.kind in DEATHS else None
-        until = "" if lease is None else f", its lease ran until {at(history, lease)}"
-        told.append(f"t={at(history, fault.at)}: {what(fault)}{until}{_next(held, fault.at)}.")
+        until = "" if lease is None else f", its lease ran until {at(lease)}"
+        told.append(f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}.")
     for op in history.where("write", status="fail")[:1]:
-        token = f" under {label[op.token]}" if op.token is not None else ""
-        told.append(f"{op.process}'s write of {op.value!r}{token} was refused at {at(history, op.end)}.")
+        token = f" under {history.label(op)}" if op.token is not None else ""
+        told.append(f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}.")
     lost = history.where("lost")[:1]
-    told += [f"{op.process} was told at {at(history, op.called)} that its lease was over." for op in lost]
+    told += [f"{op.process} was told at {at(op.called)} that its lease was over." for op in lost]
     if "final" in history.facts and (sure := history.where("write", status="ok")):
         first, last = history.facts.get("initial", 0), history.facts["final"]
         told.append(f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}.")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distsys.lab.history import Fault, Finding, History, Op
-from distsys.lab.spans import DEATHS, RECOVERIES, conflicts, expired, is_of, labels, pauses
+from distsys.lab.spans import DEATHS, RECOVERIES, conflicts, expired, is_of, pauses
 from distsys.lab.story import WORDS, key_ops, refusal, what
 from distsys.lab.svg import MARGIN, WIDTH, box, cross, cut, document, hollow_cross, path, put, width_of
 from distsys.lab.view import LIMIT, View, view
@@ -84,7 +84,7 @@ class _Picture:
     def _waits(self) -> None:
         v = self.v
         for op in [op for op in self.history.where("acquire") if op.process in self.lane][: 2 * LIMIT]:
-            end, y = self.history.end if op.returned is None else op.returned, self.lane[op.process] + 4 + BAR / 2
+            end, y = self.history.until(op), self.lane[op.process] + 4 + BAR / 2
             if v.shows(op.called, end) and v.x(end) - v.x(op.called) > 3:
                 self.line(f"M{v.x(op.called):.1f} {y}H{v.x(end):.1f}", "w")
                 self.icons["waiting"] = path("M-10 0H10", "w"), 20
@@ -112,7 +112,7 @@ class _Picture:
         v = self.v
         for (name, y), status in product(self.lane.items(), ("ok", "fail")):
             ops = [op for op in self.history.where("admit", process=name) if op.status == status]
-            for x0, x1, n in _clusters(sorted(v.x(op.end) for op in ops if v.shows(op.end, op.end)), 30.0):
+            for x0, x1, n in _merged(((v.x(op.end), v.x(op.end)) for op in ops if v.shows(op.end, op.end)), 30.0):
                 text = f"{n:,}" if n > 1 else ""
                 x, css = (x1 + 6, "i z") if x1 + 6 + width_of(text, 11) < WIDTH - MARGIN else (x0 - 6, "i e z")
                 if status == "ok":
@@ -125,40 +125,40 @@ class _Picture:
             text = "".join(row[-1] for row in self.finding.violations[:1])
             if refused := [op for op in witness if op.status == "fail"]:
                 text, witness = refusal(self.finding), refused
-            x0, x1 = v.x(min(op.end for op in witness)), v.x(max(op.end for op in witness))
-            half = (width_of(text, 11, bold=True) + 16) / 2
-            x = min(max((x0 + x1) / 2, v.left + half), WIDTH - MARGIN - half)
-            self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v")
-            self.out += [cross(x - half + 4, self.top - 12, "q"), put(x + 7, self.top - 8, text, "i m b r z")]
+            self._bracket(v.x(min(op.end for op in witness)), v.x(max(op.end for op in witness)), text, bad=True)
+
+    def _bracket(self, x0: float, x1: float, text: str, *, bad: bool, after: float = 0.0) -> float:
+        """Over the lanes, from x0 to x1; with the text if it begins `after`. Where what is written ends."""
+        half = (width_of(text, 11, bold=True) + 16) / 2
+        x = min(max((x0 + x1) / 2, self.v.left + half), WIDTH - MARGIN - half)
+        self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v" if bad else "l u")
+        if x - half <= after:
+            return after
+        self.out.append(cross(x - half + 4, self.top - 12, "q") if bad else "")
+        self.out.append(put(x + 7, self.top - 8, text, "i m b r z" if bad else "i m z"))
+        return x + half
 
     def _clashes(self) -> None:
         """The stretches with two holders, hatched in both lanes; red where that breaks the promise."""
-        v, said_until, bad = self.v, 0.0, self.finding.status == "VIOLATED"
+        v, written, bad = self.v, 0.0, self.finding.status == "VIOLATED"
         both = [(b.start, min(a.end, b.end), {a.process, b.process}) for a, b in self.clashes]
         for process in dict.fromkeys(span.process for pair in self.clashes for span in pair):
-            for start, end in _union((a, b) for a, b, who in both if process in who):
-                x = v.x(start)
-                self.out.append(box(x, self.lane[process] + 4, max(4, v.x(end) - x), BAR, "x" if bad else "o"))
-                self.icons["two hold at once"] = box(-9, -6, 18, 12, "x" if bad else "o"), 18
-        for start, end in _union((a, b) for a, b, _ in both):
+            for start, end, _ in _merged((a, b) for a, b, who in both if process in who):
+                x, css = v.x(start), "x" if bad else "o"
+                self.out.append(box(x, self.lane[process] + 4, max(4, v.x(end) - x), BAR, css))
+                self.icons["two hold at once"] = box(-9, -6, 18, 12, css), 18
+        for start, end, _ in _merged((a, b) for a, b, _ in both):
             begun = [b.start for _, b in self.clashes if start <= b.start <= end]
             crowd = max(len({s.process for s in v.bars if s.start <= t < s.end}) for t in begun)
-            x0, x1, text = v.x(start), v.x(end), f"{max(2, crowd)} holders"
-            half = (width_of(text, 11, bold=True) + 16) / 2
-            x = min(max((x0 + x1) / 2, v.left + half), WIDTH - MARGIN - half)
-            self.line(f"M{x0:.1f} {self.top + 2}v-5H{max(x1, x0 + 4):.1f}v5", "v" if bad else "l u")
-            if x - half > said_until:
-                self.out.append(cross(x - half + 4, self.top - 12, "q") if bad else "")
-                self.out.append(put(x + 7, self.top - 8, text, "i m b r z" if bad else "i m z"))
-                said_until = x + half
+            written = self._bracket(v.x(start), v.x(end), f"{max(2, crowd)} holders", bad=bad, after=written)
 
     def _tokens(self) -> None:
         """In their bar, or beside it if that place is free."""
-        v, label, clashing = self.v, labels(self.history), [bar for pair in self.clashes for bar in pair]
+        v, clashing = self.v, [bar for pair in self.clashes for bar in pair]
         for n, bar in enumerate(v.bars):
             if bar.op.token is None:
                 continue
-            text, x0, x1, y = label[bar.op.token], v.x(bar.start), v.x(bar.end), self.lane[bar.process] + 17
+            text, x0, x1, y = self.history.label(bar.op), v.x(bar.start), v.x(bar.end), self.lane[bar.process] + 17
             wide = width_of(text, 11, bold=True)
             follows = next((v.x(other.start) for other in v.bars[n + 1 :] if other.process == bar.process), WIDTH - 6)
             if x1 - x0 > wide + 4:
@@ -200,10 +200,8 @@ class _Picture:
         """What was done inside: a tick and a letter each, with the value if it is part of the counterexample."""
         v, taken = self.v, {name: list[tuple[float, float]]() for name in self.lane}
         told = [*self.finding.witness, *key_ops(self.history, self.finding)]
-        ops = [
-            op for op in self.history if op.process in self.lane and v.shows(op.end, op.end) and op.name != "acquire"
-        ]
-        ops = [op for op in ops if op.name != "release" or op in told]
+        ops = [op for op in self.history if op.process in self.lane and v.shows(op.end, op.end)]
+        ops = [op for op in ops if op.name not in ("acquire", "release") or (op.name == "release" and op in told)]
         ops = [op for op in ops if op.name != "admit" or op.status == "info"]
         for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, op.name == "read"))[:MARKS]:
             refused, key = op.status == "fail", op.status == "fail" or op in told
@@ -239,24 +237,15 @@ class _Picture:
         self.bottom = y + 8
 
 
-def _clusters(places: list[float], gap: float) -> list[tuple[float, float, int]]:
-    """(from, to, how many): those that are nearer to each other than the gap."""
+def _merged(parts: Iterable[tuple[float, float]], gap: float = 0.0) -> list[tuple[float, float, int]]:
+    """(from, to, how many): those that overlap, or are no farther from each other than the gap, as one."""
     done: list[tuple[float, float, int]] = []
-    for x in places:
-        if done and x - done[-1][1] < gap:
-            done[-1] = done[-1][0], x, done[-1][2] + 1
-        else:
-            done.append((x, x, 1))
-    return done
-
-
-def _union(parts: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    done: list[tuple[float, float]] = []
     for start, end in sorted(parts):
-        if done and start <= done[-1][1]:
-            done[-1] = done[-1][0], max(end, done[-1][1])
+        if done and start - done[-1][1] <= gap:
+            first, last, n = done[-1]
+            done[-1] = first, max(end, last), n + 1
         else:
-            done.append((start, end))
+            done.append((start, end, 1))
     return done
 
 
@@ -264,28 +253,28 @@ def figure(history: History, finding: Finding) -> Figure:
     """The same as a matplotlib Figure, without pyplot."""
     from matplotlib.figure import Figure
 
-    v, label = view(history, finding), labels(history)
+    v, zero = view(history, finding), history.started
     fig = Figure(figsize=(8, 1.2 + 0.5 * len(v.lanes)), layout="constrained")
     axes = fig.subplots()
     row = {name: -n for n, name in enumerate(v.lanes)}
+
+    def bar(name: str, start: float, end: float, height: float, **style: Any) -> None:
+        axes.broken_barh([(start - zero, end - start)], (row[name] - height / 2, height), **style)
+
     for who, _, a, b in pauses(history):
         for name in (name for name in v.lanes if is_of(name, who)):
-            axes.broken_barh(
-                [(a - history.started, b - a)], (row[name] - 0.45, 0.9), fc="#eeeeee", hatch="//", ec="#aaaaaa"
-            )
-    for bar in v.bars:
-        start = bar.start - history.started
-        axes.broken_barh([(start, bar.end - bar.start)], (row[bar.process] - 0.3, 0.6), fc="#cfe2f6", ec="#3a6ea5")
-        axes.text(start, row[bar.process], f" {label.get(bar.op.token, '')}", va="center", clip_on=True)
+            bar(name, a, b, 0.9, fc="#eeeeee", hatch="//", ec="#aaaaaa")
+    for span in v.bars:
+        bar(span.process, span.start, span.end, 0.6, fc="#cfe2f6", ec="#3a6ea5")
+        axes.text(span.start - zero, row[span.process], f" {history.label(span.op)}", va="center", clip_on=True)
     for one, two in conflicts(history):
         for name in {one.process, two.process} & row.keys():
-            part = (two.start - history.started, min(one.end, two.end) - two.start)
-            axes.broken_barh([part], (row[name] - 0.3, 0.6), fc="#fbd5d5", ec="#b3121d", hatch="xx")
+            bar(name, two.start, min(one.end, two.end), 0.6, fc="#fbd5d5", ec="#b3121d", hatch="xx")
     for op in history.where("admit"):
         if op.process in row:
-            axes.plot(op.end - history.started, row[op.process], "|" if op.status == "ok" else "x", color="#3a6ea5")
+            axes.plot(op.end - zero, row[op.process], "|" if op.status == "ok" else "x", color="#3a6ea5")
     for fault in history.faults:
-        axes.axvline(fault.at - history.started, color="#57606a", lw=0.8, ls=":")
+        axes.axvline(fault.at - zero, color="#57606a", lw=0.8, ls=":")
     axes.set(yticks=list(row.values()), yticklabels=list(row), xlabel="seconds", title=finding.summary)
-    axes.set_xlim(v.t0 - history.started, v.t1 - history.started)
+    axes.set_xlim(v.t0 - zero, v.t1 - zero)
     return fig

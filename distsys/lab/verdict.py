@@ -108,47 +108,42 @@ class Verdict:
 
     def svg(self) -> str:
         """The card: badge, timeline and story in one picture."""
-        out, y, wide = [], 14.0, WIDTH - 2 * MARGIN
+        out, y, colour = list[str](), 14.0, COLOUR[self.status]
+
+        def flow(text: str, step: float, css: str, *, x: float = MARGIN, size: float = 13, lines: int = 2,
+                 lift: float = 0.0, style: str = "") -> None:  # fmt: skip
+            """Writes a text from `x` to the margin, each line a `step` below the last one."""
+            nonlocal y
+            for line in wrap(text, WIDTH - MARGIN - x, size, lines=lines, bold=css == "b"):
+                y += step
+                out.append(put(x, y - lift, line, css, style))
+
         if not self.as_expected:
             out += [f'<path d="M0 0H{WIDTH}V32H0Z" fill="{ALARM}"/>', put(MARGIN, 21, self._alarm(), "b")]
             y += 32
-        for line in wrap(self.title, wide, 16, lines=2, bold=True):
-            y += 20
-            out.append(put(MARGIN, y - 4, line, "b", "font-size:16px"))
-        for line in wrap(self.claim, wide, lines=2):
-            y += 18
-            out.append(put(MARGIN, y - 2, line, "s", "font-size:13px"))
+        flow(self.title, 20, "b", size=16, lift=4, style="font-size:16px")
+        flow(self.claim, 18, "s", lift=2, style="font-size:13px")
         y += 12
         pill = width_of(self.status, 14, bold=True) + 40
-        colour = COLOUR[self.status]
         out.append(f'<g fill="{colour}">{box(MARGIN, y, pill, 28, "", 5)}</g>')
         sign = f'<path d="{ICON[self.status]}" fill="none" stroke="{PAPER}" stroke-width="2.5"/>'
         out.append(f'<g transform="translate({MARGIN + 11} {y + 9.5})">{sign}</g>' if ICON[self.status] else "")
-        white = f"font-size:14px;fill:{PAPER}"
-        out.append(put(MARGIN + 11, y + 19, "" if ICON[self.status] else "?", "b", white))
-        out.append(put(MARGIN + 30, y + 19, self.status, "b", white))
-        x = MARGIN + pill + 10
-        for line in wrap(self.headline, WIDTH - MARGIN - x, 14, lines=3, bold=True):
-            out.append(put(x, y + 19, line, "b", f"font-size:14px;fill:{colour}"))
-            y += 20
+        for x, text in ((11, "" if ICON[self.status] else "?"), (30, self.status)):
+            out.append(put(MARGIN + x, y + 19, text, "b", f"font-size:14px;fill:{PAPER}"))
+        right = MARGIN + pill + 10
+        flow(self.headline, 20, "b", x=right, size=14, lines=3, lift=1, style=f"font-size:14px;fill:{colour}")
         small = [f"expected: {self.expected.lower()}"] if self.expected and self.as_expected else []
         small += [self.summary] if self.status == "HELD" else []
-        for line in wrap(" · ".join(small), WIDTH - MARGIN - x, 11, lines=2):
-            y += 15
-            out.append(put(x, y, line, "s"))
+        flow(" · ".join(small), 15, "s", x=right, size=11)
         y += 24
         body, height = timeline(self.history, self.finding)
         out.append(f'<g transform="translate(0 {y:.0f})">{body}</g>')
         y += height + 6
         for sentence in self.story():
-            for n, line in enumerate(wrap(sentence, wide - 14, lines=2)):
-                y += 19
-                out += [] if n else [f'<circle cx="{MARGIN + 3}" cy="{y - 4.5}" r="2.5" fill="{colour}"/>']
-                out.append(put(MARGIN + 14, y, line))
+            out.append(f'<circle cx="{MARGIN + 3}" cy="{y + 14.5}" r="2.5" fill="{colour}"/>')
+            flow(sentence, 19, "", x=MARGIN + 14)
         facts = [count(self.runs, "run"), f"seed {self.seed}", *dict.fromkeys(self.servers.values())]
-        for line in wrap(" · ".join(facts), wide, 11, lines=2):
-            y += 20
-            out.append(put(MARGIN, y + 4, line, "s"))
+        flow(" · ".join(facts), 20, "s", size=11, lift=-4)
         y += 18
         edge = f'stroke="{LINE}"' if self.as_expected else f'stroke="{RED}" stroke-width="5"'
         frame = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1:.0f}" fill="none" {edge}/>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from distsys.lab.history import Finding, History
-from distsys.lab.spans import Span, at, conflicts, count, expired, holds, is_of, pauses
+from distsys.lab.spans import Span, conflicts, count, expired, holds, is_of, pauses
 from distsys.lab.story import involved
 from distsys.lab.svg import MARGIN, WIDTH, width_of
 
@@ -49,8 +49,8 @@ def view(history: History, finding: Finding) -> View:
     more = [f"+{count(len(bars) - len(shown), 'more acquisition')}"] if len(bars) > len(shown) else []
     more += [f"+{count(len(names) - LANES, 'more process', 'more processes')}"] if len(names) > LANES else []
     if (low, high) != (t0, t1):
-        part = f"{at(history, low, '')} to {at(history, high)} of {at(history, history.end)}"
-        more.append(f"zoomed on {part}" if witness else f"the first {at(history, high)} of {at(history, history.end)}")
+        part = f"{history.at(low, '')} to {history.at(high)} of {history.at(history.end)}"
+        more.append(f"zoomed on {part}" if witness else f"the first {history.at(high)} of {history.at(history.end)}")
     left = MARGIN + min(140.0, max([24.0, *(width_of(name, bold=True) for name in lanes)])) + 12
     return View(low, max(high, low + 1e-6), shown, lanes, more, left)
 
@@ -58,7 +58,7 @@ def view(history: History, finding: Finding) -> View:
 def _zoom(history: History, finding: Finding, t0: float, t1: float) -> tuple[float, float]:
     """From the first act of the counterexample to its last; closer where what matters would be a sliver."""
     spans, acts = involved(history, finding), {op.process for op in finding.witness}
-    times = [t for op in finding.witness for t in (op.called, history.end if op.returned is None else op.returned)]
+    times = [t for op in finding.witness for t in (op.called, history.until(op))]
     times += [min(a.end, b.end) for a, b in conflicts(history) if a in spans and b in spans and a.op in finding.witness]
     low, high = min(times), max(times)
     for who, _, a, b in pauses(history):

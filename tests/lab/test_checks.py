@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distsys.lab import checks
 from distsys.lab.checks import Allowance
 from distsys.lab.history import Check, Fault, Finding, History, Op
-from distsys.lab.spans import holds, labels
+from distsys.lab.spans import holds
 from tests.lab.histories import anything, history, op, section
 
 at_most_2 = checks.at_most(Allowance(2, window_seconds=1.0))
@@ -311,7 +311,7 @@ def test_all_of_reports_the_first_broken_promise_then_the_first_untested_one() -
 
 def test_tokens_are_shown_by_their_order() -> None:
     """Sixteen digits become #1 and #2."""
-    assert labels(RISING) == {10**15: "#1", 10**15 + 1: "#2"}
+    assert RISING.labels == {10**15: "#1", 10**15 + 1: "#2"}
 
 
 def test_a_hold_ends_with_the_next_grant_and_only_by_what_came_after_it() -> None:
