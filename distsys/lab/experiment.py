@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 from distsys.lab.history import Check, History, Recorder
@@ -79,17 +79,13 @@ class Actor:
         self.ended: Signal = (name, "ended", "")
         self.crash = ""
 
-    def did(self, op: str, task: str = "") -> Signal:
-        return (task or self.name, "did", op)
+    def _said(self, what: str, op: str, task: str = "") -> Signal:
+        return (task or self.name, what, op)
 
-    def failed(self, op: str, task: str = "") -> Signal:
-        return (task or self.name, "failed", op)
-
-    def broke(self, op: str, task: str = "") -> Signal:
-        return (task or self.name, "broke", op)
-
-    def waiting(self, op: str, task: str = "") -> Signal:
-        return (task or self.name, "waiting", op)
+    did = partialmethod(_said, "did")
+    failed = partialmethod(_said, "failed")
+    broke = partialmethod(_said, "broke")
+    waiting = partialmethod(_said, "waiting")
 
     def at(self, point: str) -> Signal:
         return (self.name, "at", point)
@@ -109,7 +105,7 @@ class Actor:
 
     def go(self, *, hold: str = "", stop: str = "", kill: str = "", block: str = "") -> None:
         """Lets the worker start; at the named point it holds, stops (SIGSTOP), is killed, or blocks its loop."""
-        for action, point in (("hold", hold), ("stop", stop), ("kill", kill), ("block", block)):
+        for action, point in {"hold": hold, "stop": stop, "kill": kill, "block": block}.items():
             if point:
                 self.send(do="arm", point=point, action=action)
         self.send(do="go")
@@ -159,8 +155,9 @@ class Run:
 
     def __init__(self, lab: Lab, experiment: Experiment, arm: Arm, seed: int, number: int) -> None:
         self.lab, self.experiment, self.arm, self.seed, self.number = lab, experiment, arm, seed, number
-        self.ttl: float = {**experiment.params, **arm.params}.get("ttl", experiment.ttl)
-        self.virtual = {**experiment.params, **arm.params}.get("clock") == "virtual"
+        self.params = {**experiment.params, **arm.params}
+        self.ttl: float = self.params.pop("ttl", experiment.ttl)
+        self.virtual = self.params.get("clock") == "virtual"
         self.time = 0.0  # that the virtual clock shows
         self.resource = f"{lab.prefix}:{number}"
         self.urls: dict[str, Any] = {}
@@ -193,27 +190,14 @@ class Run:
         """Forks `count` workers, connected and waiting for go(). `urls` may give each its own: redis=[url1, url2]."""
         from cloudpickle import dumps
 
-        if not self.started:
-            self.started = self.now()
-        params = {**self.experiment.params, **self.arm.params}
-        ttl = self.ttl
-        params.pop("ttl", None)
-        new = []
+        self.started = self.started or self.now()
+        experiment, arm, new = self.experiment, self.arm, list[Actor]()
+        patience = max(experiment.patience, experiment.patience_ttls * self.ttl)
         for i in range(count):
-            name = f"w{len(self.actors) + 1}"
-            own = {**self.urls, **{kind: each[i] for kind, each in urls.items()}}
-            job = Job(
-                name,
-                self.seed,
-                self.experiment.workload,
-                self.arm.candidate,
-                own,
-                self.resource,
-                ttl,
-                max(self.experiment.patience, self.experiment.patience_ttls * ttl),
-                params,
-            )
-            process = await self.lab.processes.fork("distsys.lab.worker:main", dumps(job), name=name)
+            name, own = f"w{len(self.actors) + 1}", {**self.urls, **{kind: each[i] for kind, each in urls.items()}}
+            work = (experiment.workload, arm.candidate, own, self.resource, self.ttl, patience, self.params)
+            payload = dumps(Job(name, self.seed, *work))
+            process = await self.lab.processes.fork("distsys.lab.worker:main", payload, name=name)
             actor = Actor(self, process, name)
             self.actors.append(actor)
             self._readers.append(asyncio.create_task(self._listen(actor)))
@@ -298,7 +282,3 @@ class Run:
     def _signal(self, one: Signal) -> None:
         self._seen[one] += 1
         self._news.set()
-
-
-def new_prefix() -> str:
-    return f"lab:{os.getpid()}-{os.urandom(3).hex()}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 from dataclasses import replace
 from typing import Any, Literal
 
 from distsys.lab import experiments, ladder
-from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name_of, new_prefix
+from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name_of
 from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
@@ -29,7 +30,7 @@ class Lab:
     def __init__(self, processes: Processes, servers: Servers, profile: Profile, seed: int, workers: int) -> None:
         self.processes, self.servers = processes, servers
         self.profile, self.seed, self.workers = profile, seed, workers
-        self.prefix = new_prefix()
+        self.prefix = f"lab:{os.getpid()}-{os.urandom(3).hex()}"
         self.verdicts: list[Verdict] = []
         self._number = 0
         self._schema: str | None = None

@@ -75,7 +75,7 @@ async def _work(job: Job, sock: socket.socket) -> None:
             await worker.prepare()
             worker.send(e="ready")
             await worker.went.wait()
-            await job.workload(worker, job.candidate, **job.params)
+            await job.workload(worker, job.candidate, **worker.params)
         except Exception as error:  # noqa: BLE001  whatever the candidate raised is reported
             worker.send(e="crash", detail=f"{type(error).__name__}: {error}")
         else:
@@ -96,6 +96,7 @@ class Worker:
     def __init__(self, job: Job, sock: socket.socket, stack: contextlib.AsyncExitStack) -> None:
         self.job, self.name, self.ttl, self.resource = job, job.name, job.ttl, job.resource
         self.rng = random.Random(f"{job.seed}:{job.name}")
+        self.params = {key: value for key, value in job.params.items() if key != "pool_size"}
         self.went = asyncio.Event()
         self._sock, self._stack = sock, stack
         self._armed: dict[str, str] = {}
@@ -147,10 +148,8 @@ class Worker:
         if action is None:
             return
         self.send(e="at", point=point, action=action)
-        if action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if action in ("stop", "kill"):
+            os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
         elif action == "hold":
             await self._event(point).wait()
         elif action == "block":
@@ -199,75 +198,56 @@ class Worker:
             await self.client("conn")
 
     async def client(self, kind: str) -> Any:
+        """One of CLIENTS, connected when first asked for, closed with the worker."""
         if kind not in self._clients:
-            self._clients[kind] = await getattr(self, f"_make_{kind}")()
+            self._clients[kind] = await self._connect(kind)
         return self._clients[kind]
 
-    async def _make_redis(self, which: str = "redis") -> Any:
-        return await self._stack.enter_async_context(_redis_client(self.job.urls[which]))
+    async def _connect(self, kind: str) -> Any:
+        urls, enter = self.job.urls, self._stack.enter_async_context
+        if kind in ("redis", "bank"):
+            return await enter(_redis_client(urls.get(kind) or urls["redis"]))
+        if kind == "clients":
+            return [await enter(_redis_client(url)) for url in urls["nodes"]]
+        if kind == "redis_sync":
+            import redis
 
-    async def _make_bank(self) -> Any:
-        return await self._make_redis("bank" if "bank" in self.job.urls else "redis")
+            return self._stack.enter_context(redis.Redis.from_url(urls["redis"]))
+        if kind == "conn":
+            import psycopg
 
-    async def _make_redis_sync(self) -> Any:
-        import redis
-
-        return self._stack.enter_context(redis.Redis.from_url(self.job.urls["redis"]))
-
-    async def _make_clients(self) -> Any:
-        nodes = [_redis_client(url) for url in self.job.urls["nodes"]]
-        return [await self._stack.enter_async_context(node) for node in nodes]
-
-    async def _make_conn(self) -> Any:
-        import psycopg
-
-        connection = await psycopg.AsyncConnection.connect(self.job.urls["dsn"], autocommit=True)
-        return await self._stack.enter_async_context(connection)
-
-    async def _make_pool(self) -> Any:
+            return await enter(await psycopg.AsyncConnection.connect(urls["dsn"], autocommit=True))
         from psycopg_pool import AsyncConnectionPool
 
-        size = self.job.params.get("pool_size", 2)
-        pool = AsyncConnectionPool(
-            self.job.urls["dsn"], min_size=size, max_size=size, open=False, kwargs={"autocommit": True}
-        )
-        return await self._stack.enter_async_context(pool)
+        size, how = self.job.params.get("pool_size", 2), {"autocommit": True}
+        return await enter(AsyncConnectionPool(urls["dsn"], min_size=size, max_size=size, open=False, kwargs=how))
 
     async def build(self, candidate: Any, **extra: Any) -> Any:
         """Calls the candidate with what its parameters name: redis, clients, conn, pool, dsn, url, name, ttl."""
         wanted, given = inspect.signature(candidate).parameters, getattr(candidate, "keywords", ())  # by a partial
-        arguments = {}
+        urls, arguments = self.job.urls, dict[str, Any]()
+        facts = {"name": self.resource, "ttl": self.ttl, "dsn": urls.get("dsn"), "url": urls.get("redis"), **extra}
         for name, parameter in wanted.items():
+            kind = _ALIASES.get(name, name)
             if name in given:
                 continue
-            kind = _ALIASES.get(name, name)
-            if kind == "redis" and looks_sync(candidate):
-                kind = "redis_sync"
-            if name in extra:
-                arguments[name] = extra[name]
-            elif kind in ("name", "ttl", "dsn", "url"):
-                here = {
-                    "name": self.resource,
-                    "ttl": self.ttl,
-                    "dsn": self.job.urls.get("dsn"),
-                    "url": self.job.urls.get("redis"),
-                }
-                arguments[name] = here[kind]
+            if kind in facts:
+                arguments[name] = facts[kind]
                 self.leased = self.leased or kind == "ttl"
-            elif hasattr(self, f"_make_{kind}"):
-                arguments[name] = await self.client(kind)
-            elif parameter.default is parameter.empty and parameter.kind not in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
+            elif kind in CLIENTS:
+                sync = kind == "redis" and looks_sync(candidate)
+                arguments[name] = await self.client("redis_sync" if sync else kind)
+            elif parameter.default is parameter.empty and "VAR_" not in parameter.kind.name:
+                label = getattr(candidate, "__qualname__", repr(candidate))
                 raise TypeError(
-                    f"{_label(candidate)} asks for {name!r}; the lab can give redis, redis_sync, clients, conn, pool, "
+                    f"{label} asks for {name!r}; the lab can give redis, redis_sync, clients, conn, pool, "
                     "dsn, url, name, ttl: wrap it in a function of those"
                 )
         positional = [arguments.pop(n) for n, p in wanted.items() if p.kind is p.POSITIONAL_ONLY and n in arguments]
         return candidate(*positional, **arguments)
 
 
+CLIENTS = ("redis", "redis_sync", "bank", "clients", "conn", "pool")
 _ALIASES = {
     "redis_client": "redis", "client": "redis", "r": "redis", "rds": "redis",
     "redis_clients": "clients", "nodes": "clients", "masters": "clients",
@@ -295,27 +275,23 @@ def looks_sync(candidate: Any) -> bool:
     return hasattr(candidate, "__enter__")
 
 
-def _label(candidate: Any) -> str:
-    return getattr(candidate, "__qualname__", repr(candidate))
-
-
 class Guard:
     """Any lock as enter and exit: `async with`, `with`, or acquire/release; blocking ones on a thread of their own."""
 
     def __init__(self, lock: Any) -> None:
-        self.lock = lock
         self._call: Callable[..., Awaitable[Any]] = plain
-        if hasattr(lock, "__aenter__"):
+        blocking = not hasattr(lock, "__aenter__")
+        if not blocking:
             self._enter, self._exit = lock.__aenter__, lock.__aexit__
         elif hasattr(lock, "acquire") and hasattr(lock, "release"):
-            self._enter, self._exit = self._acquire, self._release
-            if not inspect.iscoroutinefunction(lock.acquire):
-                self._call = partial(_threaded, ThreadPoolExecutor(1))  # one thread: locks may keep state per thread
+            self._enter, self._exit = lambda: lock.acquire(), lambda *_: lock.release()
+            blocking = not inspect.iscoroutinefunction(lock.acquire)
         elif hasattr(lock, "__enter__"):
             self._enter, self._exit = lock.__enter__, lock.__exit__
-            self._call = partial(_threaded, ThreadPoolExecutor(1))
         else:
             raise TypeError(f"{lock!r} is no lock: it needs `async with`, `with`, or acquire() and release()")
+        if blocking:
+            self._call = partial(_threaded, ThreadPoolExecutor(1))  # one thread: locks may keep state per thread
 
     async def enter(self) -> Any:
         for _ in range(TRIES):  # a lock that answers False at once is asked again, as its users do
@@ -327,12 +303,6 @@ class Guard:
 
     async def exit(self, error: BaseException | None) -> None:
         await self._call(self._exit, type(error) if error else None, error, None)
-
-    def _acquire(self) -> Any:
-        return self.lock.acquire()
-
-    def _release(self, *_: Any) -> Any:
-        return self.lock.release()
 
 
 async def plain(call: Callable[..., Any], *args: Any, **more: Any) -> Any:

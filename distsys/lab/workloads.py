@@ -39,18 +39,14 @@ class FencedRedisAccount(RedisAccount):
     """The same balance behind a fence: a token older than the newest seen is refused."""
 
     async def write(self, balance: int, token: int | None) -> None:
-        if token is None:
-            raise TypeError("this lock hands out no fencing token, and the account asks for one")
-        await fenced_set(self.redis, self.key, balance, token=token)
+        await fenced_set(self.redis, self.key, balance, token=_needed(token))
 
 
 class FencedReadsRedisAccount(FencedRedisAccount):
     """A fence for reads too: from a holder's read on, nobody older writes."""
 
     async def read(self, token: int | None) -> int:
-        if token is None:
-            raise TypeError("this lock hands out no fencing token, and the account asks for one")
-        return int(await fenced_get(self.redis, self.key, token=token) or 0)
+        return int(await fenced_get(self.redis, self.key, token=_needed(token)) or 0)
 
 
 class FairRedisAccount(FencedRedisAccount):
@@ -80,12 +76,18 @@ class PostgresAccount:
 
 class FencedPostgresAccount(PostgresAccount):
     async def write(self, balance: int, token: int | None) -> None:
-        if token is None:
-            raise TypeError("this lock hands out no fencing token, and the account asks for one")
-        await fenced_update(self.conn, "accounts", {"balance": balance}, where={"name": self.name}, token=token)
+        where, values = {"name": self.name}, {"balance": balance}
+        await fenced_update(self.conn, "accounts", values, where=where, token=_needed(token))
 
 
-ACCOUNTS: dict[str, type[RedisAccount] | type[PostgresAccount]] = {
+def _needed(token: int | None) -> int:
+    if token is None:
+        raise TypeError("this lock hands out no fencing token, and the account asks for one")
+    return token
+
+
+Account = RedisAccount | PostgresAccount
+ACCOUNTS: dict[str, type[Account]] = {
     "redis": RedisAccount,
     "redis, fenced": FencedRedisAccount,
     "redis, reads fenced too": FencedReadsRedisAccount,
@@ -95,9 +97,7 @@ ACCOUNTS: dict[str, type[RedisAccount] | type[PostgresAccount]] = {
 }
 
 
-async def increments(
-    worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis", pool_size: int = 2
-) -> None:
+async def increments(worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis") -> None:
     """`rounds` times: build the lock anew, enter, read, write it with this worker's amount added, leave."""
     ledger = await ACCOUNTS[account].open(worker)
     base = 10 ** len(str(rounds))  # no sum of one worker's amounts reaches the next one's
@@ -105,9 +105,7 @@ async def increments(
         await increment(worker, await worker.build(candidate), ledger, base ** (int(worker.name[1:]) - 1))
 
 
-async def increments_by_tasks(
-    worker: Worker, candidate: Any, *, tasks: str, account: str = "redis", pool_size: int = 2
-) -> None:
+async def increments_by_tasks(worker: Worker, candidate: Any, *, tasks: str, account: str = "redis") -> None:
     """One lock object (or pool) shared by several tasks of one process, each started at its own checkpoint."""
     ledger = await ACCOUNTS[account].open(worker)
     lock = await worker.build(candidate)
@@ -122,9 +120,7 @@ async def increments_by_tasks(
     await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
 
 
-async def increment(
-    worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, amount: int, prefix: str = ""
-) -> None:
+async def increment(worker: Worker, lock: Any, ledger: Account, amount: int, prefix: str = "") -> None:
     """One critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
     guard, failure = Guard(lock), None
     await worker.checkpoint(f"{prefix}acquiring")
@@ -156,8 +152,7 @@ async def increment(
 class VirtualClock:
     """Seconds that pass when an order says so, and a little with each request."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -201,8 +196,5 @@ def _or_refused(answer: Any) -> None:
 
 def token_of(lease: Any, lock: Any) -> int | None:
     """The fencing token, from wherever a lock keeps one: the lease, the lock, or what acquire() returned."""
-    for source in (lease, lock):
-        token = getattr(source, "token", getattr(source, "fencing_token", None))
-        if isinstance(token, int) and not isinstance(token, bool):
-            return token
-    return lease if isinstance(lease, int) and not isinstance(lease, bool) else None
+    places = [getattr(source, "token", getattr(source, "fencing_token", None)) for source in (lease, lock)]
+    return next((token for token in (*places, lease) if isinstance(token, int) and not isinstance(token, bool)), None)
