@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from distsys.lab.binaries import find
 from distsys.lab.processes import Process
 from distsys.lab.servers import Server, Servers, _listens
@@ -11,10 +13,7 @@ FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 async def nginx(servers: Servers, limit: str, name: str = "nginx") -> Server:
     """Answers 204, or 429 beyond "rate=1r/m burst=9" for the query's `key`. ServerUnavailable when not installed."""
-    async with servers._starting[name]:
-        if name not in servers.running:
-            servers.running[name] = await _start(servers, name, *limit.split())
-        return servers.running[name]
+    return await servers.once(name, partial(_start, servers, name, *limit.split()))
 
 
 async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:

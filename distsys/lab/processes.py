@@ -14,7 +14,6 @@ A `Processes` belongs to the event loop it was started on.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,8 +42,8 @@ main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 class Process:
     """One process. `stopped`, `continued` and `exited` wait for the kernel's own report: none of them polls."""
 
-    def __init__(self, pid: int, name: str, log: Path, sock: socket.socket | None) -> None:
-        self.pid, self.name, self.log = pid, name, log
+    def __init__(self, name: str, log: Path, sock: socket.socket | None) -> None:
+        self.pid, self.name, self.log = 0, name, log  # a pid only once it is started
         self.sock = sock  # of a worker: our end, non-blocking
         self.state: State = "running"
         self.code: int | None = None  # its exit code, or minus the signal that ended it
@@ -60,7 +60,7 @@ class Process:
 
     def signal(self, sig: int) -> None:
         """Sends a signal; a process that has exited is refused, for its number may belong to a stranger by now."""
-        if self.state == "exited":
+        if self.state == "exited" or not self.pid:
             raise ProcessLookupError(f"{self!r} can't be signalled any more")
         os.kill(self.pid, sig)
         if sig == signal.SIGCONT and self.state == "stopped":
@@ -110,8 +110,7 @@ class Processes:
         self._child, self._control = child, control
         self._running: dict[int, Process] = {}
         self._all: weakref.WeakSet[Process] = weakref.WeakSet()
-        self._requests: dict[int, tuple[str, socket.socket | None, asyncio.Future[Process | None]]] = {}
-        self._ids = itertools.count()
+        self._requests: deque[tuple[Process, asyncio.Future[None]]] = deque()  # answered in their order
         self._turns = asyncio.Semaphore(32)  # requests under way: so few fit the socket's buffer, and none is ever cut
         self._buffer = b""
         self._crash = ""
@@ -131,24 +130,16 @@ class Processes:
         return self
 
     async def launch(
-        self,
-        argv: list[str],
-        *,
-        name: str,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        ending: int = signal.SIGKILL,
+        self, argv: list[str], *, name: str, env: Mapping[str, str] | None = None, ending: int = signal.SIGKILL,
         uid: int | None = None,
-    ) -> Process:
-        """Starts a server in a session of its own; it prints to `folder/name.log`. `env` adds to this process's own.
+    ) -> Process:  # fmt: skip
+        """Starts a server in a session of its own; it works in `folder` and prints to `folder/name.log`.
 
         Cancelled, it leaves no server: by the time it raises, one that was started has ended.
-        `ending` is the signal that ends it with the lab; `uid`, for root only, is the user it runs as.
+        `ending` is the signal that ends it with the lab; `env` adds to this process's own; `uid`,
+        for root only, is the user it runs as.
         """
-        where = str(cwd or self.folder)
-        process = await self._request("launch", name, argv=argv, env=dict(env or {}), cwd=where, ending=ending, uid=uid)
-        assert process is not None
-        return process
+        return await self._request("launch", name, argv=argv, env=dict(env or {}), ending=ending, uid=uid)
 
     async def fork(self, target: str, payload: bytes, *, name: str) -> Process:
         """Starts a worker: it calls `target` ("package.module:function") with the payload and its end of a socket.
@@ -161,7 +152,6 @@ class Processes:
         process = None
         try:
             process = await self._request("fork", name, ours, theirs, ending=signal.SIGKILL)
-            assert process is not None
             with suppress(BrokenPipeError, ConnectionResetError):  # killed meanwhile: its exit says so
                 await self._loop.sock_sendall(ours, FRAME.pack(len(header), len(payload)) + header + payload)
         except BaseException:
@@ -200,25 +190,26 @@ class Processes:
         ours: socket.socket | None = None,
         theirs: socket.socket | None = None,
         **more: Any,
-    ) -> Process | None:
+    ) -> Process:
         if "/" in name:
             raise ValueError(f"a process's name is its log's too, so it can't hold a slash: {name!r}")
         async with self._turns:
             if self._gone.is_set():
                 raise self._ended()
-            number = next(self._ids)
-            message = json.dumps({"id": number, "op": op, "name": name, **more}).encode() + b"\n"
-            future: asyncio.Future[Process | None] = self._loop.create_future()
-            self._requests[number] = (name, ours, future)
+            process, future = Process(name, self.folder / f"{name}.log", ours), self._loop.create_future()
+            self._requests.append((process, future))
+            message = json.dumps({"op": op, "name": name, **more}).encode() + b"\n"
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so to the future
                 socket.send_fds(self._control, [message], [theirs.fileno()] if theirs else [])
             try:
-                return await asyncio.shield(future)
+                await asyncio.shield(future)
             except asyncio.CancelledError:
                 with suppress(OSError, RuntimeError):  # it was refused, or the supervisor has ended: nothing to end
-                    if (process := await future) is not None:
+                    await future
+                    if process.pid:
                         await process.end(more["ending"])
                 raise
+            return process
 
     def _read(self) -> None:
         try:
@@ -234,36 +225,27 @@ class Processes:
     def _hear(self, message: dict[str, Any]) -> None:
         if "crash" in message:
             self._crash = message["crash"]
-        elif "id" not in message:
+        elif "state" in message:
             process = self._running[message["pid"]]
             process._set(message["state"], message.get("code"))
             if process.state == "exited":
                 del self._running[process.pid]
         else:
-            self._answered(*self._requests.pop(message["id"]), message.get("pid"), message.get("error"))
-
-    def _answered(
-        self,
-        name: str,
-        ours: socket.socket | None,
-        future: asyncio.Future[Process | None],
-        pid: int | None,
-        error: str | None,
-    ) -> None:
-        process = None
-        if pid is not None:  # known from here on, for its first report may be right behind
-            process = self._running[pid] = Process(pid, name, self.folder / f"{name}.log", ours)
-            self._all.add(process)
-        if not future.done():
-            future.set_exception(OSError(error)) if error else future.set_result(process)
-        elif process is not None:  # whoever asked was cancelled, and again while waiting for this
-            process.signal(signal.SIGKILL)
+            process, future = self._requests.popleft()
+            if "pid" in message:  # known from here on, for its first report may be right behind
+                process.pid = message["pid"]
+                self._running[process.pid] = process
+                self._all.add(process)
+            if not future.done():
+                future.set_exception(OSError(message["error"])) if "error" in message else future.set_result(None)
+            elif process.pid:  # whoever asked was cancelled, and again while waiting for this
+                process.signal(signal.SIGKILL)
 
     def _lost(self) -> None:
         """The supervisor is gone, and with it all it had: at once on Linux, elsewhere by `aclose`."""
         self._loop.remove_reader(self._control)
         self._gone.set()
-        for _, _, future in self._requests.values():
+        for _, future in self._requests:
             if not future.done():
                 future.set_exception(self._ended())
         self._requests.clear()

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -113,10 +114,8 @@ class Server:
 
     def _mine(self, fault: str) -> Process:
         if self.process is None:
-            message = (
-                f"{self.name} ({self}) was not started by this lab, so it can't be {fault}; for faults of servers "
-            )
-            raise ServerUnavailable(message + "unset DISTSYS_REDIS_URL, DISTSYS_POSTGRES_URL and DISTSYS_BACKEND")
+            message = f"{self.name} ({self}) was not started by this lab, so it can't be {fault}; for faults of servers"
+            raise ServerUnavailable(f"{message} unset DISTSYS_REDIS_URL, DISTSYS_POSTGRES_URL and DISTSYS_BACKEND")
         return self.process
 
     def _parts(self) -> list[psutil.Process]:
@@ -155,24 +154,22 @@ class Servers:
 
     async def redis(self, name: str = "redis", *, replica_of: Server | None = None, args: Sequence[str] = ()) -> Server:
         """A Redis or Valkey with nothing in it. A given URL is the one named "redis"; others are started beside it."""
-        async with self._starting[name]:
-            if name not in self.running:
-                self.running[name] = await self._redis(name, replica_of, args)
-            return self.running[name]
+        return await self.once(name, partial(self._redis, name, replica_of, args))
 
     async def postgres(self, name: str = "postgres") -> Server:
         """A PostgreSQL with an empty database "postgres". A given URL is the one named "postgres"."""
-        async with self._starting[name]:
-            if name not in self.running:
-                self.running[name] = await self._postgres(name)
-            return self.running[name]
+        return await self.once(name, partial(self._postgres, name))
 
     async def pgbouncer(self, postgres: Server, *, pool_mode: str = "transaction", pool_size: int = 20) -> Server:
         """A connection pooler in front of a PostgreSQL; ServerUnavailable when pgbouncer is not installed."""
         name = f"pgbouncer-{pool_mode}-{pool_size}"
+        return await self.once(name, partial(self._pgbouncer, name, postgres, pool_mode, pool_size))
+
+    async def once(self, name: str, start: Callable[[], Awaitable[Server]]) -> Server:
+        """The server of this name, started if it is not there yet."""
         async with self._starting[name]:
             if name not in self.running:
-                self.running[name] = await self._pgbouncer(name, postgres, pool_mode, pool_size)
+                self.running[name] = await start()
             return self.running[name]
 
     async def promote(self, replica: Server) -> None:
@@ -193,19 +190,17 @@ class Servers:
             async with _client(server.url) as client:
                 await _command(client, "CLUSTER SET-CONFIG-EPOCH", i + 1)
                 if i < masters:
-                    first, after = 16384 * i // masters, 16384 * (i + 1) // masters
-                    await _command(client, "CLUSTER ADDSLOTSRANGE", first, after - 1)
+                    slots = 16384 * i // masters, 16384 * (i + 1) // masters - 1
+                    await _command(client, "CLUSTER ADDSLOTSRANGE", *slots)
                 if i:
                     await _command(client, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
-        complete = ("ok", str(size))
+        complete = {"cluster_state": "ok", "cluster_known_nodes": str(size)}
         for server in servers:
-            await _info(
-                server, "cluster", lambda said: (said["cluster_state"], said["cluster_known_nodes"]) == complete
-            )
+            await _info(server, "cluster", complete)
         for i, server in enumerate(servers[masters:]):
             async with _client(servers[i % masters].url) as master, _client(server.url) as replica:
                 await _command(replica, "CLUSTER REPLICATE", await _command(master, "CLUSTER MYID"))
-            await _info(server, "replication", lambda info: info.get("master_link_status") == "up")
+            await _info(server, "replication", {"master_link_status": "up"})
         return servers
 
     async def aclose(self) -> None:
@@ -216,22 +211,13 @@ class Servers:
     # ---- one server each
 
     async def _redis(self, name: str, replica_of: Server | None, args: Sequence[str]) -> Server:
-        plain = replica_of is None and not args
-        if name == "redis" and plain and self._urls["redis"]:
-            return await self._given("redis", name, self._urls["redis"])
-        if self.backend == "docker" and plain:
-            return await self._container("redis", name)
+        if replica_of is None and not args and (elsewhere := await self._elsewhere("redis", name)):
+            return elsewhere
         program, version, origin = find("redis", self.backend)
         home = self._home(name)
         sock = home / "sock"
-        own = {
-            "bind": "127.0.0.1",
-            "unixsocket": sock,
-            "unixsocketperm": 700,
-            "dir": home,
-            "save": "",
-            "appendonly": "no",
-        }
+        own = {"bind": "127.0.0.1", "unixsocket": sock, "unixsocketperm": 700, "dir": home}
+        own |= {"save": "", "appendonly": "no"}
         # A replica is ready in milliseconds: no wait for others to join, and no disk on either side.
         own |= {"repl-diskless-sync": "yes", "repl-diskless-sync-delay": 0, "repl-diskless-load": "on-empty-db"}
         argv = [str(program), *(word for key, value in own.items() for word in (f"--{key}", str(value))), *args]
@@ -240,14 +226,12 @@ class Servers:
         server = Server(name, "redis", "redis://127.0.0.1:{port}/0", version, origin, socket=str(sock))
         await self._serve(server, lambda port: [*argv, "--port", str(port)], lambda _: _listens(sock))
         if replica_of is not None:
-            await _info(server, "replication", lambda info: info["master_link_status"] == "up")
+            await _info(server, "replication", {"master_link_status": "up"})
         return server
 
     async def _postgres(self, name: str) -> Server:
-        if name == "postgres" and self._urls["postgres"]:
-            return await self._given("postgres", name, self._urls["postgres"])
-        if self.backend == "docker":
-            return await self._container("postgres", name)
+        if elsewhere := await self._elsewhere("postgres", name):
+            return elsewhere
         program, version, origin = find("postgres", self.backend)
         template = await self._template(program, version)
         home = self._home(name)
@@ -290,40 +274,28 @@ class Servers:
         server = Server(name, "pgbouncer", url, version, origin, socket=str(home))
         return await self._serve(server, argv, ready)
 
-    async def _given(self, kind: Kind, name: str, url: str) -> Server:
-        """A server that runs already, somewhere."""
-        where = urlsplit(url)
-        host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
-        server = Server(name, kind, url, "", "url", host, port)
-        try:
-            server.version = await asyncio.wait_for(_ask_version(server), 10)
-        except Exception as error:  # whatever a client can meet at an address it was given
-            variable = "DISTSYS_REDIS_URL" if kind == "redis" else "DISTSYS_POSTGRES_URL"
-            message = f"no {kind} answers at {server.host}:{port} ({error}); start it, or unset {variable}"
-            raise ServerUnavailable(message) from error
-        return server
-
-    async def _container(self, kind: Kind, name: str) -> Server:
-        """A container, started through testcontainers, whose reaper ends it even when this process is killed."""
+    async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
+        """One that is no process of this lab: a server that runs already, somewhere, or a container."""
+        if name == kind and (url := self._urls[kind]):
+            where = urlsplit(url)
+            host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
+            server = Server(name, kind, url, "", "url", host, port)
+            try:
+                server.version = await asyncio.wait_for(_ask_version(server), 10)
+            except Exception as error:  # whatever a client can meet at an address it was given
+                message = f"no {kind} answers at {server.host}:{server.port} ({error}); start it, or unset"
+                raise ServerUnavailable(f"{message} DISTSYS_{kind.upper()}_URL") from error
+            return server
+        if self.backend != "docker":
+            return None
         image = os.environ.get(f"DISTSYS_{kind.upper()}_IMAGE", {"redis": "redis:7", "postgres": "postgres:15"}[kind])
-
-        def start() -> Any:
-            if kind == "redis":
-                from testcontainers.community.redis import RedisContainer
-
-                return RedisContainer(image).start()
-            from testcontainers.community.postgres import PostgresContainer
-
-            return PostgresContainer(image, username="postgres", dbname="postgres", driver=None).start()
-
         try:
-            container = await asyncio.to_thread(start)
+            container = await asyncio.to_thread(_start_container, kind, image)
         except Exception as error:  # no testcontainers, no engine, no image: each with an error of its own library
             message = f"no container from {image}: start Docker or Podman, name another image, or unset DISTSYS_BACKEND"
             raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
-        host = container.get_container_host_ip()
-        host = "127.0.0.1" if host == "localhost" else host
+        host = container.get_container_host_ip().replace("localhost", "127.0.0.1")
         port = int(container.get_exposed_port(container.port))
         url = f"redis://{host}:{port}/0" if kind == "redis" else container.get_connection_url(host=host)
         server = Server(name, kind, url, "", "docker", host, port)
@@ -477,16 +449,27 @@ async def _command(client: redis.asyncio.Redis, *words: str | int) -> Any:
     return await client.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own gap
 
 
-async def _info(server: Server, section: str, done: Callable[[dict[str, Any]], bool]) -> None:
-    """Waits until what a Redis says of itself is so."""
+async def _info(server: Server, section: str, wanted: dict[str, str]) -> None:
+    """Waits until a Redis says these words of itself."""
     words: Any = None
     async with _client(server.url) as client:
         for _ in range(1500):
             words = await (_command(client, "CLUSTER INFO") if section == "cluster" else client.info(section))
-            if done(words):
+            if wanted.items() <= words.items():
                 return
             await asyncio.sleep(0.01)
     raise ServerUnavailable(f"{server.name} ({server}) was not ready within 15 s: {words}")
+
+
+def _start_container(kind: Kind, image: str) -> Any:
+    """By testcontainers, whose reaper ends it even when this process is killed."""
+    if kind == "redis":
+        from testcontainers.community.redis import RedisContainer
+
+        return RedisContainer(image).start()
+    from testcontainers.community.postgres import PostgresContainer
+
+    return PostgresContainer(image, username="postgres", dbname="postgres", driver=None).start()
 
 
 async def _ask_version(server: Server) -> str:

@@ -95,7 +95,7 @@ class Supervisor:
                 answer = self._answer(request)
             except OSError as error:  # no more processes, no more memory: the caller's to know, not ours to die of
                 answer = {"error": str(error)}
-            self.tell(id=request["id"], **answer)
+            self.tell(**answer)
         return bool(data)
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Supervisor:
             for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
             if work is None:
-                _execute(**request)
+                _execute(self.folder, **request)
             _work(work)
             code = 0
         except SystemExit as end:
@@ -176,10 +176,10 @@ class Supervisor:
             os._exit(code)
 
 
-def _execute(argv: list[str], env: dict[str, str], cwd: str, uid: int | None, **_: Any) -> NoReturn:
+def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None, **_: Any) -> NoReturn:
     for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # a program that is not Python would inherit that
         signal.signal(sig, signal.SIG_DFL)
-    os.chdir(cwd)
+    os.chdir(folder)
     if uid is not None:
         os.setgroups([])
         os.setgid(uid)
