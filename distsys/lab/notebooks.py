@@ -26,13 +26,10 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The same notebook without what differs between two runs or two machines. Idempotent."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    count = 0
     for cell in notebook.cells:
         for key in ("execution", "papermill", "ExecuteTime", "scrolled", "trusted"):
             cell.metadata.pop(key, None)
-        if cell.cell_type != "code":
-            continue
-        count += 1
+    for count, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
         cell.execution_count = count
         for output in cell.outputs:
             if output.output_type == "execute_result":
@@ -63,12 +60,9 @@ def faults(notebook: nbformat.NotebookNode, *, secrets: Sequence[str] = ()) -> I
 async def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
     """The notebook, run from its own folder in a new kernel."""
     notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", coalesce_streams=True, resources=where
     )
     await client.async_execute(env={**os.environ, **environment})
     return notebook
@@ -84,16 +78,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{path.relative_to(root) if path.is_absolute() else path} ...", flush=True)
         try:
             notebook = normalise(asyncio.run(execute(path.resolve())))
+            problems = [f"  {problem}" for problem in faults(notebook, secrets=sorted(homes))]
+            if not problems:
+                nbformat.write(notebook, path)
         except CellExecutionError as error:
-            print(error, file=sys.stderr)
-            bad += 1
-            continue
-        problems = [f"  {problem}" for problem in faults(notebook, secrets=sorted(homes))]
+            problems = [str(error)]
         if problems:
             print("\n".join(problems), file=sys.stderr)
             bad += 1
-        else:
-            nbformat.write(notebook, path)
     return min(bad, 1)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -29,7 +28,7 @@ class TcpProxy:
         self.accepted = 0  # connections so far
         self.seconds = 0.0
         self.losing = {"requests": False, "replies": False}
-        self._replies_left = 0  # until one is cut; 0: none is
+        self._replies_left = 0  # until one is cut; at 0 it is, below none is any more
         self._links: set[_Link] = set()
         self._server: asyncio.Server | None = None
 
@@ -38,7 +37,7 @@ class TcpProxy:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
         tasks = [link.task for link in self._links]
@@ -68,8 +67,9 @@ class TcpProxy:
     def heal(self) -> None:
         """Ends a partition. Connections that lost bytes are reset, as they can't go on with a gap; the others go on."""
         self.losing = {"requests": False, "replies": False}
-        for link in [link for link in self._links if link.lost]:
-            link.reset()
+        for link in self._links:
+            if link.lost:
+                link.reset()
 
     def cut_reply(self, n: int = 1) -> None:
         """Resets a connection in place of the n-th reply from now: its request has been carried out all the same.
@@ -82,12 +82,12 @@ class TcpProxy:
 
     def reset_all(self) -> None:
         """Resets every connection, on both sides. New ones are served."""
-        for link in [*self._links]:
+        for link in self._links:
             link.reset()
 
     def _cuts_this(self) -> bool:
-        self._replies_left = max(0, (before := self._replies_left) - 1)
-        return before == 1
+        self._replies_left -= 1
+        return self._replies_left == 0
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1

@@ -41,16 +41,10 @@ __all__ = ["Server", "ServerUnavailable", "Servers"]
 Ready = Callable[[Process], Awaitable[bool]]
 
 _OTHER = "DISTSYS_BACKEND=system takes the one installed on this machine; it said:"
-_POSTGRES = {
-    "listen_addresses": "127.0.0.1",
-    "max_connections": "100",
-    "shared_buffers": "32MB",
-    "fsync": "off",  # a killed server loses nothing by it; only a crash of the whole machine would
-    "full_page_writes": "off",
-    "dynamic_shared_memory_type": "mmap",  # inside the data folder, so that it goes with it
-    "jit": "off",
-    "timezone": "UTC",
-}
+_POSTGRES = {"listen_addresses": "127.0.0.1", "max_connections": "100", "shared_buffers": "32MB"}
+_POSTGRES |= {"fsync": "off", "full_page_writes": "off"}  # a killed server loses nothing by it, only a crashed machine
+_POSTGRES |= {"dynamic_shared_memory_type": "mmap"}  # inside the data folder, so that it goes with it
+_POSTGRES |= {"jit": "off", "timezone": "UTC"}
 
 
 @dataclass(eq=False)
@@ -144,10 +138,8 @@ class Servers:
         self.backend = os.environ.get("DISTSYS_BACKEND", "") if backend is None else backend
         if self.backend not in ("", "system", "docker"):
             raise ValueError(f"DISTSYS_BACKEND is '', 'system' or 'docker', not {self.backend!r}")
-        self._urls = {
-            "redis": redis_url or os.environ.get("DISTSYS_REDIS_URL", ""),
-            "postgres": pg_dsn or os.environ.get("DISTSYS_POSTGRES_URL", ""),
-        }
+        given = {"redis": redis_url, "postgres": pg_dsn}
+        self._urls = {kind: url or os.environ.get(f"DISTSYS_{kind.upper()}_URL", "") for kind, url in given.items()}
         self.running: dict[str, Server] = {}
         self._starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._containers: list[Any] = []
@@ -350,11 +342,17 @@ class Servers:
                 port, before = server.port or _free_port(), len(_read(log))
                 process = await self._launch(server.name, argv(port), drop_root=server.kind != "redis", ending=ending)
                 try:
-                    if await _answers(process, ready):
-                        server.port = port
-                        return process
-                except BaseException:  # cancelled, or never ready: the next start finds the place free
+                    async with asyncio.timeout(30):
+                        while process.state != "exited":
+                            if await ready(process):
+                                server.port = port
+                                return process
+                            await asyncio.sleep(0.003)
+                except BaseException as error:  # cancelled, or never ready: the next start finds the place free
+                    words = f"{process!r} was not ready within 30 s; {_OTHER}\n{process.tail()}"
                     await process.end(ending)
+                    if isinstance(error, TimeoutError):
+                        raise ServerUnavailable(words) from None
                     raise
                 said = _read(log)[before:]
                 if "ddress already in use" not in said:
@@ -366,18 +364,6 @@ class Servers:
         server._start = start
         server.url = server.url.replace("{port}", str(server.port))
         return server
-
-
-async def _answers(process: Process, ready: Ready) -> bool:
-    """Waits until the server is ready; False when it has exited instead."""
-    deadline = time.monotonic() + 30
-    while not await ready(process):
-        if process.state == "exited":
-            return False
-        if time.monotonic() > deadline:
-            raise ServerUnavailable(f"{process!r} was not ready within 30 s; {_OTHER}\n{process.tail()}")
-        await asyncio.sleep(0.003)
-    return True
 
 
 async def _listens(sock: Path) -> bool:

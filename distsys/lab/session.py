@@ -38,15 +38,9 @@ class Lab:
 
     @classmethod
     async def open(
-        cls,
-        *,
-        redis_url: str = "",
-        pg_dsn: str = "",
-        profile: Profile = "quick",
-        seed: int = 7,
-        workers: int = 4,
+        cls, *, redis_url: str = "", pg_dsn: str = "", profile: Profile = "quick", seed: int = 7, workers: int = 4,
         backend: str | None = None,
-    ) -> Lab:
+    ) -> Lab:  # fmt: skip
         """Starts a Redis or Valkey and a PostgreSQL, or uses those that the URLs name. Raises ServerUnavailable."""
         if profile not in RUNS:
             raise ValueError(f"profile={profile!r}: 'quick' runs each arm once, 'full' five times")
@@ -100,18 +94,9 @@ class Lab:
         return Verdicts(verdicts)
 
     async def test(
-        self,
-        candidate: Any,
-        experiment: str | Experiment,
-        *,
-        expected: Expected | None = None,
-        runs: int | None = None,
-        seed: int | None = None,
-        name: str = "",
-        point: str = "",
-        keep: bool = True,
-        **params: Any,
-    ) -> Verdict:
+        self, candidate: Any, experiment: str | Experiment, *, expected: Expected | None = None, name: str = "",
+        runs: int | None = None, seed: int | None = None, point: str = "", keep: bool = True, **params: Any,
+    ) -> Verdict:  # fmt: skip
         """One candidate of yours under an experiment's workload, faults and check.
 
         `point` is a checkpoint of yours, where the fault strikes; `params` (ttl=, account=, rounds=) go to the
@@ -149,9 +134,9 @@ class Lab:
         seed, runs = self.seed if seed is None else seed, runs or RUNS[self.profile]
         began = time.monotonic()
         found = [await self._once(experiment, arm, seed + i) for i in range(runs)]
-        histories = [history for _, history in found]
+        seconds = round(time.monotonic() - began, 2)
         return Verdict.of(
-            [(history, finding) for finding, history in found],
+            found,
             title=arm.name,
             claim=experiment.claim,
             expected=arm.expected,
@@ -159,10 +144,10 @@ class Lab:
             params={"experiment": experiment.name, "ttl": experiment.ttl, **experiment.params, **arm.params},
             servers={s.name: str(s) for s in self.servers.running.values()},
             replay=f"distsys run {experiment.name} --seed {seed} --runs {runs}",
-            stats={"seconds": round(time.monotonic() - began, 2), **_latencies(histories)},
+            stats={"seconds": seconds, **_latencies([history for history, _ in found])},
         )
 
-    async def _once(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[Finding, History]:
+    async def _once(self, experiment: Experiment, arm: Arm, seed: int) -> tuple[History, Finding]:
         self._number += 1
         async with Run(self, experiment, arm, seed, self._number) as run:
             try:
@@ -170,19 +155,18 @@ class Lab:
                 await experiment.script(run)
                 stuck = await run.finish()
             except ServerUnavailable as error:
-                return Finding("INCONCLUSIVE", f"not run: {error}"), run.history()
+                return run.history(), Finding("INCONCLUSIVE", f"not run: {error}")
             except Stalled as error:
-                return Finding("INCONCLUSIVE", "; ".join([str(error), *run.crashes()])), run.history()
+                return run.history(), Finding("INCONCLUSIVE", "; ".join([str(error), *run.crashes()]))
             facts = await experiment.final(run) if experiment.final else {}
             history = run.history(**facts)
             finding, crashes = experiment.check(history), run.crashes()
-            if finding.status == "INCONCLUSIVE" and (crashes or stuck):
-                finding = replace(
-                    finding, summary="; ".join([finding.summary, *crashes, *(f"{s} never ended" for s in stuck)])
-                )
+            if finding.status == "INCONCLUSIVE":
+                words = [finding.summary, *crashes, *(f"{name} never ended" for name in stuck)]
+                finding = replace(finding, summary="; ".join(words))
             elif finding.status == "HELD" and crashes and not any(f.kind == "server" for f in history.faults):
                 finding = Finding("INCONCLUSIVE", f"{crashes[0]} (else: {finding.summary})")
-            return finding, history
+            return history, finding
 
     # ---- servers
 
@@ -191,37 +175,28 @@ class Lab:
 
     async def dsn(self) -> str:
         """Of PostgreSQL, with a schema of this lab's own first in its search path."""
-        import psycopg
         from psycopg.conninfo import make_conninfo
 
         server = await self.servers.postgres()
         if self._schema is None:
             self._schema = self.prefix.replace(":", "_").replace("-", "_")
-            async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as conn:
-                await conn.execute(f'CREATE SCHEMA IF NOT EXISTS "{self._schema}"')
-                await conn.execute(
-                    f'CREATE TABLE IF NOT EXISTS "{self._schema}".accounts '
-                    "(name text PRIMARY KEY, balance bigint NOT NULL, fence_token bigint)"
-                )
+            table = f'"{self._schema}".accounts (name text PRIMARY KEY, balance bigint NOT NULL, fence_token bigint)'
+            await _execute(
+                server.url, f'CREATE SCHEMA IF NOT EXISTS "{self._schema}"', f"CREATE TABLE IF NOT EXISTS {table}"
+            )
         return make_conninfo(server.url, options=f"-csearch_path={self._schema},public")
 
     async def _sweep(self) -> None:
         """On servers that outlive the lab: its keys and its schema."""
         for server in self.servers.running.values():
-            if server.origin != "url":
-                continue
-            if server.kind == "redis":
+            if server.origin == "url" and server.kind == "redis":
                 import redis.asyncio
 
                 async with redis.asyncio.Redis.from_url(server.url) as client:
-                    keys = [key async for key in client.scan_iter(f"*{self.prefix}*", count=1000)]
-                    if keys:
+                    if keys := [key async for key in client.scan_iter(f"*{self.prefix}*", count=1000)]:
                         await client.delete(*keys)
-            elif server.kind == "postgres" and self._schema:
-                import psycopg
-
-                async with await psycopg.AsyncConnection.connect(server.url, autocommit=True) as conn:
-                    await conn.execute(f'DROP SCHEMA IF EXISTS "{self._schema}" CASCADE')
+            elif server.origin == "url" and server.kind == "postgres" and self._schema:
+                await _execute(server.url, f'DROP SCHEMA IF EXISTS "{self._schema}" CASCADE')
 
     def __str__(self) -> str:
         return "\n".join(f"{s.name}: {s} at {_address(s)}" for s in self.servers.running.values())
@@ -251,8 +226,12 @@ def _latencies(histories: list[History]) -> dict[str, Any]:
     took = sorted(op.returned - op.called for op in granted if op.returned is not None)
     if len(took) < MANY:
         return {}
-    return {
-        "acquires": len(took),
-        "p50": statistics.median(took),
-        "p99": took[min(len(took) - 1, int(0.99 * len(took)))],
-    }
+    return {"acquires": len(took), "p50": statistics.median(took), "p99": took[int(0.99 * len(took))]}
+
+
+async def _execute(dsn: str, *statements: Any) -> None:
+    import psycopg
+
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+        for statement in statements:
+            await conn.execute(statement)

@@ -41,7 +41,7 @@ class Verdict:
     params: dict[str, Any] = field(default_factory=dict)
     servers: dict[str, str] = field(default_factory=dict)  # name -> "Valkey 9.1.2, embedded"
     replay: str = ""  # the line that runs it again
-    stats: dict[str, Any] = field(default_factory=dict)  # p50, p99 in seconds; violated_runs, throughput, ...
+    stats: dict[str, Any] = field(default_factory=dict)  # p50, p99 in seconds; violated_runs, ...
 
     @classmethod
     def of(cls, results: Sequence[tuple[History, Finding]], *, expected: Any = None, **more: Any) -> Verdict:
@@ -154,27 +154,17 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         alarm = "" if self.as_expected else f"{self._alarm()}. "
-        alt = f"{alarm}{self.title}: {self.badge}. {' '.join(self.story())}"
-        data = base64.b64encode(self.svg().encode()).decode()
-        picture = (
-            f'<img width="{WIDTH}" style="max-width:100%" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
-        )
-        return f"<div>{picture}{self._violations()}{self._details()}</div>"
-
-    def _violations(self) -> str:
-        rows = self.finding.violations
-        if not rows:
-            return ""
-        head = ("when", "who", "what") if all(len(row) == 3 for row in rows) else ()
-        more = f"<p>+{len(rows) - ROWS:,} more</p>" if len(rows) > ROWS else ""
-        return table(head, rows[:ROWS]) + more
-
-    def _details(self) -> str:
+        alt = escape(f"{alarm}{self.title}: {self.badge}. {' '.join(self.story())}")
+        source = f"data:image/svg+xml;base64,{base64.b64encode(self.svg().encode()).decode()}"
+        page = f'<div><img width="{WIDTH}" style="max-width:100%" alt="{alt}" src="{source}">'
+        if broken := self.finding.violations:
+            page += table(("when", "who", "what") if all(len(row) == 3 for row in broken) else (), broken[:ROWS])
+            page += f"<p>+{len(broken) - ROWS:,} more</p>" if len(broken) > ROWS else ""
         facts = [("runs", self.runs), ("seed", self.seed), *self.servers.items(), *self.params.items()]
         rows = [(str(key), str(value)) for key, value in facts]
         rows += [(key.replace("_", " "), _number(key, value)) for key, value in self.stats.items()]
         replay = f"<p>Run it again:</p><pre>{escape(self.replay)}</pre>" if self.replay else ""
-        return f"<details><summary>seed, versions, parameters</summary>{table((), rows)}{replay}</details>"
+        return f"{page}<details><summary>seed, versions, parameters</summary>{table((), rows)}{replay}</details></div>"
 
 
 class Verdicts(list[Verdict]):
@@ -182,7 +172,9 @@ class Verdicts(list[Verdict]):
 
     def summary(self) -> str:
         """Words only: neither counts nor times, so that it is the same in every run."""
-        return "\n".join(f"{v.title}: {v.status}{_expectation(v)}" for v in self)
+        words = {True: " (as expected)", False: " (NOT as expected: {})"}
+        said = ["" if v.expected is None else words[v.as_expected].format(v.expected) for v in self]
+        return "\n".join(f"{v.title}: {v.status}{note}" for v, note in zip(self, said, strict=True))
 
     def assert_expected(self) -> Verdicts:
         for verdict in self:
@@ -198,8 +190,8 @@ class Verdicts(list[Verdict]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        keys = [key for key in ("p50", "p99", "throughput", "round_trips") if any(key in v.stats for v in self)]
-        head = ("arm", "verdict", "expected", "runs", *(key.replace("_", " ") for key in keys), "violations")
+        keys = [key for key in ("p50", "p99") if any(key in v.stats for v in self)]
+        head = ("arm", "verdict", "expected", "runs", *keys, "violations")
         rows = []
         for v in self:
             verdict = f"{MARK[v.status]} {v.status}{'' if v.as_expected else ', NOT AS EXPECTED'}"
@@ -220,12 +212,6 @@ class Verdicts(list[Verdict]):
 
 def escape(text: str) -> str:
     return _escape(text.encode("utf-8", "replace").decode())  # a lone surrogate is no UTF-8, and no page could hold it
-
-
-def _expectation(v: Verdict) -> str:
-    if v.expected is None:
-        return ""
-    return " (as expected)" if v.as_expected else f" (NOT as expected: {v.expected})"
 
 
 def _number(key: str, value: Any) -> str:
