@@ -7,16 +7,18 @@ makes a counterexample; a "fail" did not happen. Rows of `Finding.violations` ar
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from distsys.lab.history import Check, Finding, History, Op
 from distsys.lab.spans import RECOVERIES, Span, conflicts, count, holds, is_of, lasting, meetings, said, waits
 
 Pairs = list[tuple[Op, Op]]
+_token = attrgetter("token")
 TINY = 1e-6  # of a token: what sums of times may be off by
 
 
@@ -33,11 +35,9 @@ def all_of(*checks: Check) -> Check:
 
     def check(history: History) -> Finding:
         findings = [c(history) for c in checks]
-        for status in ("VIOLATED", "INCONCLUSIVE"):
-            for finding in findings:
-                if finding.status == status:
-                    return finding
-        return Finding("HELD", "; ".join(f.summary for f in findings))
+        first = {f.status: f for f in reversed(findings)}
+        held = Finding("HELD", "; ".join(f.summary for f in findings))
+        return first.get("VIOLATED") or first.get("INCONCLUSIVE") or held
 
     return check
 
@@ -134,20 +134,15 @@ def no_lost_update(history: History) -> Finding:
 
 def _older(ops: list[Op]) -> Pairs:
     """(newer, older): an older token certainly came after a newer one, which was in before the older one was sent."""
-    ends = sorted((op for op in ops if op.status == "ok" and op.returned is not None), key=lambda op: op.end)
+    done = deque(sorted((op for op in ops if op.status == "ok" and op.returned is not None), key=lambda op: op.end))
     found: Pairs = []
-    newest, i = None, 0
+    newest: Op | None = None
     for op in sorted(ops, key=lambda op: op.called):
-        while i < len(ends) and ends[i].end <= op.called:
-            newest = ends[i] if newest is None or _token(ends[i]) > _token(newest) else newest
-            i += 1
+        while done and done[0].end <= op.called:
+            newest = max(filter(None, (newest, done.popleft())), key=_token)
         if newest is not None and _token(newest) > _token(op):
             found.append((newest, op))
     return found
-
-
-def _token(op: Op) -> int:
-    return -1 if op.token is None else op.token
 
 
 def _broken(history: History, pairs: Pairs, summary: str, what: str) -> Finding:
@@ -246,6 +241,14 @@ class Allowance:
     def within(self, seconds: float) -> float:
         return self.tokens + self.refill_rate * seconds if seconds < self.window_seconds else math.inf
 
+    def same(self, a: Op, b: Op) -> bool:
+        """Whether both take of the same tokens."""
+        return bool(said(a, self.per) == said(b, self.per))
+
+    def room(self, left: float, op: Op) -> str:
+        who = said(op, self.per)
+        return f"{left:,.3g} of {self.tokens:,.6g} left{'' if who is None else f' for {who}'}"
+
     def __str__(self) -> str:
         window = f" within {lasting(self.window_seconds)}" if self.window_seconds < math.inf else ""
         refill = f" at once and {self.refill_rate:.3g} a second" if self.refill_rate else ""
@@ -257,21 +260,16 @@ def _cost(op: Op) -> float:
     return float(cost) if isinstance(cost, (int, float)) else 1.0
 
 
-def _subjects(ops: Iterable[Op], allowed: Allowance) -> dict[str, list[Op]]:
-    found: dict[str, list[Op]] = defaultdict(list)
-    for op in ops:
-        found[repr(said(op, allowed.per))].append(op)
-    return found
-
-
 def _worst(ops: list[Op], allowed: Allowance) -> tuple[float, float, tuple[Op, ...]]:
     """By how much the ops that lie, from call to return, in a span of time exceed what is allowed in it, at the worst.
 
     Also how long that span is, and the ops. Every call begins a span: with n ops it takes n * n steps.
     """
     worst: tuple[float, float, tuple[Op, ...]] = (-math.inf, 0.0, ())
-    for mine in _subjects((op for op in ops if op.returned is not None), allowed).values():
-        mine.sort(key=lambda op: op.end)
+    subjects = defaultdict[str, list[Op]](list)
+    for op in sorted((op for op in ops if op.returned is not None), key=lambda op: op.end):
+        subjects[repr(said(op, allowed.per))].append(op)
+    for mine in subjects.values():
         for start in sorted({op.called for op in mine}):
             inside, total = [], 0.0
             for op in mine:
@@ -304,20 +302,12 @@ def at_most(*allowances: Allowance, name: str = "admit") -> Check:
     return check
 
 
-def _same(a: Op, b: Op, allowed: Allowance) -> bool:
-    return bool(said(a, allowed.per) == said(b, allowed.per))
-
-
-def _of(op: Op, allowed: Allowance) -> str:
-    return f" for {said(op, allowed.per)}" if said(op, allowed.per) is not None else ""
-
-
 def _left(asked: Op, passed: list[Op], allowed: Allowance) -> tuple[float, list[Op]]:
     """What was certainly left when it was asked for, and the ops that count: each as late as it may have been."""
     latest = {id(op): op.end if op.status == "ok" else math.inf for op in passed}
     left, total, counted = allowed.tokens, 0.0, []
     for op in sorted(passed, key=lambda op: latest[id(op)], reverse=True):
-        if op.called <= asked.end and _same(op, asked, allowed):
+        if op.called <= asked.end and allowed.same(op, asked):
             total += _cost(op)
             room = allowed.within(max(0.0, asked.called - latest[id(op)])) - total
             if room < math.inf:
@@ -337,8 +327,8 @@ def no_needless_refusal(*allowances: Allowance, name: str = "admit") -> Check:
         for op in refused:
             found = [(allowed, *_left(op, passed, allowed)) for allowed in allowances]
             if all(left >= _cost(op) for _, left, _ in found):
-                before = [one for one in passed if one.end <= op.called and any(_same(one, op, a) for a in allowances)]
-                room = " and ".join(f"{left:,.3g} of {a.tokens:,.6g} left{_of(op, a)}" for a, left, _ in found)
+                before = [one for one in passed if one.end <= op.called and any(a.same(one, op) for a in allowances)]
+                room = " and ".join(allowed.room(left, op) for allowed, left, _ in found)
                 rows.append((history.at(op.end), op.process, f"refused with {room}"))
                 counted = [one for *_, ops in found for one in ops]
                 first = first or _in_time([op, *before[-math.ceil(allowances[0].tokens) :], *counted])

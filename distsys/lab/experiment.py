@@ -270,7 +270,7 @@ class Run:
             self._signal(actor.at(event["point"]))
         elif kind == "crash":
             actor.crash = event["detail"]
-        elif kind in ("ready", "served", "done"):
+        elif kind in ("ready", "served"):
             self._signal((actor.name, kind, ""))
         elif kind == "waiting":
             self._signal((who, "waiting", event["name"]))

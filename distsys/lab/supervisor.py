@@ -45,8 +45,8 @@ class Supervisor:
         self.fds: list[int] = []  # received and not yet used: one per fork request, in their order
         self.buffer = b""
         self.woken, self.wake = socket.socketpair()
-        self.woken.setblocking(False)
-        self.wake.setblocking(False)
+        for end in (self.woken, self.wake):
+            end.setblocking(False)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # its number on the wakeup descriptor is all we need
         self.selector = selectors.DefaultSelector()  # each handler answers whether to go on
@@ -121,22 +121,19 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Reports every change of state: to a child that stops at a checkpoint somebody is waiting."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            if pid not in self.endings:
-                continue  # left behind by a child, and adopted
-            if os.WIFSTOPPED(status):
-                self.tell(pid=pid, state="stopped")
-            elif os.WIFCONTINUED(status):
-                self.tell(pid=pid, state="running")
-            else:
-                del self.endings[pid]
-                self.tell(pid=pid, state="exited", code=os.waitstatus_to_exitcode(status))
+        options = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
+        with suppress(ChildProcessError):  # there is none left
+            while (found := os.waitpid(-1, options))[0]:
+                pid, status = found
+                if pid not in self.endings:
+                    continue  # left behind by a child, and adopted
+                if os.WIFSTOPPED(status):
+                    self.tell(pid=pid, state="stopped")
+                elif os.WIFCONTINUED(status):
+                    self.tell(pid=pid, state="running")
+                else:
+                    del self.endings[pid]
+                    self.tell(pid=pid, state="exited", code=os.waitstatus_to_exitcode(status))
 
     def _preload(self, count: int) -> None:
         for name in [self.todo.pop(0) for _ in range(count)]:
@@ -204,12 +201,12 @@ def _work(descriptor: int) -> None:
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
+    data = b""
     while len(data) < size:
         if not (chunk := sock.recv(size - len(data))):
             raise EOFError("the notebook went away before it had sent the work")
         data += chunk
-    return bytes(data)
+    return data
 
 
 def main(control: int, lock: int, folder: str) -> NoReturn:

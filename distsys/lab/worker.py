@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -70,7 +71,9 @@ async def _work(job: Job, sock: socket.socket) -> None:
     global _current
     async with contextlib.AsyncExitStack() as stack:
         worker = _current = Worker(job, sock, stack)
-        worker.listen()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sock, worker.read)
+        stack.callback(loop.remove_reader, sock)
         try:
             await worker.prepare()
             worker.send(e="ready")
@@ -78,8 +81,6 @@ async def _work(job: Job, sock: socket.socket) -> None:
             await job.workload(worker, job.candidate, **worker.params)
         except Exception as error:  # noqa: BLE001  whatever the candidate raised is reported
             worker.send(e="crash", detail=f"{type(error).__name__}: {error}")
-        else:
-            worker.send(e="done")
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Worker:
         self.went = asyncio.Event()
         self._sock, self._stack = sock, stack
         self._armed: dict[str, str] = {}
-        self._released: dict[str, asyncio.Event] = {}
+        self._released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._inbox = b""
         self._ids = 0
         self.now = time.monotonic  # what the record goes by
@@ -120,26 +121,25 @@ class Worker:
         self._ids += 1
         head = {"id": self._ids, "name": name, "task": task_name.get() or None}
         self.send(e="call", **head, value=value, token=token)
-        call, timer = Call(value, token), self._patience(head)
+        call, outcome = Call(value, token), {"e": "ok"}
+        timer = asyncio.get_running_loop().create_task(self._nap(head))
         try:
             yield call
         except BaseException as error:
-            outcome = "fail" if isinstance(error, Rejected) else "info"
-            self.send(e=outcome, **head, detail=f"{type(error).__name__}: {error}", value=call.value, token=call.token)
+            outcome = {
+                "e": "fail" if isinstance(error, Rejected) else "info",
+                "detail": f"{type(error).__name__}: {error}",
+            }
             raise
-        else:
-            self.send(e="ok", **head, value=call.value, token=call.token)
         finally:
             timer.cancel()
+            self.send(**outcome, **head, value=call.value, token=call.token)
 
-    def _patience(self, head: dict[str, Any]) -> asyncio.Task[None]:
-        # Ten short naps instead of a long one: a starved process must have run ten times before it says it waits.
-        async def nap() -> None:
-            for _ in range(10):
-                await asyncio.sleep(self.job.patience / 10)
-            self.send(e="waiting", **head)
-
-        return asyncio.get_running_loop().create_task(nap())
+    async def _nap(self, head: dict[str, Any]) -> None:
+        """Ten short ones instead of a long one: a starved process must have run ten times before it says it waits."""
+        for _ in range(10):
+            await asyncio.sleep(self.job.patience / 10)
+        self.send(e="waiting", **head)
 
     # ---- faults
 
@@ -151,20 +151,12 @@ class Worker:
         if action in ("stop", "kill"):
             os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
         elif action == "hold":
-            await self._event(point).wait()
+            await self._released[point].wait()
         elif action == "block":
-            while not self._event(point).is_set():
-                self._read()
+            while not self._released[point].is_set():
+                self.read()
 
-    def _event(self, point: str) -> asyncio.Event:
-        return self._released.setdefault(point, asyncio.Event())
-
-    def listen(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._sock, self._read)
-        self._stack.callback(loop.remove_reader, self._sock)
-
-    def _read(self) -> None:
+    def read(self) -> None:
         data = self._sock.recv(65536)
         if not data:
             os._exit(0)  # the controller is gone
@@ -175,18 +167,16 @@ class Worker:
     def _obey(self, do: str, point: str = "", action: str = "", **order: Any) -> None:
         if do == "arm":
             self._armed[point] = action
-        elif do == "go":
-            self.went.set()
-        elif do == "order":
-            self.orders.put_nowait(order)
-            self.went.set()
-        elif do == "finish":
-            self.orders.put_nowait({})
         elif do == "release":
-            self._event(point).set()
+            self._released[point].set()
         elif do == "cancel":
             self.tasks[point].cancel()
             self.send(e="at", point="cancelled", action="cancel")
+        else:  # "go", "order" or "finish": an empty order ends the work
+            if do != "go":
+                self.orders.put_nowait(order)
+            if do != "finish":
+                self.went.set()
 
     # ---- clients and candidates
 
