@@ -40,7 +40,7 @@ class Timed:
 
     The client of a cluster that lost a node first asks the others where the slots are now. Cancelled in this it would
     begin from the start with the next script, and never come to an end where that takes longer than `timeout`: so it
-    goes on in the background, bounded by the client's own timeouts.
+    goes on in the background for a second. By then it waits for a node that hangs, and the next one may ask another.
     """
 
     def __init__(self, client: Any, timeout: float | None) -> None:
@@ -62,7 +62,6 @@ class Timed:
         async def find_and_run() -> Any:
             if self._lost:
                 await self._find_slots()
-                self._lost = False
             try:
                 return await script.run(self.redis, keys, *args)
             except BaseException:
@@ -79,11 +78,17 @@ class Timed:
             task.cancel()
 
     async def _find_slots(self) -> None:
-        """At once when the client knows them; one look at a time."""
+        """One look at a time."""
         loop = asyncio.get_running_loop()
         if self._finding is None or self._finding.done() or self._finding.get_loop() is not loop:
-            self._finding = loop.create_task(self.redis.initialize())
+            self._finding = loop.create_task(asyncio.wait_for(self._look(), 1))
         await asyncio.shield(self._finding)
+
+    async def _look(self) -> None:
+        """The client itself looks again after an error, but not when a timeout of ours left a hung node: do it here."""
+        await self.redis.initialize()
+        await self.redis.nodes_manager.initialize()
+        self._lost = False  # by the look itself: it may have outlasted the decision that began it
 
 
 def async_client(redis: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -18,6 +19,7 @@ from tests.ratelimit.test_token_bucket import MICRO, Clock
 
 Redis, RedisCluster = redis.asyncio.Redis, redis.asyncio.RedisCluster
 USER = "user:42"
+_numbers = itertools.count()
 SLOW = {"capacity": 10, "refill_rate": 0.01}  # by the test's clock; the server's TTL counts a thousand real seconds
 PRO = {"pro": [Quota(per="user", **SLOW), Quota(per=EVERYBODY, capacity=100, refill_rate=0.01)]}
 
@@ -25,7 +27,7 @@ PRO = {"pro": [Quota(per="user", **SLOW), Quota(per=EVERYBODY, capacity=100, ref
 @pytest.fixture
 async def nodes(servers: Servers) -> AsyncIterator[list[Server]]:
     """Masters, then the replica of each."""
-    nodes = await servers.cluster(3, replicas=1, name="failover")
+    nodes = await servers.cluster(3, replicas=1, name=f"failover{next(_numbers)}-")
     yield nodes
     for node in nodes:
         await node.kill()
@@ -77,6 +79,22 @@ async def test_a_failover_in_a_cluster_grants_what_was_used_in_the_lag_again(nod
         assert await granted(12) == [3, 0, 3]
         clock.us += 700 * MICRO
         assert await granted(12) == [7, 10, 7]
+
+
+async def test_a_master_that_hangs_is_given_up_for_its_replica(nodes: list[Server]) -> None:
+    """Its connections stay open and silent: decisions end by the timeout, and the client still finds the replica."""
+    async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
+        bucket = TokenBucketLimiter(client, **SLOW, on_failure=OnFailure(policy="closed", timeout=0.2))
+
+        async def decided() -> bool:
+            return (await bucket.peek(USER)).source == "redis"
+
+        await until(decided)
+        (master,) = (node for node in nodes if node.port == client.get_node_from_key(USER).port)
+        await master.pause()
+        assert not await decided()
+        await until(decided)
+        assert await is_master(nodes[nodes.index(master) + 3])
 
 
 async def is_master(node: Server) -> bool:
