@@ -155,11 +155,11 @@ async def test_a_cluster_client_that_does_not_hear_its_cancellation_holds_nobody
     done = asyncio.Event()
 
     class Deaf(RedisCluster):
-        async def evalsha(self, *args):
+        async def execute_command(self, *args, **options):
             with contextlib.suppress(asyncio.CancelledError):
                 await done.wait()
             await done.wait()
-            return await super().evalsha(*args)
+            return await super().execute_command(*args, **options)
 
     node = redis_cluster.get_default_node()
     async with asyncio.timeout(30), Deaf(host=node.host, port=node.port) as client:
