@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Expected = Literal["HELD", "VIOLATED"]
 PAST = {"stop": "stopped", "kill": "killed", "hold": "held", "block": "held", "cancel": "cancelled"}
+OUTCOMES = {"call": "called", "ok": "did", "fail": "failed", "info": "broke"}
 Signal = tuple[str, str, str]
-"""(process, what, name): what is "did", "failed", "broke", "waiting", "at" or "ended"."""
+"""(process, what, name): what is one of OUTCOMES, "ready", "served", "waiting", "at" or "ended"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,21 +264,17 @@ class Run:
             self._signal(actor.ended)
 
     def _hear(self, actor: Actor, event: dict[str, Any]) -> None:
-        kind, who = event["e"], event.get("task") or actor.name
-        if kind == "at":
+        kind = event["e"]
+        if kind == "crash":
+            actor.crash = event["detail"]
+        elif kind == "at":
             self.actions[actor.name, event["point"]] = event["action"]
             self._recorder.fault(event["t"], PAST[event["action"]], actor.name, event["point"])
             self._signal(actor.at(event["point"]))
-        elif kind == "crash":
-            actor.crash = event["detail"]
-        elif kind in ("ready", "served"):
-            self._signal((actor.name, kind, ""))
-        elif kind == "waiting":
-            self._signal((who, "waiting", event["name"]))
         else:
-            self._recorder.event(actor.name, event)
-            what = {"ok": "did", "fail": "failed", "info": "broke", "call": "called"}[kind]
-            self._signal((who, what, event["name"]))
+            if kind in OUTCOMES:
+                self._recorder.event(actor.name, event)
+            self._signal((event.get("task") or actor.name, OUTCOMES.get(kind, kind), event.get("name", "")))
 
     def _signal(self, one: Signal) -> None:
         self._seen[one] += 1

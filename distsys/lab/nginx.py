@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from distsys.lab.binaries import find
-from distsys.lab.processes import Process
-from distsys.lab.servers import Server, Servers, _listens
+from distsys.lab.servers import Server, Servers, configure, listens
 
 FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
@@ -18,8 +17,8 @@ async def nginx(servers: Servers, limit: str, name: str = "nginx") -> Server:
 
 async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:
     program, version, origin = find("nginx", servers.backend)
-    home = servers._home(name)
-    config, sock = home / "nginx.conf", home / "sock"
+    home = servers.home(name)
+    sock = home / "sock"
 
     def argv(port: int) -> list[str]:
         sock.unlink(missing_ok=True)  # one that was killed leaves it
@@ -28,11 +27,7 @@ async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:
         lines += [f"limit_req_zone $arg_key zone=keys:1m {rate}; limit_req_status 429;", "server {"]
         lines += [f"listen 127.0.0.1:{port}; listen unix:{sock}; limit_req zone=keys {burst} nodelay;"]
         lines += ["location / { try_files /none =204; }", "}}"]  # a plain `return` would come before the limit
-        config.write_text("\n".join(lines) + "\n")
-        config.chmod(0o644)  # it may run as nobody; the folder keeps all others out
-        return [str(program), "-p", str(home), "-c", config.name, "-e", "stderr"]
+        return [str(program), "-p", str(home), "-c", str(configure(home / "nginx.conf", lines)), "-e", "stderr"]
 
-    async def ready(process: Process) -> bool:
-        return await _listens(sock)
-
-    return await servers._serve(Server(name, "nginx", "http://127.0.0.1:{port}", version, origin), argv, ready)
+    server = Server(name, "nginx", "http://127.0.0.1:{port}", version, origin)
+    return await servers.serve(server, argv, lambda _: listens(sock))

@@ -31,6 +31,7 @@ from distsys.lab import run_folder
 from distsys.lab.supervisor import FRAME
 
 State = Literal["running", "stopped", "exited"]
+Pair = tuple[socket.socket | None, socket.socket | None]  # of a worker: our end and its own
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[4])
@@ -151,7 +152,7 @@ class Processes:
         header = json.dumps({"target": target, "path": _path(), "cwd": str(Path.cwd())}).encode()
         process = None
         try:
-            process = await self._request("fork", name, ours, theirs, ending=signal.SIGKILL)
+            process = await self._request("fork", name, (ours, theirs), ending=signal.SIGKILL)
             with suppress(BrokenPipeError, ConnectionResetError):  # killed meanwhile: its exit says so
                 await self._loop.sock_sendall(ours, FRAME.pack(len(header), len(payload)) + header + payload)
         except BaseException:
@@ -183,24 +184,18 @@ class Processes:
             await asyncio.to_thread(run_folder.sweep, [self.folder])  # it was killed
             await asyncio.sleep(0.02)  # or another lab, just starting, has come before us and is at it
 
-    async def _request(
-        self,
-        op: str,
-        name: str = "",
-        ours: socket.socket | None = None,
-        theirs: socket.socket | None = None,
-        **more: Any,
-    ) -> Process:
+    async def _request(self, op: str, name: str = "", pair: Pair = (None, None), **more: Any) -> Process:
+        ours, theirs = pair
         if "/" in name:
             raise ValueError(f"a process's name is its log's too, so it can't hold a slash: {name!r}")
         async with self._turns:
             if self._gone.is_set():
                 raise self._ended()
             process, future = Process(name, self.folder / f"{name}.log", ours), self._loop.create_future()
-            self._requests.append((process, future))
             message = json.dumps({"op": op, "name": name, **more}).encode() + b"\n"
             with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so to the future
                 socket.send_fds(self._control, [message], [theirs.fileno()] if theirs else [])
+            self._requests.append((process, future))
             try:
                 await asyncio.shield(future)
             except asyncio.CancelledError:
@@ -268,14 +263,9 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket, Path]:
         with (folder / "supervisor.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, *map(str, fds), str(folder), json.dumps(_path())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", pass_fds=fds, start_new_session=True,
                 env=os.environ | {run_folder.MARK: str(folder)},
-                pass_fds=fds,
-                start_new_session=True,
-            )
+            )  # fmt: skip
     except BaseException:
         ours.close()
         run_folder.remove(folder)

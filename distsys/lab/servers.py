@@ -206,7 +206,7 @@ class Servers:
         if replica_of is None and not args and (elsewhere := await self._elsewhere("redis", name)):
             return elsewhere
         program, version, origin = find("redis", self.backend)
-        home = self._home(name)
+        home = self.home(name)
         sock = home / "sock"
         own = {"bind": "127.0.0.1", "unixsocket": sock, "unixsocketperm": 700, "dir": home}
         own |= {"save": "", "appendonly": "no"}
@@ -216,7 +216,7 @@ class Servers:
         if replica_of is not None:
             argv += ["--replicaof", replica_of.host, str(replica_of.port)]
         server = Server(name, "redis", "redis://127.0.0.1:{port}/0", version, origin, socket=str(sock))
-        await self._serve(server, lambda port: [*argv, "--port", str(port)], lambda _: _listens(sock))
+        await self.serve(server, lambda port: [*argv, "--port", str(port)], lambda _: listens(sock))
         if replica_of is not None:
             await _info(server, "replication", {"master_link_status": "up"})
         return server
@@ -226,7 +226,7 @@ class Servers:
             return elsewhere
         program, version, origin = find("postgres", self.backend)
         template = await self._template(program, version)
-        home = self._home(name)
+        home = self.home(name)
         data = home / "data"
         # One launch copies and starts, so that neither this loop nor the supervisor waits for the copy.
         script = 'set -e; if ! test -d "$1"; then cp -R "$0" "$1.$$"; mv "$1.$$" "$1"; fi; shift; exec "$@"'
@@ -240,11 +240,11 @@ class Servers:
 
         url = "postgresql://postgres@127.0.0.1:{port}/postgres"
         server = Server(name, "postgres", url, version, origin, socket=str(home))
-        return await self._serve(server, lambda port: [*argv, "-p", str(port)], ready, ending=signal.SIGQUIT)
+        return await self.serve(server, lambda port: [*argv, "-p", str(port)], ready, ending=signal.SIGQUIT)
 
     async def _pgbouncer(self, name: str, postgres: Server, pool_mode: str, pool_size: int) -> Server:
         program, version, origin = find("pgbouncer", self.backend)
-        home = self._home(name)
+        home = self.home(name)
         target = urlsplit(postgres.url)
         upstream = f"host={postgres.host} port={postgres.port} user={target.username or 'postgres'}"
         upstream += f" password={target.password}" if target.password else ""
@@ -254,17 +254,14 @@ class Servers:
             settings |= {"default_pool_size": pool_size, "unix_socket_dir": home}
             settings |= {"ignore_startup_parameters": "extra_float_digits"}
             lines = [f"[databases]\n* = {upstream}", "[pgbouncer]", *(f"{k} = {v}" for k, v in settings.items())]
-            config = home / "pgbouncer.ini"
-            config.write_text("\n".join(lines) + "\n")
-            config.chmod(0o644)  # it may run as nobody; the folder keeps all others out
-            return [str(program), str(config)]
+            return [str(program), str(configure(home / "pgbouncer.ini", lines))]
 
         async def ready(process: Process) -> bool:
-            return any([await _listens(sock) for sock in home.glob(".s.PGSQL.*[0-9]")])
+            return any([await listens(sock) for sock in home.glob(".s.PGSQL.*[0-9]")])
 
         url = f"postgresql://{target.username or 'postgres'}@127.0.0.1:{{port}}{target.path or '/postgres'}"
         server = Server(name, "pgbouncer", url, version, origin, socket=str(home))
-        return await self._serve(server, argv, ready)
+        return await self.serve(server, argv, ready)
 
     async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
         """One that is no process of this lab: a server that runs already, somewhere, or a container."""
@@ -287,8 +284,8 @@ class Servers:
             message = f"no container from {image}: start Docker or Podman, name another image, or unset DISTSYS_BACKEND"
             raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
-        host = container.get_container_host_ip().replace("localhost", "127.0.0.1")
-        port = int(container.get_exposed_port(container.port))
+        host, port = container.get_container_host_ip(), int(container.get_exposed_port(container.port))
+        host = "127.0.0.1" if host == "localhost" else host
         url = f"redis://{host}:{port}/0" if kind == "redis" else container.get_connection_url(host=host)
         server = Server(name, kind, url, "", "docker", host, port)
         server.version = await _ask_version(server)
@@ -296,7 +293,7 @@ class Servers:
 
     # ---- starting a process
 
-    def _home(self, name: str) -> Path:
+    def home(self, name: str) -> Path:
         """A server's own folder: its socket and its data."""
         home = self._processes.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
@@ -307,11 +304,13 @@ class Servers:
 
     async def _template(self, program: Path, version: str) -> Path:
         """A data folder to copy, made once per version; two labs may make it at once, and the first one's stays."""
-        cached = _cache() / re.sub(r"[^\w.]+", "-", f"{version} {platform.machine()}".lower())
+        caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or caches) / "distsys"
+        cached = caches / re.sub(r"[^\w.]+", "-", f"{version} {platform.machine()}".lower())
         if cached.is_dir() and cached.stat().st_uid == os.geteuid() and root_becomes() != "nobody":
             return cached  # readable for the server that is to copy it
         async with self._starting["initdb"]:
-            data = self._home("initdb") / "data"
+            data = self.home("initdb") / "data"
             if not data.is_dir():
                 part = data.with_name(secrets.token_hex(4))  # made elsewhere: cancelled, it may go on for a moment
                 argv = [str(program.with_name("initdb")), "-D", str(part), "--locale=C", "--encoding=UTF8", "--no-sync"]
@@ -330,7 +329,7 @@ class Servers:
         uid = NOBODY if how == "nobody" else None
         return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, ending=ending, uid=uid)
 
-    async def _serve(
+    async def serve(
         self, server: Server, argv: Callable[[int], list[str]], ready: Ready, *, ending: int = signal.SIGKILL
     ) -> Server:
         """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
@@ -366,7 +365,7 @@ class Servers:
         return server
 
 
-async def _listens(sock: Path) -> bool:
+async def listens(sock: Path) -> bool:
     """By its unix socket, in our own folder: behind a TCP port there might be a stranger."""
     try:
         _, writer = await asyncio.open_unix_connection(sock)
@@ -397,17 +396,17 @@ def is_free(port: int) -> bool:
     return True
 
 
+def configure(config: Path, lines: list[str]) -> Path:
+    config.write_text("\n".join(lines) + "\n")
+    config.chmod(0o644)  # the server may run as nobody; the folder keeps all others out
+    return config
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _cache() -> Path:
-    home = Path.home()
-    base = home / "Library/Caches" if sys.platform == "darwin" else home / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or base) / "distsys"
 
 
 def _keep(data: Path, cached: Path) -> None:

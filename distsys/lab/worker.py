@@ -260,9 +260,7 @@ def looks_sync(candidate: Any) -> bool:
     if hasattr(candidate, "__aenter__"):
         return False
     acquire = getattr(candidate, "acquire", None)
-    if acquire is not None:
-        return not inspect.iscoroutinefunction(acquire)
-    return hasattr(candidate, "__enter__")
+    return hasattr(candidate, "__enter__") if acquire is None else not inspect.iscoroutinefunction(acquire)
 
 
 class Guard:
