@@ -155,9 +155,8 @@ def monotonic_tokens(history: History) -> Finding:
     grants = [op for op in history.where("acquire", status="ok") if op.token is not None]
     writes = [op for op in history.where("write", status="ok") if op.token is not None]
     if same := [(a, b) for a, b in pairwise(sorted(grants, key=_token)) if a.token == b.token]:
-        return _broken(
-            history, same, f"{count(len(same), 'token')} handed out twice, {len(grants):,} in all", "same as"
-        )
+        twice = f"{count(len(same), 'token')} handed out twice, {len(grants):,} in all"
+        return _broken(history, same, twice, "same as")
     if back := _older(grants):
         return _broken(history, back, f"{len(back):,} of {count(len(grants), 'token')} older than the last", "after")
     if late := _older(writes):
@@ -338,8 +337,8 @@ def no_needless_refusal(*allowances: Allowance, name: str = "admit") -> Check:
         again = [op for op in passed if op.status == "ok" and any(op.called >= no.end for no in refused)]
         if not again:
             return _unclear(f"nobody was admitted after a refusal, {count(len(refused), 'refusal')}")
-        summary = f"{count(len(refused), 'refusal')}, none while there was room; {len(again):,} admitted later"
-        return Finding("HELD", summary)
+        none = f"{count(len(refused), 'refusal')}, none while there was room"
+        return Finding("HELD", f"{none}; {len(again):,} admitted later")
 
     return check
 

@@ -89,9 +89,9 @@ class Lab:
                 judged = [arms.create_task(judge(arm)) for arm in chosen.arms]
         except ExceptionGroup as errors:  # the first ended the others
             raise errors.exceptions[0] from None
-        verdicts = [one.result() for one in judged]
+        verdicts = Verdicts(one.result() for one in judged)
         self.verdicts += verdicts
-        return Verdicts(verdicts)
+        return verdicts
 
     async def test(
         self, candidate: Any, experiment: str | Experiment, *, expected: Expected | None = None, name: str = "",

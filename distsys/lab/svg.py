@@ -55,11 +55,11 @@ def cut(text: str, width: float, size: float = 13, bold: bool = False) -> str:
 def wrap(text: str, width: float, size: float = 13, *, lines: int = 3, bold: bool = False) -> list[str]:
     done, line = [], ""
     for word in text.split():
-        if line and width_of(f"{line} {word}", size, bold) > width:
+        longer = f"{line} {word}".strip()
+        if line and width_of(longer, size, bold) > width:
             done.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
+            longer = word
+        line = longer
     done.append(line)
     return [cut(part, width, size, bold) for part in [*done[: lines - 1], " ".join(done[lines - 1 :])] if part]
 

@@ -126,10 +126,8 @@ class Worker:
         try:
             yield call
         except BaseException as error:
-            outcome = {
-                "e": "fail" if isinstance(error, Rejected) else "info",
-                "detail": f"{type(error).__name__}: {error}",
-            }
+            said = f"{type(error).__name__}: {error}"
+            outcome = {"e": "fail" if isinstance(error, Rejected) else "info", "detail": said}
             raise
         finally:
             timer.cancel()
