@@ -62,8 +62,8 @@ def dependency_failed(error: Exception) -> bool:
 class Probes:
     """A half open period: `running` calls at a time, `succeeded` so far."""
 
-    def __init__(self, breaker: CircuitBreaker, until: float) -> None:
-        self.breaker, self.until = breaker, until  # when a probe that has not returned is given up
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self.breaker, self.until = breaker, 0.0  # when probes that keep all places are given up
         self.running = self.succeeded = 0
 
     def success(self) -> None:
@@ -190,16 +190,16 @@ class CircuitBreaker:
     def admit(self) -> Ticket:
         """A ticket, to be given to succeeded(), failed() or abandoned(). CircuitOpen when there is none."""
         with self._lock:
-            now = self._clock()
-            if isinstance(self._period, Probes) and now >= self._period.until:
+            now, most = self._clock(), self.half_open_max_calls
+            if isinstance(probes := self._period, Probes) and probes.running >= most and now >= probes.until:
                 self._probe_failed("no probe came back")
             if self._state == "open" and now >= self._until:
                 self._change("half_open", "the recovery time is over")
             if self.closed:
                 return self.closed
-            if isinstance(self._period, Probes) and self._period.running < self.half_open_max_calls:
-                self._period.running += 1
-                return self._period
+            if isinstance(probes := self._period, Probes) and probes.running < most:
+                probes.running, probes.until = probes.running + 1, now + max(self.recovery_timeout, PROBE)
+                return probes
             self.rejected += 1
             wait = {"open": self._until - now, "half_open": min(1.0, self.recovery_timeout)}.get(self._state, 0.0)
             state, why = self._state, self.last_change.reason if self.last_change else ""
@@ -261,8 +261,7 @@ class CircuitBreaker:
     def _change(self, new: State, reason: str) -> None:
         old, self._state, snapshot, now = self._state, new, self.snapshot, self._clock()
         self.closed = window_of(self.window, self._clock) if new == "closed" else None
-        probes = Probes(self, now + max(self.recovery_timeout, PROBE)) if new == "half_open" else Ignored()
-        self._period = self.closed or probes
+        self._period = self.closed or (Probes(self) if new == "half_open" else Ignored())
         self.last_change = change = Change(old, new, reason, snapshot, now)
         emit("circuit_breaker", self.name, "state_change", **change._asdict())
         if self.on_state_change is not None:
