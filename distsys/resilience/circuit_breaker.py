@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from distsys.clock import Clock
 from distsys.errors import CircuitOpen
 from distsys.resilience.layers import Function, check_count, check_number, decorate
-from distsys.resilience.listeners import emit
+from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import Window, window_of
 from distsys.resilience.windows import seconds as seconds
@@ -93,7 +93,7 @@ class CircuitBreaker:
     half_open_max_calls  probes at a time; success_threshold of them have to succeed, one failure opens again
     is_failure           which errors count; dependency_failed without
     fallback             called in the place of a refused call, with its arguments
-    on_state_change      called with the breaker's Change
+    on_state_change      called with the breaker's Change, as listeners are: what it raises is logged
     metrics_only         changes state, but refuses nothing: to try settings on real traffic
     """
 
@@ -255,8 +255,8 @@ class CircuitBreaker:
 
     def _open(self, reason: str, asked: float | None = None) -> None:
         recovery = max(self.recovery_timeout * 2.0 ** min(self._failed_probes, 64), asked or 0.0)
-        self._change("open", reason)
         self._until = self._clock() + min(recovery, self.max_recovery_timeout) * (1 + self._rng() / 10)
+        self._change("open", reason)  # the last word: who hears of it may call the breaker
 
     def _change(self, new: State, reason: str) -> None:
         old, self._state, snapshot, now = self._state, new, self.snapshot, self._clock()
@@ -265,7 +265,7 @@ class CircuitBreaker:
         self.last_change = change = Change(old, new, reason, snapshot, now)
         emit("circuit_breaker", self.name, "state_change", **change._asdict())
         if self.on_state_change is not None:
-            self.on_state_change(change)
+            tell(self.on_state_change, change)
 
     # ---- around functions and blocks
 

@@ -1,7 +1,8 @@
 """Who wants to know what the policies do: metrics, logs, alerts.
 
-Promise  each listener hears of each event, in the order of its happening, on the thread where it happened.
-Not      for slow work: a listener runs inside the call it hears of. What it raises is logged and goes no further.
+Promise  each listener hears of each event, on the thread where it happened; of a breaker's changes in their order.
+Not      for slow work: a listener runs inside the call it hears of, and inside the breaker's lock when that changes: it
+         must not wait for another thread. What it raises is logged and goes no further.
 Units    seconds.
 Errors   none.
 Source   OpenTelemetry metrics API, semantic conventions for names.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 logger = logging.getLogger("distsys.resilience")
 
 
@@ -26,28 +28,30 @@ class Event(NamedTuple):
 
 
 Listener = Callable[[Event], None]
-_listeners: tuple[Listener, ...] = ()
+_listeners: dict[object, Listener] = {}
 
 
 def listen(listener: Listener) -> Callable[[], None]:
     """From now on `listener(event)` is called for every policy of the process; returns what ends that."""
-    global _listeners
-    _listeners = (*_listeners, listener)
+    _listeners[key := object()] = listener
 
     def stop() -> None:
-        global _listeners
-        _listeners = tuple(each for each in _listeners if each is not listener)
+        _listeners.pop(key, None)
 
     return stop
 
 
 def emit(rule: str, name: str, kind: str, **facts: Any) -> None:
     """Of the policies: tells every listener."""
-    for listener in _listeners:
-        try:
-            listener(Event(rule, name, kind, facts))
-        except Exception:  # a listener must not change the outcome of the call
-            logger.exception("listener %r failed at %s of %s %r", listener, kind, rule, name)
+    for listener in tuple(_listeners.values()):
+        tell(listener, Event(rule, name, kind, facts))
+
+
+def tell(listener: Callable[[T], object], what: T) -> None:
+    try:
+        listener(what)
+    except Exception:  # a listener must not change the outcome of the call
+        logger.exception("listener %r failed at %r", listener, what)
 
 
 def opentelemetry(meter: Any = None) -> Callable[[], None]:
