@@ -58,7 +58,7 @@ def opentelemetry(meter: Any = None) -> Callable[[], None]:
     """Counts events as metrics of OpenTelemetry; returns what ends that. Needs `opentelemetry-api`.
 
     distsys.events            counter: every event, by rule, name and kind
-    distsys.breaker.state     up-down counter per state: 1 for the state the breaker is in
+    distsys.breaker.state     gauge per state: 1 for the one the breaker is in since its last change, 0 for those before
     distsys.retry.delay       histogram, seconds: how long retries were put off
     """
     if meter is None:
@@ -68,15 +68,15 @@ def opentelemetry(meter: Any = None) -> Callable[[], None]:
             raise ImportError("opentelemetry is missing: pip install 'distsys[otel]', or pass a meter") from error
         meter = metrics.get_meter("distsys")
     events = meter.create_counter("distsys.events", description="what the policies did")
-    states = meter.create_up_down_counter("distsys.breaker.state", description="1 for the present state")
+    states = meter.create_gauge("distsys.breaker.state", description="1 for the present state")
     delays = meter.create_histogram("distsys.retry.delay", unit="s", description="waits before a retry")
 
     def listener(event: Event) -> None:
         who = {"rule": event.rule, "name": event.name}
         events.add(1, {**who, "kind": event.kind})
         if event.kind == "state_change":
-            states.add(-1, {"name": event.name, "state": event.facts["old"]})
-            states.add(1, {"name": event.name, "state": event.facts["new"]})
+            states.set(0, {"name": event.name, "state": event.facts["old"]})
+            states.set(1, {"name": event.name, "state": event.facts["new"]})
         elif event.kind == "retry":
             delays.record(event.facts["delay"], who)
 
