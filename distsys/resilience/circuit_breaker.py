@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from distsys.clock import Clock
-from distsys.errors import CircuitOpen
+from distsys.errors import CircuitOpen, Rejected
 from distsys.resilience.layers import Function, check_count, check_number, decorate
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
@@ -56,7 +56,7 @@ class Change(NamedTuple):
 
 def dependency_failed(error: Exception) -> bool:
     """What counts against the dependency: all but what the caller did wrong, and refusals of other rules of ours."""
-    return classify(error) is not FATAL
+    return not isinstance(error, Rejected) and classify(error) is not FATAL
 
 
 class Probes:
@@ -91,7 +91,8 @@ class CircuitBreaker:
     minimum_calls        calls in the window before failure_rate means anything; the window's own length, or 10
     slow_call_threshold  seconds from which a call counts as failed although it returned
     half_open_max_calls  probes at a time; success_threshold of them have to succeed, one failure opens again
-    is_failure           which errors count; dependency_failed without
+    is_failure           which errors count; dependency_failed without. Others count as success, for the dependency has
+                         answered; but Rejected, which never got there, counts as neither
     fallback             called in the place of a refused call, with its arguments
     on_state_change      called with the breaker's Change, as listeners are: what it raises is logged
     metrics_only         changes state, but refuses nothing: to try settings on real traffic
@@ -217,8 +218,15 @@ class CircuitBreaker:
             ticket.success()
 
     def failed(self, ticket: Ticket, error: Exception) -> None:
-        if self.is_failure(error):
+        try:
+            counts = self.is_failure(error)
+        except BaseException:
+            self.abandoned(ticket)
+            raise
+        if counts:
             self._failed(ticket, repr(error), retry_after(error))
+        elif isinstance(error, Rejected):  # it never got to the dependency
+            self.abandoned(ticket)
         else:
             ticket.success()
 
