@@ -243,10 +243,11 @@ class CircuitBreaker:
             elif ticket is self.closed and not isinstance(ticket, (Probes, Ignored)):
                 ticket.failure()
                 calls, failures = ticket.counts()
-                many: float = self.failure_threshold
-                if self.failure_rate is not None:
-                    many = self.failure_rate * calls if calls >= self.minimum_calls else calls + 1
-                if failures >= many:
+                if self.failure_rate is None:
+                    many = failures >= self.failure_threshold
+                else:  # divided: 0.7 * 10 is more than 7
+                    many = calls >= self.minimum_calls and failures / calls >= self.failure_rate
+                if many:
                     self._open(f"{failures} of {calls} calls failed, at last: {what}", asked)
 
     def _probe_failed(self, what: str, asked: float | None = None) -> None:

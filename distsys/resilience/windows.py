@@ -1,11 +1,12 @@
 """What a circuit breaker looks at while it is closed: the last so many calls, those of so many seconds, or a row.
 
 A success must cost next to nothing: it is a number drawn from a counter, which threads can do at once without a lock;
-how many were drawn is looked at when a call fails.
+how many were drawn is looked at when a call fails. Only a window of time, which needs the time of each, takes a lock.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from itertools import count
 
@@ -63,20 +64,23 @@ class LastSeconds:
     """Calls of the last `length` seconds, forgotten a tenth of the window at a time: between 0.9 and 1 of it count."""
 
     def __init__(self, length: float, clock: Clock) -> None:
-        self._width, self._clock = length / BUCKETS, clock
+        self._width, self._clock, self._lock = length / BUCKETS, clock, threading.RLock()
         self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
 
     def success(self) -> None:
-        self._newest()[1] += 1
+        with self._lock:
+            self._newest()[1] += 1
 
     def failure(self) -> None:
-        newest = self._newest()
-        newest[1] += 1
-        newest[2] += 1
+        with self._lock:
+            newest = self._newest()
+            newest[1] += 1
+            newest[2] += 1
 
     def counts(self) -> tuple[int, int]:
-        self._newest()
-        return sum(bucket[1] for bucket in self._buckets), sum(bucket[2] for bucket in self._buckets)
+        with self._lock:
+            self._newest()
+            return sum(bucket[1] for bucket in self._buckets), sum(bucket[2] for bucket in self._buckets)
 
     def _newest(self) -> list[int]:
         number = int(self._clock() / self._width)
