@@ -346,12 +346,16 @@ class CircuitBreaker:
         return call
 
     def __enter__(self) -> CircuitBreaker:
-        _open_blocks.set((*_open_blocks.get(), (self.admit(), self._clock())))
+        _open_blocks.set((*_open_blocks.get(), (self, self.admit(), self._clock())))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        *outer, (ticket, started) = _open_blocks.get()
-        _open_blocks.set(tuple(outer))
+        blocks = _open_blocks.get()
+        mine = next((block for block in reversed(blocks) if block[0] is self), None)
+        if mine is None:  # entered in another task or context: its outcome is lost
+            return
+        _open_blocks.set(tuple(block for block in blocks if block is not mine))
+        _, ticket, started = mine
         if error is None:
             self.succeeded(ticket, self._clock() - started)
         elif isinstance(error, Exception):
@@ -366,7 +370,8 @@ class CircuitBreaker:
         self.__exit__(kind, error, traceback)
 
 
-_open_blocks: ContextVar[tuple[tuple[Ticket, float], ...]] = ContextVar("distsys_breaker_blocks", default=())
+_Block = tuple[CircuitBreaker, Ticket, float]
+_open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("distsys_breaker_blocks", default=())
 
 
 class CircuitBreakers:
