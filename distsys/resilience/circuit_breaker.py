@@ -84,8 +84,9 @@ class CircuitBreaker:
     """What `circuit_breaker(...)` returns: a decorator; `await policy.call(fn, ...)`; `async with policy:`, or `with`.
 
     failure_threshold    failed calls in the window that open it
-    recovery_timeout     seconds it stays open at first; each failed probe doubles them up to max_recovery_timeout, and
-                         up to a tenth more is added by chance, so that processes do not come back together
+    recovery_timeout     seconds it stays open at first; each failed probe doubles them, a Retry-After counts if it is
+                         longer, both up to max_recovery_timeout (8 times the first), and up to a tenth more is added by
+                         chance, so that processes do not come back together
     window               the last so many calls; seconds(60): those of a minute; None: failures in a row
     failure_rate         instead of failure_threshold: the share of calls in the window, from minimum_calls on
     minimum_calls        calls in the window before failure_rate means anything; the window's own length, or 10
@@ -95,7 +96,7 @@ class CircuitBreaker:
                          answered; but Rejected, which never got there, counts as neither
     fallback             called in the place of a refused call, with its arguments
     on_state_change      called with the breaker's Change, as listeners are: what it raises is logged
-    metrics_only         changes state, but refuses nothing: to try settings on real traffic
+    metrics_only         refuses nothing, it only counts in `rejected`: to try settings on real traffic
     """
 
     def __init__(
@@ -134,7 +135,11 @@ class CircuitBreaker:
             if window is None:
                 raise ValueError(f"failure_rate={failure_rate!r} needs a window of calls or seconds, not None")
         if slow_call_threshold is not None:
-            check_number("slow_call_threshold", slow_call_threshold, 0, YEAR, "seconds")
+            check_number("slow_call_threshold", slow_call_threshold, 1e-6, YEAR, "seconds")
+        given: Any  # else mypy believes the callers
+        for word, given in ("is_failure", is_failure), ("fallback", fallback), ("on_state_change", on_state_change):
+            if not callable(given) and (given is not None or word == "is_failure"):
+                raise TypeError(f"{word}={given!r} is a {type(given).__name__}; give a function")
         few = min(window, 10) if isinstance(window, int) else 10
         self.minimum_calls = few if minimum_calls is None else check_count("minimum_calls", minimum_calls, 1, "calls")
         if isinstance(window, int) and self.minimum_calls > window:
@@ -182,7 +187,7 @@ class CircuitBreaker:
             self._open("opened by hand")
 
     def isolate(self) -> None:
-        """Refuses every call until reset()."""
+        """Refuses every call until reset() or force_open()."""
         with self._lock:
             self._change("isolated", "isolated by hand")
 
@@ -202,7 +207,8 @@ class CircuitBreaker:
                 probes.running, probes.until = probes.running + 1, now + max(self.recovery_timeout, PROBE)
                 return probes
             self.rejected += 1
-            wait = {"open": self._until - now, "half_open": min(1.0, self.recovery_timeout)}.get(self._state, 0.0)
+            waits = {"open": self._until - now, "half_open": min(1.0, self.recovery_timeout)}
+            wait = waits.get(self._state, self.recovery_timeout)  # isolated: nobody knows, but not at once
             state, why = self._state, self.last_change.reason if self.last_change else ""
         emit("circuit_breaker", self.name, "rejected", state=state, retry_after=wait)
         if self.metrics_only:
