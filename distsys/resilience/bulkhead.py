@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from distsys.clock import Clock, check_timeout
 from distsys.errors import BulkheadFull
-from distsys.resilience.layers import Function, check_count, decorate
+from distsys.resilience.layers import Function, check_count, decorate, name_of
 from distsys.resilience.listeners import emit
 
 T = TypeVar("T")
@@ -321,7 +321,7 @@ class Bulkhead:
     # ---- around functions and blocks
 
     def __call__(self, fn: Function) -> Function:
-        self.name = self.name or getattr(fn, "__qualname__", repr(fn))
+        self.name = self.name or name_of(fn)
         return decorate("bulkhead", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:

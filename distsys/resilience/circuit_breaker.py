@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from distsys.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
-from distsys.resilience.layers import Function, check_count, check_number, decorate
+from distsys.resilience.layers import Function, check_count, check_number, decorate, name_of
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import Window, window_of
@@ -285,7 +285,7 @@ class CircuitBreaker:
     # ---- around functions and blocks
 
     def __call__(self, fn: Function) -> Function:
-        self.name = self.name or getattr(fn, "__qualname__", repr(fn))
+        self.name = self.name or name_of(fn)
         return decorate("circuit_breaker", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
-from distsys.resilience.layers import Function, check_number, is_async
+from distsys.resilience.layers import Function, check_number, is_async, name_of
 from distsys.resilience.retry import YEAR, Retry
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Resilient:
 
     def __call__(self, fn: Function) -> Function:
         if self.timeout is not None and not is_async(fn):
-            raise TypeError(f"timeout={self.timeout!r} can't end {fn.__qualname__}, which is not async: use its own")
+            raise TypeError(f"timeout={self.timeout!r} can't end {name_of(fn)}, which is not async: use its own")
         wrapped: Any = self._timed(fn) if self.timeout is not None else fn
         for part in (self.retry, self.circuit_breaker, self.bulkhead):
             if part is not None:

@@ -12,12 +12,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def decorate(rule: str, fn: Function, for_async: Callable[..., Any], for_sync: Callable[..., Any]) -> Function:
     """`for_async(fn)` or `for_sync(fn)`, dressed as fn, with the names of the layers it has now, outermost first."""
-    if not callable(fn):
+    if not callable(fn) or isinstance(fn, staticmethod):
         raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        raise TypeError(
-            f"@{rule} got {fn.__qualname__}, a generator, which runs after the call is over: wrap its calls"
-        )
+    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _ways_to_call(fn)):
+        raise TypeError(f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")
     wrapper: Any = (for_async if is_async(fn) else for_sync)(fn)
     functools.update_wrapper(wrapper, fn)
     wrapper.__distsys__ = (rule, *layers(fn))
@@ -26,12 +24,23 @@ def decorate(rule: str, fn: Function, for_async: Callable[..., Any], for_sync: C
 
 
 def layers(fn: Any) -> tuple[str, ...]:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     found: tuple[str, ...] = getattr(fn, "__distsys__", ())
     return found
 
 
+def name_of(fn: Any) -> str:
+    return getattr(fn, "__qualname__", "") or repr(fn)
+
+
 def is_async(fn: Any) -> bool:
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+    return any(inspect.iscoroutinefunction(each) for each in _ways_to_call(fn))
+
+
+def _ways_to_call(fn: Any) -> tuple[Any, ...]:
+    """The function itself, or the method of what can be called like one."""
+    return fn, None if isinstance(fn, type) else getattr(fn, "__call__", None)  # noqa: B004
 
 
 def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:

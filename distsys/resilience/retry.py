@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from distsys.clock import Clock
 from distsys.errors import PatternOrderError
-from distsys.resilience.layers import Function, check_count, check_number, decorate, layers
+from distsys.resilience.layers import Function, check_count, check_number, decorate, layers, name_of
 from distsys.resilience.listeners import emit
 from distsys.resilience.outcomes import NOT_DONE, UNKNOWN, Outcome, classify, retry_after
 
@@ -121,10 +121,10 @@ class Retry:
     def __call__(self, fn: Function) -> Function:
         if "circuit_breaker" in layers(fn) and not self.allow_outside_breaker:
             raise PatternOrderError(
-                f"retry outside of circuit_breaker on {fn.__qualname__}: an open breaker is there to be left alone, "
+                f"retry outside of circuit_breaker on {name_of(fn)}: an open breaker is there to be left alone, "
                 "and each attempt counts as a call: put @circuit_breaker above @retry, or allow_outside_breaker=True"
             )
-        self.name = self.name or getattr(fn, "__qualname__", repr(fn))
+        self.name = self.name or name_of(fn)
         return decorate("retry", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
