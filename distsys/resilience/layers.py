@@ -12,7 +12,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def decorate(rule: str, fn: Function, for_async: Callable[..., Any], for_sync: Callable[..., Any]) -> Function:
     """`for_async(fn)` or `for_sync(fn)`, dressed as fn, with the names of the layers it has now, outermost first."""
-    if not callable(fn) or isinstance(fn, staticmethod):
+    if isinstance(fn, staticmethod) or not callable(fn):
         raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
     if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _ways_to_call(fn)):
         raise TypeError(f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from enum import Enum
 from typing import Any
@@ -144,7 +145,7 @@ def _by_what_it_says(error: BaseException) -> Outcome:
         return GRPC_CODE.get(name, FATAL)
     if (status := http_status(error)) is not None:
         return NOT_DONE if status == 503 and retry_after(error) is not None else HTTP_STATUS.get(status, FATAL)
-    if isinstance(reason := getattr(error, "reason", None), OSError):  # urllib wraps the reason
+    if isinstance(reason := getattr(error, "reason", None), Exception):  # urllib and urllib3 wrap the reason
         return classify(reason)
     found = _by_class(type(error))
     return ERRNO.get(error.errno or 0, OTHER) if found is OTHER and isinstance(error, OSError) else found
@@ -190,14 +191,15 @@ def retry_after(error: BaseException) -> float | None:
         return None
     try:
         return max(0.0, float(int(said)))
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         pass
     try:
         now = headers.get("Date") or headers.get("date")  # its own clock, where it says so
         return max(0.0, _epoch(said) - (_epoch(now) if now else time.time()))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
 def _epoch(date: str) -> float:
-    return parsedate_to_datetime(date).timestamp()
+    at = parsedate_to_datetime(str(date))  # asctime's form, which RFC 9110 still allows, names no zone
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
