@@ -17,8 +17,9 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import ContextVar, Token
 from typing import Any, Literal, TypeVar
 
 from distsys.clock import Clock
@@ -153,7 +154,7 @@ class Retry:
             assert seconds is not None
             if budget is not None:
                 budget.pay_in()
-            attempts = _Call(asyncio.get_running_loop().time() + seconds)
+            attempts = _Call(seconds, asyncio.get_running_loop().time)
             limit = asyncio.timeout(seconds)
             try:
                 async with limit:
@@ -174,34 +175,34 @@ class Retry:
         def call(*args: Any, **kwargs: Any) -> Any:
             if budget is not None:
                 budget.pay_in()
-            deadline = None if seconds is None else time.monotonic() + seconds
+            attempts = None if seconds is None else _Call(seconds, time.monotonic)
             try:
                 return fn(*args, **kwargs)
             except Exception as error:  # noqa: BLE001  judged by _delay
-                return self._again_sync(_Call(deadline), error, fn, args, kwargs)
+                return self._again_sync(attempts or _Call(), error, fn, args, kwargs)
 
         return call
 
     async def _again(
         self, attempts: _Call, error: Exception, fn: Callable[..., Awaitable[Any]], args: Any, kwargs: Any
     ) -> Any:
-        now, around = asyncio.get_running_loop().time, self._nest()
+        nested = self._nest()
         try:
-            while (delay := self._delay(attempts, error, now)) is not None:
+            while (delay := self._delay(attempts, error)) is not None:
                 await (self._sleep or asyncio.sleep)(delay)
                 try:
                     return await fn(*args, **kwargs)
                 except Exception as again:  # noqa: BLE001
                     error = again
             raise error
-        finally:  # not reset(): a coroutine may be closed in another context
-            _around.set(around)
+        finally:
+            _unnest(nested)
             del error  # or its traceback, which holds this frame, would hold itself
 
     def _again_sync(self, attempts: _Call, error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        around = self._nest()
+        nested = self._nest()
         try:
-            while (delay := self._delay(attempts, error, time.monotonic)) is not None:
+            while (delay := self._delay(attempts, error)) is not None:
                 (self._sleep or time.sleep)(delay)
                 try:
                     return fn(*args, **kwargs)
@@ -209,41 +210,21 @@ class Retry:
                     error = again
             raise error
         finally:
-            _around.set(around)
+            _unnest(nested)
             del error
 
     # ---- blocks
 
-    def __iter__(self) -> Iterator[Attempt]:
-        attempts = self._begin(time.monotonic)
-        while True:
-            yield (attempt := Attempt(attempts.number + 1))
-            if attempt.error is None:
-                return
-            if (delay := self._delay(attempts, attempt.error, time.monotonic)) is None:
-                raise attempt.error
-            (self._sleep or time.sleep)(delay)
+    def __iter__(self) -> Attempts:
+        return Attempts(self, time.monotonic)
 
-    async def __aiter__(self) -> AsyncIterator[Attempt]:
-        attempts = self._begin(now := asyncio.get_running_loop().time)
-        while True:
-            yield (attempt := Attempt(attempts.number + 1))
-            if attempt.error is None:
-                return
-            if (delay := self._delay(attempts, attempt.error, now)) is None:
-                raise attempt.error
-            await (self._sleep or asyncio.sleep)(delay)
-
-    def _begin(self, now: Clock) -> _Call:
-        if self.budget is not None:
-            self.budget.pay_in()
-        return _Call(None if self.timeout is None else now() + self.timeout)
+    def __aiter__(self) -> Attempts:
+        return Attempts(self, asyncio.get_running_loop().time)
 
     # ---- the decision
 
-    def _delay(self, attempts: _Call, error: Exception, now: Clock) -> float | None:
+    def _delay(self, attempts: _Call, error: Exception) -> float | None:
         """Seconds until the next attempt; None when there is none, and then the error says why."""
-        attempts.number += 1
         if why := self._hopeless(error):
             attempts.note(error, why)
             return None
@@ -254,7 +235,7 @@ class Retry:
         delay = self._backoff(attempts)
         if (asked := retry_after(error)) is not None:
             delay += min(asked, self.max_delay)  # the jitter on top, or all who were told the same come together
-        if attempts.deadline is not None and now() + delay > attempts.deadline:
+        if attempts.deadline is not None and attempts.now() + delay > attempts.deadline:
             why = f"the next attempt, {delay:.3g} s later, would pass the deadline of {self.timeout:g} s"
         elif self.budget is not None and not self.budget.take():
             why = f"the retry budget is used up: {self.budget.ratio:g} retries per call"
@@ -262,8 +243,8 @@ class Retry:
             attempts.note(error, why)
             emit("retry", self.name, "suppressed", attempts=attempts.number, error=error, reason=why)
             return None
-        attempts.failed.append((error, delay))
         emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
+        attempts.failed.append(f"attempt {attempts.number}: {error!r}, {delay:.3g} s")
         return delay
 
     def _hopeless(self, error: Exception) -> str:
@@ -294,48 +275,90 @@ class Retry:
             return attempts.slept
         return most
 
-    def _nest(self) -> tuple[int, ...]:
-        """What was around; from here on this layer is, too. Layers multiply: all of them run while the innermost fails.
+    def _nest(self) -> Token[tuple[int, ...]]:
+        """From here on this layer is around what is called. Layers multiply: all run while the innermost fails.
 
         Only layers that have seen a failure are known, so success costs nothing, and the warning comes when it hurts.
         """
-        around = _around.get()
-        every = (*around, self.max_attempts)
+        every = (*_around.get(), self.max_attempts)
         if (product := math.prod(every)) > max(every):
             text = f"{' x '.join(map(str, every))} = {product} attempts on {self.name!r}: retry in one layer only"
             warnings.warn(text, RetryAmplification, stacklevel=4)
-        _around.set(every)
-        return around
+        return _around.set(every)
+
+
+def _unnest(token: Token[tuple[int, ...]]) -> None:
+    with suppress(ValueError):  # a coroutine that is closed in another context has nothing to take back there
+        _around.reset(token)
 
 
 class _Call:
-    """A call that failed at least once; or has a deadline."""
+    """A call that failed at least once; or has a deadline. It holds no exception, whose traceback would hold it."""
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self.deadline, self.number, self.slept = deadline, 0, 0.0
-        self.failed: list[tuple[Exception, float]] = []  # and the wait after it
+    def __init__(self, seconds: float | None = None, now: Clock = time.monotonic) -> None:
+        self.now, self.deadline = now, None if seconds is None else now() + seconds
+        self.slept = 0.0
+        self.failed: list[str] = []  # what the attempts before this one raised, and the waits after them
+
+    @property
+    def number(self) -> int:
+        """Of this attempt, from 1."""
+        return len(self.failed) + 1
 
     def note(self, error: Exception, why: str) -> None:
-        before = [f"attempt {n}: {each!r}, {delay:.3g} s" for n, (each, delay) in enumerate(self.failed, 1)]
-        error.add_note("retry: " + "; ".join([*before, f"attempt {self.number}: {why}"]))
+        with suppress(Exception):  # frozen ones take no notes, and must pass as they are
+            error.add_note("retry: " + "; ".join([*self.failed, f"attempt {self.number}: {why}"]))
 
 
-class Attempt:
-    """`with attempt: ...` runs the block; what it raises is the policy's to judge."""
+class Attempts:
+    """Of a block, one after the other: `with attempt: ...` runs it; what it raises is the policy's to judge."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.error: Exception | None = None
+    def __init__(self, policy: Retry, now: Clock) -> None:
+        self._policy, self._call = policy, _Call(policy.timeout, now)
+        self._wait: float | None = 0.0  # before the next attempt; None: there is none
+        self._nested: Token[tuple[int, ...]] | None = None
+        if policy.budget is not None:
+            policy.budget.pay_in()
 
-    def __enter__(self) -> Attempt:
+    @property
+    def number(self) -> int:
+        return self._call.number
+
+    def __iter__(self) -> Attempts:
+        return self
+
+    def __next__(self) -> Attempts:
+        wait, self._wait = self._wait, None  # unless the block fails
+        if wait is None:
+            raise StopIteration
+        if self._call.failed:
+            (self._policy._sleep or time.sleep)(wait)
+        return self
+
+    def __aiter__(self) -> Attempts:
+        return self
+
+    async def __anext__(self) -> Attempts:
+        wait, self._wait = self._wait, None
+        if wait is None:
+            raise StopAsyncIteration
+        if self._call.failed:
+            await (self._policy._sleep or asyncio.sleep)(wait)
+        return self
+
+    def __enter__(self) -> Attempts:
+        self._nested = self._policy._nest() if self._call.failed else None
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
+        if self._nested is not None:
+            _unnest(self._nested)
+        if isinstance(error, Exception):
+            self._wait = self._policy._delay(self._call, error)
+        return self._wait is not None
 
-    async def __aenter__(self) -> Attempt:
-        return self
+    async def __aenter__(self) -> Attempts:
+        return self.__enter__()
 
     async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
         return self.__exit__(kind, error, traceback)
