@@ -71,7 +71,7 @@ class RetryBudget:
     def take(self) -> bool:
         with self._lock:
             self._refill()
-            if self._saved < 1:
+            if self._saved < 1 - 1e-9:  # ten times 0.1 is a little less
                 self.suppressed += 1
                 return False
             self._saved -= 1
@@ -84,7 +84,13 @@ class RetryBudget:
 
 class Retry:
     """What `retry(...)` returns: a decorator; `await policy.call(fn, ...)`; and for a block, which can't run twice by
-    itself: `async for attempt in policy: async with attempt: ...`, or the same without async."""
+    itself: `async for attempt in policy: async with attempt: ...`, or the same without async.
+
+    max_delay   bounds the backoff, and also what a Retry-After adds to it
+    on          None: the tables of outcomes.py; else classes of errors, or a function that says bool or Outcome
+    timeout     seconds for all attempts together
+    idempotent  False: what may have happened is not tried again; None and True: who decorates vouches for it
+    """
 
     def __init__(
         self,
@@ -109,12 +115,9 @@ class Retry:
             raise ValueError(f"jitter={jitter!r}: 'full', 'equal', 'decorrelated' or 'none'")
         if timeout is not None:
             check_number("timeout", timeout, 1e-6, YEAR, "seconds for all attempts together")
-        for kind in on if isinstance(on, tuple) else (on,):
-            if kind in (Exception, BaseException):
-                raise ValueError(
-                    f"on={on!r} retries typing errors, refused passwords and what can't succeed: name the errors that "
-                    "pass, or leave on=None for the tables in distsys.resilience.outcomes"
-                )
+        _check_on(on)
+        if not isinstance(budget, RetryBudget | None):
+            raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; give a RetryBudget")
         self.jitter, self.on, self.timeout, self.budget, self.idempotent = jitter, on, timeout, budget, idempotent
         self.name, self.allow_outside_breaker = name, allow_outside_breaker
         self._rng, self._sleep = rng, sleep
@@ -258,7 +261,7 @@ class Retry:
             said = self.on(error)
             worth, outcome = (said in (NOT_DONE, UNKNOWN), said) if isinstance(said, Outcome) else (said, outcome)
         if not worth:
-            return f"not retried: {outcome.value}"
+            return f"not retried: {outcome.value if self.on is None else 'on= does not ask for it'}"
         if self.idempotent is False and outcome is not NOT_DONE:
             return f"not retried: {outcome.value}, and idempotent=False"
         return ""
@@ -285,6 +288,19 @@ class Retry:
             text = f"{' x '.join(map(str, every))} = {product} attempts on {self.name!r}: retry in one layer only"
             warnings.warn(text, RetryAmplification, stacklevel=4)
         return _around.set(every)
+
+
+def _check_on(on: Any) -> None:
+    if on is None or (callable(on) and not isinstance(on, type)):
+        return
+    for kind in on if isinstance(on, tuple) else (on,):
+        if kind in (Exception, BaseException):
+            raise ValueError(
+                f"on={on!r} retries typing errors, refused passwords and what can't succeed: name the errors that "
+                "pass, or leave on=None for the tables in distsys.resilience.outcomes"
+            )
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            raise TypeError(f"on={on!r}: classes of Exception, a function of the error, or None")
 
 
 def _unnest(token: Token[tuple[int, ...]]) -> None:
