@@ -2,7 +2,8 @@
 
 Promise  at most `max_concurrent` run and `max_waiting` wait, first come first served; a permit is never lost, whatever
          is cancelled when. Tiers that share a capacity keep their floors and lend what they do not use.
-Not      a limit over several processes; nor a timeout of the work: `timeout` bounds the wait for a permit.
+Not      a limit over several processes; a timeout of the work: `timeout` bounds the wait for a permit; reentrant: who
+         holds a permit and asks for another may wait for itself until the timeout.
 Units    calls; seconds.
 Errors   BulkheadFull, with depth, expected_wait and retry_after; the call's own errors pass.
 Source   Nygard, Release It!, 5.3; java.util.concurrent.ThreadPoolExecutor (rejection policies).
@@ -48,7 +49,7 @@ class OnFull(StrEnum):
     ABORT = "abort"  # BulkheadFull at once; nothing ever waits
     QUEUE = "queue"  # it waits; BulkheadFull when the queue is full or the timeout is over
     CALLER_RUNS = "caller_runs"  # as QUEUE, but where that refuses the call runs, beyond max_concurrent
-    DISCARD = "discard"  # as QUEUE, but where that refuses nothing is called and None is returned
+    DISCARD = "discard"  # as QUEUE, but where that refuses nothing is called and None is returned; a block still raises
 
 
 class _Waiter:
@@ -75,12 +76,15 @@ class SharedCapacity:
         clock: Clock = time.monotonic,
     ) -> None:
         self.capacity = check_count("capacity", capacity, 1, "calls at a time")
+        if not all(isinstance(tier, Tier) for tier in floors):
+            raise TypeError(f"floors={floors!r}: the permits of each Tier that takes part")
         self.floors = {tier: check_count(f"floor of {tier.name}", floors[tier], 0, "calls") for tier in floors}
         if sum(self.floors.values()) > capacity:
             raise ValueError(f"floors={dict(floors)!r} add up to more than capacity={capacity!r}")
         self.max_waiting = None if max_waiting is None else check_count("max_waiting", max_waiting, 0, "calls")
         self.clock, self.lock = clock, threading.RLock()
         self.lanes: list[Bulkhead] = []  # the highest tier first
+        self.out = dict.fromkeys(self.floors, 0)  # permits per tier; a floor is kept free before its bulkhead is made
         self.waiting = 0
 
     def add(self, lane: Bulkhead) -> None:
@@ -95,8 +99,10 @@ class SharedCapacity:
                 while lane.queue and lane.take():
                     waiter = lane.queue.popleft()
                     self.waiting -= 1
+                    lane._time_the_queue()
                     waiter.granted = True
-                    if not waiter.wake():
+                    if not waiter.wake():  # its loop is closed; should it still end, it has nothing to give back
+                        waiter.granted, waiter.shed = False, True
                         lane.permits.append(None)
 
     def make_room(self, lane: Bulkhead) -> bool:
@@ -119,24 +125,24 @@ class SharedCapacity:
 class _Lent:
     """The permits of one tier of a shared capacity, as a deque of a bulkhead's own permits behaves."""
 
-    def __init__(self, capacity: SharedCapacity, floor: int, most: int) -> None:
-        self.capacity, self.floor, self.most, self.out = capacity, floor, most, 0
+    def __init__(self, capacity: SharedCapacity, tier: Tier, most: int) -> None:
+        self.capacity, self.tier, self.most = capacity, tier, most
 
     def pop(self) -> None:
-        with self.capacity.lock:
-            lent = (each.permits for each in self.capacity.lanes if isinstance(each.permits, _Lent))
-            if self.out >= self.floor and (
-                self.out >= self.most or sum(max(each.out, each.floor) for each in lent) >= self.capacity.capacity
-            ):
+        capacity, tier = self.capacity, self.tier
+        with capacity.lock:
+            own, floors = capacity.out[tier], capacity.floors
+            taken = sum(max(out, floors[each]) for each, out in capacity.out.items())
+            if own >= floors[tier] and (own >= self.most or taken >= capacity.capacity):
                 raise IndexError
-            self.out += 1
+            capacity.out[tier] += 1
 
     def append(self, permit: None) -> None:
         with self.capacity.lock:
-            self.out -= 1
+            self.capacity.out[self.tier] -= 1
 
     def __len__(self) -> int:
-        return self.most - self.out
+        return self.most - self.capacity.out[self.tier]
 
 
 class Bulkhead:
@@ -157,9 +163,12 @@ class Bulkhead:
         policy: OnFull | str = OnFull.QUEUE,
         name: str = "",
         capacity: SharedCapacity | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         if not isinstance(tier, Tier):
             raise TypeError(f"tier={tier!r}: Tier.CRITICAL, Tier.STANDARD or Tier.OPTIONAL")
+        if not isinstance(capacity, SharedCapacity | None):
+            raise TypeError(f"capacity={capacity!r} is a {type(capacity).__name__}; give a SharedCapacity")
         size = tier.value
         least = size.max_concurrent if capacity is None else capacity.capacity
         self.tier, self.name, self.policy = tier, name, _policy(policy)
@@ -175,13 +184,15 @@ class Bulkhead:
         self.permits: deque[None] | _Lent = deque([None] * self.max_concurrent)  # pop() and append() need no lock
         self._overdrawn = 0  # calls that run beyond max_concurrent
         if capacity is None:
-            capacity = SharedCapacity(self.max_concurrent, {tier: self.max_concurrent})
+            capacity = SharedCapacity(self.max_concurrent, {tier: self.max_concurrent}, clock=clock)
         else:
             if tier not in capacity.floors:
                 raise ValueError(f"tier={tier!r} has no floor in this capacity; it has {list(capacity.floors)}")
             if any(each.tier is tier for each in capacity.lanes):
                 raise ValueError(f"tier={tier!r} of this capacity has a bulkhead: use that one for all its calls")
-            self.permits = _Lent(capacity, min(capacity.floors[tier], self.max_concurrent), self.max_concurrent)
+            if self.max_concurrent < capacity.floors[tier]:
+                raise ValueError(f"max_concurrent={max_concurrent!r} is below the floor, {capacity.floors[tier]!r}")
+            self.permits = _Lent(capacity, tier, self.max_concurrent)
         self._capacity, self._lock = capacity, capacity.lock
         self._interval, self._handed_on = 0.0, 0.0  # seconds between permits handed on while calls waited
         capacity.add(self)
@@ -222,7 +233,6 @@ class Bulkhead:
                     return
         self.permits.append(None)
         if self._capacity.waiting:  # looked at after the permit is back, as who queues up looks for it afterwards
-            self._time_the_queue()
             self._capacity.hand_on()
 
     async def wait(self) -> None:
@@ -234,9 +244,12 @@ class Bulkhead:
             """False if its loop is gone, and with it the waiter."""
             if asyncio._get_running_loop() is loop:
                 _done(woken)
-            elif not loop.is_closed():
+                return True
+            try:
                 loop.call_soon_threadsafe(_done, woken)
-            return not loop.is_closed()
+            except RuntimeError:
+                return False
+            return True
 
         if (waiter := self._queue_up(wake)) is None:
             return
@@ -261,7 +274,7 @@ class Bulkhead:
         if (waiter := self._queue_up(wake)) is None:
             return
         try:
-            if not woken.wait(self.timeout):
+            if not woken.wait(None if self.timeout is None else min(self.timeout, threading.TIMEOUT_MAX)):
                 self._withdraw(waiter, timed_out=True)
         except BaseException:
             self._withdraw(waiter)
@@ -274,7 +287,7 @@ class Bulkhead:
             if self.try_enter():
                 return None
             if self.policy is not OnFull.ABORT and self._capacity.make_room(self):
-                if not self._capacity.waiting:
+                if not self.queue:
                     self._handed_on = self._capacity.clock()
                 self.queue.append(waiter := _Waiter(wake))
                 self._capacity.waiting += 1
@@ -294,12 +307,13 @@ class Bulkhead:
             elif not waiter.shed:
                 self.queue.remove(waiter)
                 self._capacity.waiting -= 1
-                if timed_out and self.policy is OnFull.CALLER_RUNS:
-                    self._overdrawn += 1
-                    waiter.granted = True
 
     def _look(self, waiter: _Waiter) -> None:
         if waiter.granted:
+            return
+        if self.policy is OnFull.CALLER_RUNS:
+            with self._lock:
+                self._overdrawn += 1
             return
         if waiter.shed:
             raise self._refusal("a call of a higher tier took its place", "shed")
@@ -311,8 +325,9 @@ class Bulkhead:
         self._interval = passed if not self._interval else 0.8 * self._interval + 0.2 * passed
 
     def _refusal(self, why: str, kind: str = "rejected") -> BulkheadFull:
-        self.rejected += 1
-        depth = self.depth
+        with self._lock:
+            self.rejected += 1
+            depth = self.depth
         wait = (depth + 1) * self._interval
         emit("bulkhead", self.name, kind, tier=self.tier.name, depth=depth, running=self.running, reason=why)
         text = f"{self.name or self.tier.name.lower()}: {why} ({self.running} running, {depth} waiting)"
