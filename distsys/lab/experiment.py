@@ -86,6 +86,7 @@ class Actor:
     did = partialmethod(_said, "did")
     failed = partialmethod(_said, "failed")
     broke = partialmethod(_said, "broke")
+    called = partialmethod(_said, "called")
     waiting = partialmethod(_said, "waiting")
 
     def at(self, point: str) -> Signal:
@@ -163,6 +164,7 @@ class Run:
         self.resource = f"{lab.prefix}:{number}"
         self.urls: dict[str, Any] = {}
         self.actors: list[Actor] = []
+        self.services: list[Actor] = []
         self.actions: dict[tuple[str, str], str] = {}
         self.nodes: list[Server] = []  # servers of this run alone
         self.link: TcpProxy | None = None
@@ -177,11 +179,11 @@ class Run:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for actor in self.actors:
+        for actor in (*self.actors, *self.services):
             actor.kill()
             await actor.process.exited()
         await asyncio.gather(*self._readers)
-        for actor in self.actors:
+        for actor in (*self.actors, *self.services):
             actor.process.close()
         await self.cleanup.aclose()
 
@@ -189,23 +191,34 @@ class Run:
 
     async def start(self, count: int, **urls: list[Any]) -> list[Actor]:
         """Forks `count` workers, connected and waiting for go(). `urls` may give each its own: redis=[url1, url2]."""
-        from cloudpickle import dumps
-
-        self.started = self.started or self.now()
-        experiment, arm, new = self.experiment, self.arm, list[Actor]()
-        patience = max(experiment.patience, experiment.patience_ttls * self.ttl)
+        new = list[Actor]()
         for i in range(count):
-            name, own = f"w{len(self.actors) + 1}", {**self.urls, **{kind: each[i] for kind, each in urls.items()}}
-            work = (experiment.workload, arm.candidate, own, self.resource, self.ttl, patience, self.params)
-            payload = dumps(Job(name, self.seed, *work))
-            process = await self.lab.processes.fork("distsys.lab.worker:main", payload, name=name)
-            actor = Actor(self, process, name)
-            self.actors.append(actor)
-            self._readers.append(asyncio.create_task(self._listen(actor)))
-            new.append(actor)
+            own = {kind: each[i] for kind, each in urls.items()}
+            new.append(await self._fork(f"w{len(self.actors) + 1}", self.experiment.workload, own))
+            self.actors.append(new[-1])
         for actor in new:
             await self.until((actor.name, "ready", ""), actor.ended)
         return new
+
+    async def serve(self, name: str, workload: Workload) -> Actor:
+        """Forks a service that the workers call, and waits until it says that it serves; it ends after them."""
+        service = await self._fork(name, workload, {})
+        self._seen[service.ended] = 0  # of one before it
+        self.services.append(service)
+        service.go()
+        await service.served()
+        return service
+
+    async def _fork(self, name: str, workload: Workload, urls: dict[str, Any]) -> Actor:
+        from cloudpickle import dumps
+
+        self.started = self.started or self.now()
+        patience = max(self.experiment.patience, self.experiment.patience_ttls * self.ttl)
+        work = (workload, self.arm.candidate, {**self.urls, **urls}, self.resource, self.ttl, patience, self.params)
+        payload = dumps(Job(name, self.seed, *work))
+        actor = Actor(self, await self.lab.processes.fork("distsys.lab.worker:main", payload, name=name), name)
+        self._readers.append(asyncio.create_task(self._listen(actor)))
+        return actor
 
     async def until(self, *signals: Signal, timeout: float | None = None) -> Signal:
         """Waits for the first of `signals`; each occurrence counts once."""
@@ -233,13 +246,14 @@ class Run:
     async def finish(self, timeout: float | None = None) -> list[str]:
         """Waits for every worker to end; the names of those that did not, which are then killed."""
         stuck = []
-        for actor in self.actors:
-            actor.send(do="finish")
-        for actor in self.actors:
-            try:
-                await self.until(actor.ended, timeout=timeout)
-            except Stalled:
-                stuck.append(actor.name)
+        for actors in (self.actors, self.services):
+            for actor in actors:
+                actor.send(do="finish")
+            for actor in actors:
+                try:
+                    await self.until(actor.ended, timeout=timeout)
+                except Stalled:
+                    stuck.append(actor.name)
         return stuck
 
     def crashes(self) -> list[str]:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from distsys.lab.experiment import Experiment
 
-_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing", "rate_limiting")
+_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing", "rate_limiting", "resilience")
 
 
 def every() -> dict[str, Experiment]:

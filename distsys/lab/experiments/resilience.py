@@ -1,0 +1,280 @@
+"""What circuit breaker, retry and bulkhead must withstand, and the usual ones that do not.
+
+The dependency is a real HTTP service in a process of its own. The lab gives a candidate what its parameters name of
+call, clock, sleep, failure_threshold (5) and recovery_timeout (30 s); it returns the guarded call, or is a decorator,
+or has a method call(fn, ...). The clock is virtual and waits take no time: no verdict depends on the machine's speed.
+"""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+
+from distsys.lab.checks import all_of, answered, at_most_sent, exactly_once, refused_at_once
+from distsys.lab.dependency import HELD, calls, dependency
+from distsys.lab.experiment import Actor, Experiment, Run, Signal
+from distsys.lab.experiments import guards
+from distsys.lab.experiments.rate_limiting import breaks, holds
+from distsys.lab.proxy import TcpProxy
+from distsys.resilience.circuit_breaker import circuit_breaker
+from distsys.resilience.retry import retry
+
+BREAKER = {"failure_threshold": 5, "recovery_timeout": 30.0}
+FAILS, WORKS = [503], [200]
+LATER = 100.0  # past the recovery time and all that is added to it
+
+
+async def anew(run: Run) -> None:
+    """Each run has a service of its own, on a port of its own; its script starts it."""
+
+
+guarding = partial(Experiment, workload=calls, prepare=anew, params=BREAKER)
+
+
+async def both(run: Run) -> tuple[Actor, Actor]:
+    """The service, and one process of callers."""
+    service = await dependency(run)
+    (w1,) = await run.start(1)
+    return service, w1
+
+
+async def down_and_back(run: Run) -> None:
+    """15 calls while the service is stopped, killed or slow; it comes back; then 5 more."""
+    how = run.arm.point or "killed"
+    service, w1 = await both(run)
+    await w1.ask()
+    if how == "stopped":
+        service.signal(signal.SIGSTOP)
+        await service.process.stopped()
+    elif how == "killed":
+        service.kill()
+        await run.until(service.ended)
+    else:
+        await service.ask(answers=[HELD])
+    run.record(*("server", "dependency", "slow") if how == "slow" else (how, "dependency"))
+    for _ in range(3):
+        await w1.ask(5, together=True, timeout=0.2)
+    if how == "stopped":
+        service.resume()
+    elif how == "killed":
+        await dependency(run)
+        run.record("restarted", "dependency")
+    else:
+        await service.ask(answers=WORKS)
+        run.record("healed", "dependency")
+    await w1.ask(5, at=LATER)
+
+
+down = guarding(
+    name="dependency-down",
+    claim="When a dependency is down, a few callers find out and the others are refused at once, until it is back.",
+    arms=tuple(
+        arm
+        for how in ("stopped", "killed", "slow")
+        for arm in (
+            breaks(f"no breaker, dependency {how}", guards.nothing, point=how),
+            holds(f"circuit_breaker, dependency {how}", circuit_breaker, point=how),
+        )
+    ),
+    script=down_and_back,
+    check=all_of(at_most_sent(5), answered),
+)
+
+
+async def three_of_ten(run: Run) -> None:
+    """40 calls, of which the 1st, 4th and 7th of each ten fail: never two in a row."""
+    service, w1 = await both(run)
+    await service.ask(answers=[*(FAILS + WORKS * 2) * 3, 200])
+    await w1.ask(40)
+
+
+window = guarding(
+    name="counter-or-window",
+    claim="A counter of failures in a row never opens at 30 % failures: each success sets it back. A window does.",
+    arms=(
+        breaks("counter of failures in a row", guards.Textbook),
+        breaks("circuit_breaker, window=None", partial(circuit_breaker, window=None)),
+        holds("circuit_breaker, 5 of the last 20", partial(circuit_breaker, window=20)),
+        holds("circuit_breaker, 25 % of the last 10", partial(circuit_breaker, failure_rate=0.25)),
+    ),
+    script=three_of_ten,
+    check=at_most_sent(20),
+)
+
+
+async def each(run: Run, times: int, *signals: Signal) -> None:
+    for _ in range(times):
+        await run.until(*signals)
+
+
+async def opened(run: Run) -> tuple[Actor, Actor]:
+    """A breaker that five failures have opened."""
+    service, w1 = await both(run)
+    await service.ask(answers=FAILS)
+    await w1.ask(5)
+    await each(run, 5, service.called("arrive"))
+    await each(run, 5, w1.broke("call"))
+    return service, w1
+
+
+async def fifty_at_once(run: Run) -> None:
+    """The recovery time is over, and 50 come before the first has its answer."""
+    service, w1 = await opened(run)
+    await service.ask(answers=[HELD])
+    run.record("server", "100 s", "later")
+    w1.order(50, together=True, at=LATER)
+    await each(run, 50, service.called("arrive"), w1.failed("call"), w1.broke("call"))
+    await service.ask(answers=WORKS)
+
+
+stampede = guarding(
+    name="half-open-stampede",
+    claim="Half open means one probe: of 50 who come when the recovery time is over, one reaches the dependency.",
+    arms=(breaks("textbook breaker", guards.Textbook), holds("circuit_breaker", circuit_breaker)),
+    script=fifty_at_once,
+    check=at_most_sent(1, name="arrive"),
+)
+
+
+async def answer_from_before(run: Run) -> None:
+    """One call waits for its answer while five others fail and open the breaker; then it succeeds."""
+    service, w1 = await both(run)
+    await service.ask(answers=[HELD, *FAILS * 9])
+    w1.order(task="early")
+    await run.until(service.called("arrive"))
+    await w1.ask(5)
+    await service.ask(answers=WORKS)
+    await run.until(w1.did("call", "w1.early"))
+    run.record("server", "a late", "success")
+    await service.ask(answers=FAILS)
+    await w1.ask(5)
+
+
+late = guarding(
+    name="late-success",
+    claim="A success that began before the breaker opened says nothing about now: it must not close it.",
+    arms=(breaks("textbook breaker", guards.Textbook), holds("circuit_breaker", circuit_breaker)),
+    script=answer_from_before,
+    check=at_most_sent(0, name="arrive"),
+)
+
+
+async def probe_cancelled(run: Run) -> None:
+    """The probe is cancelled while it waits; the dependency is well again."""
+    service, w1 = await opened(run)
+    await service.ask(answers=[HELD])
+    w1.order(at=LATER, task="probe")
+    await run.until(service.called("arrive"))
+    w1.cancel("probe")
+    await run.until(w1.broke("call", "w1.probe"))
+    await service.ask(answers=WORKS)
+    run.record("healed", "dependency")
+    await w1.ask(5, at=2 * LATER)
+
+
+cancelled = guarding(
+    name="cancelled-probe",
+    claim="A probe that is cancelled has to give its place back, or the breaker never closes again.",
+    arms=(breaks("probes counted, not given back", guards.CountedProbes), holds("circuit_breaker", circuit_breaker)),
+    script=probe_cancelled,
+    check=answered,
+)
+
+
+async def ten_calls(run: Run) -> None:
+    """Ten calls in turn while every request fails."""
+    service, w1 = await both(run)
+    await service.ask(answers=FAILS)
+    run.record("server", "dependency", "fails")
+    await w1.ask(10)
+
+
+order = guarding(
+    name="retry-outside-breaker",
+    claim="Retry belongs inside of the breaker: outside it waits and knocks again at a door known to be closed.",
+    arms=(breaks("retry outside", guards.retry_outside), holds("retry inside", guards.retry_inside)),
+    script=ten_calls,
+    check=refused_at_once,
+)
+
+
+async def wrong_password(run: Run) -> None:
+    """A login with a wrong password; then with the right one. Three wrong tries lock the account."""
+    _, w1 = await both(run)
+    await w1.ask(path="/login?password=wrong")
+    run.record("server", "password", "corrected")
+    await w1.ask(path="/login?password=right")
+
+
+refused = guarding(
+    name="retry-of-401",
+    claim="A refused password stays refused: trying it again only locks the account.",
+    arms=(breaks("retry on Exception", guards.RetryEverything), holds("retry, by its tables", retry)),
+    script=wrong_password,
+    check=answered,
+)
+
+
+layers = guarding(
+    name="retry-layers",
+    claim="Layers of retry multiply: three of three attempts send 27 requests for one call, when it hurts the most.",
+    arms=(
+        breaks("three layers", guards.three_layers),
+        holds("one layer", guards.one_layer),
+        holds("three layers, one budget", guards.three_layers_one_budget),
+    ),
+    script=ten_calls,
+    check=at_most_sent(3, per_call=True, name="arrive"),
+)
+
+
+async def reply_lost(run: Run) -> None:
+    """A charge is carried out, and its reply is cut on the way."""
+    service = await dependency(run)
+    port = run.urls["dependency"]
+    link = await run.cleanup.enter_async_context(TcpProxy("127.0.0.1", port))
+    (w1,) = await run.start(1, dependency=[link.port])
+    link.cut_reply()
+    run.record("server", "the reply", "is cut")
+    await w1.ask(path="/charge")
+    await service.ask(answers=WORKS)
+
+
+lost = guarding(
+    name="lost-reply",
+    claim="A lost reply is not a lost request: who retries a charge without a key charges twice.",
+    arms=(
+        breaks("retry on Exception", guards.RetryEverything),
+        breaks("retry, nothing said", retry),
+        holds("retry, idempotent=False", partial(retry, idempotent=False)),
+        holds("retry, one key per intent", guards.one_key_per_intent),
+    ),
+    script=reply_lost,
+    check=exactly_once,
+)
+
+
+async def one_slow_tenant(run: Run) -> None:
+    """20 calls for what is slow; then one for what is fast, which has an answer or is still waiting."""
+    service, w1 = await both(run)
+    await service.ask(answers=[HELD], path="/slow")
+    w1.order(20, path="/slow", task="slow", together=True)
+    await each(run, 8, service.called("arrive"))
+    run.record("server", "/slow", "is slow")
+    w1.order(path="/fast", task="fast")
+    ended = [w1.did("call", "w1.fast"), w1.failed("call", "w1.fast"), w1.waiting("call", "w1.fast")]
+    if await run.until(*ended) == w1.waiting("call", "w1.fast"):
+        w1.kill()
+    await service.ask(answers=WORKS, path="/slow")
+
+
+noisy = guarding(
+    name="noisy-neighbour",
+    claim="One slow tenant takes every slot of a shared pool; with a bulkhead each, the neighbours do not notice.",
+    arms=(breaks("shared pool of ten", guards.shared_pool), holds("bulkheads of eight and two", guards.bulkheads)),
+    script=one_slow_tenant,
+    check=partial(answered, process="w1.fast"),
+    patience=1.0,
+)
+
+EXPERIMENTS = (down, window, stampede, late, cancelled, order, refused, layers, lost, noisy)
