@@ -16,7 +16,7 @@ from typing import Any
 
 from distsys.lab.history import Check, Finding, History, Op
 from distsys.lab.spans import RECOVERIES, Span, conflicts, count, holds, is_of, lasting, meetings, said, waits
-from distsys.lab.story import what
+from distsys.lab.story import error, what
 
 Pairs = list[tuple[Op, Op]]
 _token = attrgetter("token")
@@ -243,8 +243,9 @@ def at_most_sent(most: int, *, per_call: bool = False, name: str = "request") ->
         allowed = most * len(asked) if per_call else most
         total = f"{count(len(sent), 'request')} for {count(len(asked), 'call')}, allowed: {allowed:,}"
         if len(sent) > allowed:
-            extra = [(history.at(op.end), op.process, op.detail or "one too many") for op in sent[allowed:]]
-            return Finding("VIOLATED", total, _in_time(sent), tuple(extra))
+            when = f"{history.at(sent[0].called, '')}-{history.at(sent[-1].end)}"
+            row = (when, sent[-1].process, f"{count(len(sent), 'request')}, {len(sent) - allowed:,} too many")
+            return Finding("VIOLATED", total, _in_time(sent), (row,))
         if all(op.status == "ok" for op in asked) if per_call else len(asked) <= most:
             return _unclear(f"nothing had to be held back, {total}")
         return Finding("HELD", total)
@@ -258,12 +259,12 @@ def answered(history: History, process: str = "") -> Finding:
     begin, since = (last.at, f" after {what(last)}") if last else (history.started, "")
     asked = [op for op in history.where("call", process=process or None) if op.called >= begin]
     if failed := [op for op in asked if op.status != "ok"]:
-        rows = [(history.at(op.end), op.process, op.detail or "no answer") for op in failed]
-        summary = f"{len(failed):,} of {count(len(asked), 'call')}{since} not answered: {rows[0][2]}"
+        rows = [(history.at(op.end), op.process, error(op)) for op in failed]
+        summary = f"{len(failed):,} of {count(len(asked), 'call')} not answered{since}: {rows[0][2]}"
         return Finding("VIOLATED", summary, _in_time(failed), tuple(rows))
     if not asked:
         return _unclear(f"nobody called{since}")
-    return Finding("HELD", f"{count(len(asked), 'call')}{since}, each answered")
+    return Finding("HELD", f"{count(len(asked), 'call')} answered{since}")
 
 
 def refused_at_once(history: History) -> Finding:
@@ -277,9 +278,7 @@ def refused_at_once(history: History) -> Finding:
     refused = [op for op in history.where("call") if op.status != "ok" and not inside(op, "request")]
     vain = [(call, waits) for call in refused if (waits := inside(call, "wait"))]
     if vain:
-        rows = [
-            (history.at(call.end), call.process, f"{call.detail}; waited {count(len(w), 'time')}") for call, w in vain
-        ]
+        rows = [(history.at(call.end), call.process, f"refused after {count(len(w), 'wait')}") for call, w in vain]
         total = sum(len(waits) for _, waits in vain)
         summary = f"{count(total, 'wait')} in vain, by {len(vain):,} of {count(len(refused), 'refused call')}"
         return Finding("VIOLATED", summary, _in_time([vain[0][0], *vain[0][1]]), tuple(rows))

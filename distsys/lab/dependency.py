@@ -11,6 +11,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from http import HTTPStatus
 from itertools import cycle
 from typing import Any
 
@@ -27,7 +28,7 @@ class HttpError(Exception):
     """The service answered with a status from 400 on."""
 
     def __init__(self, status: int) -> None:
-        super().__init__(f"HTTP {status}")
+        super().__init__(f"{status} {HTTPStatus(status).phrase}")
         self.status = status
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from distsys.lab.history import Fault, Finding, History, Op
 from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, lasting, pauses, waits
 
 LIMIT = 5
+LONG = 40  # letters of an error: then its name has to do
 WORDS = {"stopped": "paused", "held": "held back"}  # for a fault's kind, of a process
 
 
@@ -117,6 +120,11 @@ def refusal(finding: Finding) -> str:
     return said[0] if said else "refused"
 
 
+def error(op: Op) -> str:
+    """In few words: "HttpError: 503", "TimeoutError"."""
+    return (op.detail if len(op.detail) < LONG else op.detail.partition(":")[0]).rstrip(": ") or "no answer"
+
+
 def _tally(asked: list[Op], history: History) -> str:
     """ "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
     told = []
@@ -126,6 +134,25 @@ def _tally(asked: list[Op], history: History) -> str:
         last = f", last at {history.at(passed[-1].end)}" if passed else ""
         told.append(f"{process} {len(passed):,} of {count(len(mine), 'time')}{last}")
     return "; ".join(told).replace(" ", " was admitted ", 1) + "."
+
+
+def _calls(history: History) -> list[str]:
+    """Of a guard: "w1 called 15 times: 5 failed (TimeoutError), 10 refused." """
+
+    def outcome(op: Op) -> str:
+        if op.status == "info":
+            return "never answered" if op.returned is None else f"failed ({error(op)})"
+        return "answered" if op.status == "ok" else "refused"
+
+    told = []
+    for process in list(dict.fromkeys(op.process for op in history.where("call")))[:LIMIT]:
+        mine = history.where("call", process=process)
+        ends = ", ".join(f"{n:,} {how}" for how, n in Counter(map(outcome, mine)).items())
+        longest = lasting(max(history.until(op) - op.called for op in mine))
+        told.append(f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}.")
+    sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
+    waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
+    return [*told, f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."]
 
 
 def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple[Op, str]]:
@@ -160,6 +187,8 @@ def _overview(history: History, finding: Finding) -> list[str]:
         told.append(f"{who} acquired {count(len(held), 'time')}{alone}{others}.")
     elif asked:
         told.append(f"Nobody acquired, {len({op.process for op in asked}):,} tried.")
+    elif history.where("call"):
+        told += _calls(history)
     else:
         by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
         text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"

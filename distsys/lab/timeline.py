@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = 160
+DECIDED = {"admit": "admitted", "call": "answered", "arrive": "arrived"}
 LANE, BAR, FLAG = 40, 17, 15  # heights in px
 
 
@@ -45,7 +46,8 @@ class _Picture:
         self.icons: dict[str, tuple[str, float]] = {}  # what it means: (the icon around 0, 0; its width)
         self.clashes = [(a, b) for a, b in conflicts(history) if a in v.bars and b in v.bars]
         flags = self._stagger()
-        admits = [op for op in finding.witness if op.name == "admit" and finding.status == "VIOLATED"]
+        asked = bool(history.where("call"))
+        admits = [op for op in finding.witness if (op.name == "admit" or asked) and finding.status == "VIOLATED"]
         self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.clashes or admits else 6.0)
         self.lane = {name: self.top + LANE * n for n, name in enumerate(v.lanes)}
         self.bottom = self.top + LANE * len(v.lanes)
@@ -83,12 +85,13 @@ class _Picture:
 
     def _waits(self) -> None:
         v = self.v
-        for op in [op for op in self.history.where("acquire") if op.process in self.lane][: 2 * LIMIT]:
+        asked = [op for op in self.history if op.name in ("acquire", "call") and op.process in self.lane]
+        for op in asked[: 2 * LIMIT]:
             end, y = self.history.until(op), self.lane[op.process] + 4 + BAR / 2
             if v.shows(op.called, end) and v.x(end) - v.x(op.called) > 3:
                 self.line(f"M{v.x(op.called):.1f} {y}H{v.x(end):.1f}", "w")
                 self.icons["waiting"] = path("M-10 0H10", "w"), 20
-            if op.status == "fail" and v.shows(end, end):
+            if op.status == "fail" and op.name == "acquire" and v.shows(end, end):
                 self.out.append(hollow_cross(v.x(end), y))
                 self.icons["refused"] = hollow_cross(0, 0), 10
 
@@ -108,16 +111,22 @@ class _Picture:
                 self.icons["lease ends"] = path("M0-7V7", "d"), 6
 
     def _admissions(self, witness: list[Op]) -> None:
-        """What a limiter decided: bars for those admitted, below them crosses for those refused, and how many."""
+        """What was decided: bars for those admitted, below them crosses for those refused, and how many."""
         v = self.v
-        for (name, y), status in product(self.lane.items(), ("ok", "fail")):
-            ops = [op for op in self.history.where("admit", process=name) if op.status == status]
-            for x0, x1, n in _merged(((v.x(op.end), v.x(op.end)) for op in ops if v.shows(op.end, op.end)), 30.0):
+        for (name, y), status, did in product(self.lane.items(), ("ok", "fail", "info"), DECIDED):
+            ops = [op for op in self.history.where(did, process=name) if op.status == status]
+            if (did, status) == ("admit", "info"):
+                continue  # a mark of its own
+            times = [op.called if did == "arrive" else self.history.until(op) for op in ops]
+            for x0, x1, n in _merged(((v.x(t), v.x(t)) for t in times if v.shows(t, t)), 30.0):
                 text = f"{n:,}" if n > 1 else ""
                 x, css = (x1 + 6, "i z") if x1 + 6 + width_of(text, 11) < WIDTH - MARGIN else (x0 - 6, "i e z")
-                if status == "ok":
+                if status == "ok" or did == "arrive":
                     self.out += [box(x0 - 1.5, y + 4, x1 - x0 + 3, BAR, "h"), put(x, y + 17, text, css)]
-                    self.icons["admitted, how many"] = box(-3, -6, 6, 12, "h"), 9
+                    self.icons[f"{DECIDED[did]}, how many"] = box(-3, -6, 6, 12, "h"), 9
+                elif status == "info":
+                    self.out += [cross(x0, y + 4 + BAR / 2, "k"), put(x, y + 17, text, css)]
+                    self.icons["failed"] = cross(0, 0, "k"), 9
                 else:
                     self.out += [*(hollow_cross(x, y + 30) for x in dict.fromkeys((x0, x1))), put(x, y + 34, text, css)]
                     self.icons["refused"] = hollow_cross(0, 0), 9
@@ -125,7 +134,8 @@ class _Picture:
             text = "".join(row[-1] for row in self.finding.violations[:1])
             if refused := [op for op in witness if op.status == "fail"]:
                 text, witness = refusal(self.finding), refused
-            self._bracket(v.x(min(op.end for op in witness)), v.x(max(op.end for op in witness)), text, bad=True)
+            first = min(op.end if op.name == "admit" else op.called for op in witness)
+            self._bracket(v.x(first), v.x(max(map(self.history.until, witness))), text, bad=True)
 
     def _bracket(self, x0: float, x1: float, text: str, *, bad: bool, after: float = 0.0) -> float:
         """Over the lanes, from x0 to x1; with the text if it begins `after`. Where what is written ends."""
@@ -202,7 +212,9 @@ class _Picture:
         told = [*self.finding.witness, *key_ops(self.history, self.finding)]
         ops = [op for op in self.history if op.process in self.lane and v.shows(op.end, op.end)]
         ops = [op for op in ops if op.name not in ("acquire", "release") or (op.name == "release" and op in told)]
-        ops = [op for op in ops if op.name != "admit" or op.status == "info"]
+        ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == ("admit", "info")]
+        if self.history.where("call"):  # of what goes on inside of a call only the counterexample
+            ops = [op for op in ops if op.name in ("apply", "wait") and op in self.finding.witness]
         for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, op.name == "read"))[:MARKS]:
             refused, key = op.status == "fail", op.status == "fail" or op in told
             x, y = v.x(op.end), self.lane[op.process] + 4 + BAR

@@ -82,7 +82,8 @@ def requests(*asked: tuple[str, float, int, int], **more: Any) -> History:
 @st.composite
 def anything(draw: st.DrawFn) -> History:
     """Histories that no lock would make: the checks, the story and the picture must still cope."""
-    names = st.sampled_from(["acquire", "release", "lost", "extend", "read", "write", "admit", "request", "apply"])
+    names = ["acquire", "release", "lost", "extend", "read", "write", "admit", "request", "apply"]
+    names += ["call", "call", "arrive", "wait"] if draw(st.booleans()) else []
     values = st.sampled_from(
         [None, 0, 1, 2, "k", {"ttl": 0.5}, {"ttl": 3}, {"lock": "b"}, {"key": "b", "cost": 2}, True, [1]]
     )
@@ -93,7 +94,7 @@ def anything(draw: st.DrawFn) -> History:
         returned = None if status == "info" and draw(st.booleans()) else called + draw(st.floats(0, 3))
         token = draw(st.none() | st.integers(10**15, 10**15 + 4))
         who = draw(st.sampled_from(["w1", "w2", "w3.a", "w3.b"]))
-        ops.append(op(who, draw(names), called, returned, draw(values), status=status, token=token))
+        ops.append(op(who, draw(st.sampled_from(names)), called, returned, draw(values), status=status, token=token))
     kinds = st.sampled_from(["stopped", "resumed", "held", "released", "killed", "server", "cancelled"])
     fault = st.tuples(st.floats(0, 9), kinds, st.sampled_from(["w1", "w2", "w3", "redis"]))
     faults = sorted(draw(st.lists(fault, max_size=4)))

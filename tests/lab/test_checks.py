@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,8 @@ at_most_2 = checks.at_most(Allowance(2, window_seconds=1.0))
 bucket_of_2 = checks.at_most(Allowance(2, refill_rate=1.0))
 USERS, ORGANISATION = Allowance(2, window_seconds=1.0, per="user"), Allowance(3, window_seconds=1.0, per="organisation")
 needless = checks.no_needless_refusal(USERS, ORGANISATION)
+sends_2, sends_2_each = checks.at_most_sent(2), checks.at_most_sent(2, per_call=True)
+fast_answered = partial(checks.answered, process="w1.fast")
 DANGER = {"ttl": 0.2}
 
 
@@ -171,6 +174,46 @@ BURNED = history(
     *asks(0.4, status="fail", user="bob", organisation="acme"), *asks(2, user="bob", organisation="acme"),
 )  # fmt: skip
 
+
+def guarded(*calls: tuple[str, int], every: float = 1.0, begin: float = 0.0) -> list[Op]:
+    """(status, requests it sends), one call after the other; of these only the last of an answered call succeeds."""
+    ops = []
+    for n, (status, sent) in enumerate(calls):
+        t = begin + n * every
+        ops.append(op("w1", "call", t, t + 0.5, status=status))
+        for i in range(sent):
+            good = "ok" if status == "ok" and i == sent - 1 else "info"
+            ops.append(op("w1", "request", t + 0.1 + i / 50, t + 0.11 + i / 50, status=good))
+    return ops
+
+
+def sleeps(*times: float) -> list[Op]:
+    return [op("w1", "wait", t, t + 0.001, 1.0) for t in times]
+
+
+DOWN, BACK = (2.0, "killed", "dependency"), (6.0, "restarted", "dependency")
+TRIED, SHUT, WELL = ("info", 1), ("fail", 0), ("ok", 1)
+OPENS = history(*guarded(TRIED, TRIED, SHUT, SHUT))
+ONE_TOO_MANY = history(*guarded(TRIED, TRIED, TRIED, SHUT))
+GOES_ON_ASKING = history(*guarded(TRIED, TRIED, TRIED, TRIED))
+FEW_CALLS = history(*guarded(TRIED, TRIED))
+OPENS_AND_CLOSES = history(*guarded(WELL, WELL, TRIED, TRIED, SHUT, SHUT, WELL, WELL), faults=[DOWN, BACK])
+STAYS_OPEN = history(*guarded(WELL, WELL, TRIED, TRIED, SHUT, SHUT, SHUT, WELL), faults=[DOWN, BACK])
+HELD_BACK_BY_A_SCRIPT = history(*STAYS_OPEN.ops, faults=[DOWN, BACK, (7.5, "held", "w1")])
+NOBODY_CAME = history(*guarded(WELL, TRIED), faults=[DOWN])
+MAYBE_SENT = history(*guarded(TRIED, TRIED, SHUT), op("w1", "request", 9, None))
+CALL_UNANSWERED = history(op("w1", "call", 3, None), faults=[DOWN])
+OTHERS_WAIT = history(op("w1.slow", "call", 3, None), op("w1.fast", "call", 3, 4), faults=[DOWN])
+FAST_WAITS = history(op("w1.slow", "call", 3, 4), op("w1.fast", "call", 3, None), faults=[DOWN])
+ALL_IS_WELL = history(*guarded(WELL, WELL, WELL))
+THREE_EACH = history(*guarded(("info", 3), ("info", 3)))
+PASSES_LATER = history(*guarded(("ok", 2), ("info", 2)))
+WAITS_THEN_SENDS = history(*guarded(("info", 2), SHUT), *sleeps(0.11))
+WAITS_IN_VAIN = history(*guarded(TRIED, SHUT), *sleeps(1.1, 1.2))
+ANOTHER_WAITS = history(*guarded(TRIED, SHUT), op("w2", "wait", 1.1, 1.2, 1.0))
+MAYBE_REFUSED = history(op("w1", "call", 0, None))
+LOST_REPLY = history(call("request", 0, "a", "info"), call("apply", 0, "a"))
+
 CONCURRENT = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 1.5, 2.5, 1))
 FRESH_WHILE_WRITING = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, None), op("w3", "read", 1.5, 2.5, 1))
 STALE_READ = history(op("w1", "write", 0, 1, 1), op("w1", "write", 2, 3, 2), op("w2", "read", 4, 5, 1))
@@ -210,7 +253,7 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "INCONCLUSIVE": "EMPTY IN_TURN TOO_SHORT NOT_THE_HOLDER ONLY_THE_DEAD_ASKED",
     },
     checks.exactly_once: {
-        "HELD": "ONCE LOST_AND_UNKNOWN MAYBE_APPLIED",
+        "HELD": "ONCE LOST_AND_UNKNOWN MAYBE_APPLIED LOST_REPLY",
         "VIOLATED": "TWICE NEVER REFUSED_YET_DONE PHANTOM STORE_KNOWS",
         "INCONCLUSIVE": "EMPTY ASKED_ONCE",
     },
@@ -225,6 +268,27 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "VIOLATED": "STARVED IDLE BURNED",
         "INCONCLUSIVE": "EMPTY BURST SO_FAR NO_ANSWER",
     },
+    sends_2: {
+        "HELD": "OPENS OPENS_AND_CLOSES STAYS_OPEN MAYBE_SENT",
+        "VIOLATED": "GOES_ON_ASKING THREE_EACH ONE_TOO_MANY",
+        "INCONCLUSIVE": "EMPTY FEW_CALLS NOBODY_CAME",
+    },
+    sends_2_each: {
+        "HELD": "OPENS PASSES_LATER FEW_CALLS GOES_ON_ASKING MAYBE_SENT",
+        "VIOLATED": "THREE_EACH",
+        "INCONCLUSIVE": "EMPTY ALL_IS_WELL",
+    },
+    checks.answered: {
+        "HELD": "OPENS_AND_CLOSES ALL_IS_WELL",
+        "VIOLATED": "STAYS_OPEN HELD_BACK_BY_A_SCRIPT CALL_UNANSWERED OTHERS_WAIT OPENS",
+        "INCONCLUSIVE": "EMPTY NOBODY_CAME",
+    },
+    fast_answered: {"HELD": "OTHERS_WAIT", "VIOLATED": "FAST_WAITS", "INCONCLUSIVE": "EMPTY ALL_IS_WELL"},
+    checks.refused_at_once: {
+        "HELD": "OPENS WAITS_THEN_SENDS ANOTHER_WAITS",
+        "VIOLATED": "WAITS_IN_VAIN",
+        "INCONCLUSIVE": "EMPTY ALL_IS_WELL GOES_ON_ASKING",
+    },
     checks.linearizable_register: {
         "HELD": "CONCURRENT FRESH_WHILE_WRITING UNKNOWN_WRITE",
         "VIOLATED": "STALE_READ FAILED_WRITE_READ BACK_AND_FORTH",
@@ -235,10 +299,11 @@ CASES = [(c, s, n) for c, by in VERDICTS.items() for s, names in by.items() for 
 
 
 NAMES = {at_most_2: "at_most_2", bucket_of_2: "bucket_of_2", needless: "no_needless_refusal"}
+NAMES |= {sends_2: "at_most_2_sent", sends_2_each: "at_most_2_sent_each", fast_answered: "fast_answered"}
 
 
 def name_of(part: Any) -> str:
-    return part if isinstance(part, str) else NAMES.get(part, part.__name__)
+    return part if isinstance(part, str) else NAMES.get(part) or part.__name__
 
 
 @pytest.mark.parametrize(("check", "status", "name"), CASES, ids=name_of)
@@ -433,6 +498,7 @@ stale, progress, once, register = (
     checks.exactly_once,
     checks.linearizable_register,
 )
+refused = checks.refused_at_once
 MUTANTS: list[tuple[Check, str, Check, str]] = [
     (exclusion, "counts dead holders", faultless(exclusion, "killed"), "DEAD"),
     (exclusion, "forgets that a process takes its tasks along", faultless(exclusion, "killed"), "TASKS_DIE"),
@@ -493,6 +559,25 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (needless, "lets unknown requests happen at once", edited(needless, becomes("admit", "info", "ok")), "STILL_MAYBE"),
     (needless, "forgets nobody", checks.no_needless_refusal(Allowance(2)), "STARVED"),
     (needless, "asks for no later admission", unless_violated(needless), "SO_FAR"),
+    (once, "takes a lost reply for no test", edited(once, becomes("request", "info", "ok")), "LOST_REPLY"),
+    (sends_2, "is off by one", checks.at_most_sent(3), "ONE_TOO_MANY"),
+    (sends_2, "counts what may not have been sent", edited(sends_2, answered), "MAYBE_SENT"),
+    (sends_2, "looks at the whole run", faultless(sends_2, "killed", "restarted"), "OPENS_AND_CLOSES"),
+    (sends_2, "goes on when the fault is over", faultless(sends_2, "restarted"), "OPENS_AND_CLOSES"),
+    (sends_2, "asks for no call too many", unless_violated(sends_2), "FEW_CALLS"),
+    (sends_2_each, "counts all together", sends_2, "GOES_ON_ASKING"),
+    (sends_2_each, "counts calls that were answered alone", edited(sends_2_each, without("call", "info")), "FEW_CALLS"),
+    (sends_2_each, "asks for no failure", unless_violated(sends_2_each), "ALL_IS_WELL"),
+    (checks.answered, "is content with one", edited(checks.answered, without("call", "fail")), "STAYS_OPEN"),
+    (checks.answered, "looks at the whole run", faultless(checks.answered, "killed", "restarted"), "OPENS_AND_CLOSES"),
+    (checks.answered, "overlooks who waits for ever", edited(checks.answered, in_the_end), "CALL_UNANSWERED"),
+    (checks.answered, "takes a script's hold for a fault", faults(checks.answered, kind="x"), "HELD_BACK_BY_A_SCRIPT"),
+    (fast_answered, "looks at all", checks.answered, "OTHERS_WAIT"),
+    (fast_answered, "overlooks who waits for ever", edited(fast_answered, in_the_end), "FAST_WAITS"),
+    (fast_answered, "takes nobody for everybody", unless_violated(fast_answered), "ALL_IS_WELL"),
+    (refused, "takes every wait for one in vain", edited(refused, without("request")), "WAITS_THEN_SENDS"),
+    (refused, "blames the wrong process", edited(refused, lambda o: replace(o, process="w1")), "ANOTHER_WAITS"),
+    (refused, "asks for no refusal", unless_violated(refused), "GOES_ON_ASKING"),
     (register, "takes calls one by one", edited(register, at_once), "FRESH_WHILE_WRITING"),
     (register, "ignores info writes", edited(register, without("write", "info")), "UNKNOWN_WRITE"),
     (register, "forgives refused writes", edited(register, becomes("write", "fail", "info")), "FAILED_WRITE_READ"),

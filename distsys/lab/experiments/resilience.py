@@ -51,7 +51,7 @@ async def down_and_back(run: Run) -> None:
         await run.until(service.ended)
     else:
         await service.ask(answers=[HELD])
-    run.record(*("server", "dependency", "slow") if how == "slow" else (how, "dependency"))
+    run.record(*("server", "dependency", "is slow") if how == "slow" else (how, "dependency"))
     for _ in range(3):
         await w1.ask(5, together=True, timeout=0.2)
     if how == "stopped":
@@ -260,7 +260,7 @@ async def one_slow_tenant(run: Run) -> None:
     await service.ask(answers=[HELD], path="/slow")
     w1.order(20, path="/slow", task="slow", together=True)
     await each(run, 8, service.called("arrive"))
-    run.record("server", "/slow", "is slow")
+    run.record("server", "the neighbour", "took its slots")
     w1.order(path="/fast", task="fast")
     ended = [w1.did("call", "w1.fast"), w1.failed("call", "w1.fast"), w1.waiting("call", "w1.fast")]
     if await run.until(*ended) == w1.waiting("call", "w1.fast"):
