@@ -150,7 +150,8 @@ class Bulkhead:
 
     tier      CRITICAL 5 running, 10 waiting, for at most 300 s; STANDARD 8, 12, 120 s; OPTIONAL 4, 6, 60 s
     policy    what becomes of a call for which there is no permit: see OnFull
-    capacity  shared with other tiers; max_concurrent then bounds what is borrowed too
+    capacity  shared with other tiers, and then with its clock; max_concurrent then bounds what is borrowed too
+    clock     by which expected_wait is reckoned
     """
 
     def __init__(
