@@ -15,6 +15,7 @@ from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
 from distsys.lab.servers import Server, Servers, ServerUnavailable
+from distsys.lab.simulate import ARMS, Simulation, simulate
 from distsys.lab.verdict import Verdict, Verdicts, table
 from distsys.locks.lease import check_ttl
 
@@ -120,6 +121,13 @@ class Lab:
     async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:
         """The same with a limiter of yours: ten requests in any second, whoever asks."""
         return await ladder.climb(self, candidate, ladder.LIMITER, upto)
+
+    async def simulate(self, policies: Any = tuple(ARMS), *, seed: int | None = None, **storm: Any) -> Simulation:
+        """Retry policies in a storm, in virtual time: see distsys.lab.simulate."""
+        seed = self.seed if seed is None else seed
+        simulation = await asyncio.to_thread(simulate, policies, seed=seed, **storm)
+        self.verdicts += simulation.verdicts
+        return simulation
 
     def summary(self) -> str:
         """A line per verdict so far, in words only: the same on every machine."""
