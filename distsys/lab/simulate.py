@@ -12,6 +12,7 @@ import base64
 import io
 import math
 import random
+import re
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,7 @@ from distsys.errors import DistsysError
 from distsys.lab import virtual_loop
 from distsys.lab.experiment import Expected
 from distsys.lab.history import Finding, History
-from distsys.lab.svg import GREEN, HOLD, INK, LINE, PAPER, PLATE, RED, WIDTH
+from distsys.lab.svg import GREEN, HOLD, INK, LINE, PAPER, PLATE, RED
 from distsys.lab.verdict import COLOUR, MARK, Status, Verdict, Verdicts, escape, table
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
@@ -36,7 +37,7 @@ from distsys.resilience.retry import Retry, RetryBudget
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SERVERS = 20  # of the dependency; failure_share takes away that many of twenty
+SERVERS = 10  # of the dependency: failure_share counts in tenths
 WELL = 0.9  # of the calls begun in a second: from there on it counts as recovered
 CALLBACKS = 400  # for each call that is due, before a run is given up
 Curve = list[int]
@@ -64,7 +65,7 @@ class Storm:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", self.rate or self.clients / 20)
         object.__setattr__(self, "processes", self.processes or math.ceil(self.rate / 25))
-        bounds = {"outage": (0.1, 3_600), "failure_share": (0, 1), "spike": (1, 100), "rate": (50, 1e6)}
+        bounds = {"outage": (0.1, 3_600), "failure_share": (0, 1), "spike": (1, 100), "rate": (100, 1e6)}
         bounds |= {"deadline": (0.01, 600), "timeout": (0.01, 600), "utilisation": (0.01, 0.99), "queue": (0, 600)}
         bounds |= {"error_rate": (0, 0.05), "calm": (1, 3_600), "recover_within": (1, 3_600)}
         bounds |= {"after": (self.recover_within + 2, 7_200), "clients": (1, 1e7), "processes": (1, 1e5)}
@@ -275,28 +276,34 @@ def _curve(storm: Storm, times: Any) -> Curve:
     return counts
 
 
-def _policy(budget: float = 0.0, breaker: bool = False, permits: int = 0, deadline: bool = True, **retry: Any) -> Make:
+def policy(
+    max_attempts: int = 4, base_delay: float = 0.1, *, deadline: bool = True, budget: float = 0.0, breaker: int = 0,
+    recovery_timeout: float = 2.0, permits: int = 0, **retry: Any,
+) -> Make:  # fmt: skip
+    """The three rules in the usual order; 0 leaves one out. `budget` is its ratio, `breaker` its failure threshold."""
+
     def make(process: Process) -> Any:
-        retry["timeout"] = process.storm.deadline if deadline else None
-        retry["budget"] = process.budget(budget) if budget else None
+        storm = process.storm
+        shared = process.budget(budget) if budget else None
+        limit = storm.deadline if deadline else None
         return process.resilient(
-            bulkhead=process.bulkhead(max_concurrent=permits, timeout=process.storm.timeout) if permits else None,
-            circuit_breaker=process.breaker(5, 2.0) if breaker else None,
-            retry=process.retry(4, 0.1, **retry),
+            bulkhead=process.bulkhead(max_concurrent=permits, timeout=storm.timeout) if permits else None,
+            circuit_breaker=process.breaker(breaker, recovery_timeout) if breaker else None,
+            retry=process.retry(max_attempts, base_delay, timeout=limit, budget=shared, **retry),
         )
 
     return make
 
 
 ARMS: dict[str, tuple[Make, Expected | None]] = {
-    "no retries": (lambda process: process.retry(1), "HELD"),
-    "fixed retries": (_policy(deadline=False, max_delay=0.1, jitter="none"), "VIOLATED"),
-    "exponential, no jitter": (_policy(deadline=False, jitter="none"), "VIOLATED"),
-    "full jitter": (_policy(), "VIOLATED"),
-    "full jitter + budget": (_policy(budget=0.1), "HELD"),
-    "full jitter + breaker": (_policy(breaker=True), "HELD"),
-    "full jitter + bulkhead": (_policy(permits=10), "HELD"),
-    "all of them": (_policy(budget=0.1, breaker=True, permits=10), "HELD"),
+    "no retries": (policy(1), "HELD"),
+    "fixed retries": (policy(deadline=False, max_delay=0.1, jitter="none"), "VIOLATED"),
+    "exponential, no jitter": (policy(deadline=False, jitter="none"), "VIOLATED"),
+    "full jitter": (policy(), "VIOLATED"),
+    "full jitter + budget": (policy(budget=0.1), "HELD"),
+    "full jitter + breaker": (policy(breaker=5), "HELD"),
+    "full jitter + bulkhead": (policy(permits=10), "HELD"),
+    "all of them": (policy(budget=0.1, breaker=5, permits=10), "HELD"),
 }
 
 
@@ -324,11 +331,11 @@ class Simulation:
         return {"storm": asdict(self.storm), "seed": self.seed, "arms": arms}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """As a table, with the names of its columns first."""
-        head = ("policy", "verdict", "expected", "peak requests/s", "good calls", "p99 wait", "recovered after")
+        """As a table, with the names of its columns first. Good calls: from the trigger on."""
+        head = ("policy", "verdict", "expected", "peak/s", "good", "p99 wait", "recovered")
         rows: list[tuple[str, ...]] = [head]
         for arm in self.arms:
-            back = "metastable" if arm.metastable else "never" if arm.recovery is None else f"{arm.recovery:g} s"
+            back = "metastable" if arm.metastable else "never" if arm.recovery is None else f"after {arm.recovery:g} s"
             verdict = f"{MARK[arm.verdict.status]} {arm.verdict.status}"
             verdict += "" if arm.verdict.as_expected else ", NOT AS EXPECTED"
             numbers = (f"{arm.peak:,}", f"{arm.goodput:.0%}", f"{arm.p99:.1f} s", back)
@@ -356,15 +363,16 @@ class Simulation:
                 continue
             seconds, status = range(len(arm.calls) + 1), arm.verdict.status
             panel.axvspan(storm.calm, storm.over, facecolor=PLATE, edgecolor=LINE, hatch="//", linewidth=0)
+            failed = {"facecolor": "#fbd5d5", "edgecolor": RED, "hatch": "xxxx", "linewidth": 0}
+            panel.stairs(arm.calls, seconds, fill=True, **failed)
             panel.stairs(arm.good, seconds, fill=True, color=HOLD)
-            panel.stairs(arm.calls, seconds, baseline=arm.good, fill=True, facecolor="#fbd5d5", edgecolor=RED,
-                         hatch="xxxx", linewidth=0)  # fmt: skip
             panel.stairs(arm.requests, seconds, baseline=None, color=INK, linewidth=1.2)
             panel.axhline(storm.capacity, color=GREEN, linestyle="--", linewidth=1)
             panel.set_title(f"{MARK[status]} {arm.name}", loc="left", fontsize=9, color=COLOUR[status])
             panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(labelsize=7)
+            panel.tick_params(labelsize=7, bottom=False, left=False)
             panel.set_xlim(0, len(arm.calls))
+            panel.locator_params(axis="y", nbins=4)
         figure.supxlabel("seconds", fontsize=8)
         figure.supylabel("per second", fontsize=8)
         return figure
@@ -372,21 +380,20 @@ class Simulation:
     def _repr_html_(self) -> str:
         import matplotlib as mpl
 
-        data = io.BytesIO()
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "storm", "hatch.linewidth": 0.6}):
+        data, (head, *rows) = io.BytesIO(), self.rows()
+        look: Any = {"svg.fonttype": "none", "svg.hashsalt": "storm", "hatch.linewidth": 0.6}
+        with mpl.rc_context({**look, "font.family": "DejaVu Sans"}):
             self.plot().savefig(data, format="svg", metadata={"Date": None})
-        head, *rows = self.rows()
+        svg = data.getvalue().decode()
+        for long, short in ((r"(\.\d)\d+", r"\1"), (r"\s*\n\s*(L )?", " "), (r' id="[a-z2.]+_\d+"', "")):
+            svg = re.sub(long, short, svg)  # to a third of its size
+        source = base64.b64encode(svg.encode()).decode()
         alt = escape(f"{self.storm}. " + " ".join(f"{arm}." for arm in self.arms))
-        legend = (
-            "Black line: requests that reach the dependency; dashed: its capacity. Blue: calls answered in time; "
-            "crossed out: calls that fail. Hatched: the trigger."
-        )
-        source = base64.b64encode(data.getvalue()).decode()
         return (
-            f'<div style="background:{PAPER};color:{INK};border:1px solid {LINE};padding:8px 12px;max-width:{WIDTH}px">'
-            f"<b>{escape(str(self.storm))}</b><br>{escape(self.storm.claim)}"
+            f"<div><b>{escape(str(self.storm))}</b><br>{escape(self.storm.claim)}<br>"
             f'<img style="max-width:100%" alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-            f'<p style="font-size:12px">{legend}</p>{table(head, rows)}</div>'
+            "<p>Black line: requests that reach the dependency; dashed: what it can do. Blue: calls answered in time; "
+            f"crossed out: calls that fail. Hatched: the trigger.</p>{table(head, rows)}</div>"
         )
 
 
