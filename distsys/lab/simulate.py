@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 SERVERS = 10  # of the dependency: failure_share counts in tenths
 WELL = 0.9  # of the calls begun in a second: from there on it counts as recovered
-CALLBACKS = 400  # for each call that is due, before a run is given up
 Curve = list[int]
 
 
@@ -229,7 +228,7 @@ def simulate_arm(name: str, make: Make, storm: Storm, *, seed: int = 7, expected
             task.result()
         return dependency
 
-    dependency = virtual_loop.run(main(), limit=1_000_000 + CALLBACKS * sum(map(len, times.values())))
+    dependency = virtual_loop.run(main(), limit=100_000 + 100 * storm.clients)
     return _judge(name, storm, seed, expected, dependency, calls)
 
 

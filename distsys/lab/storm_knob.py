@@ -37,6 +37,6 @@ class StormKnob(Knob):
         clients, storm = self.clients.value, {"outage": self.outage.value, "failure_share": self.share.value}
         simulation = await asyncio.to_thread(
             simulate, {"no retries": policy(1), "yours": yours}, seed=self._lab.seed, clients=clients,
-            rate=clients / 50, utilisation=0.7 * clients / BUILT_FOR, **storm,
+            rate=clients / 50, utilisation=0.7 * clients / BUILT_FOR, after=12, **storm,
         )  # fmt: skip
         return simulation._repr_html_()

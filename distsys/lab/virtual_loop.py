@@ -4,7 +4,7 @@ Promise  callbacks run in asyncio's order, timers of one moment in the order of 
          nothing else is left to do. Nothing of the machine gets in, so the same code and seed run the same way twice.
 Not      sockets, threads, subprocesses, executors: NotImplementedError.
 Units    seconds, from 0.
-Errors   Stuck, when the main task waits for what can't come, or the bound on callbacks is reached; what a callback or
+Errors   Stuck, when the main task waits for what can't come, or callbacks go on without end; what a callback or
          a forgotten task raised comes out of `run`.
 """
 
@@ -44,14 +44,14 @@ class _Handle(asyncio.TimerHandle):
 
 
 class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
-    """`limit`: callbacks after which a run is given up."""
+    """`limit`: callbacks in one virtual second; beyond, the run is given up."""
 
-    def __init__(self, limit: int = 50_000_000) -> None:
+    def __init__(self, limit: int = 1_000_000) -> None:
         self.now, self.limit = 0.0, limit
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the number keeps the order of one moment
         self._made = 0
-        self._running = self._closed = False
+        self._running = self._closed = self._stopped = False
         self._unhandled: list[BaseException] = []
 
     def time(self) -> float:
@@ -83,7 +83,7 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
 
     def run_until_complete(self, future: Any) -> Any:
         main = asyncio.ensure_future(future, loop=self)
-        ready, timers = self._ready, self._timers
+        ready, timers, left, mark = self._ready, self._timers, self.limit, self.now + 1
         outer, self._running = asyncio._get_running_loop(), True
         if outer is not None:
             raise RuntimeError("another loop runs in this thread: use distsys.lab.virtual_loop.run")
@@ -96,9 +96,11 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
                     self.now = max(self.now, timers[0][0])
                 while timers and timers[0][0] <= self.now:
                     ready.append(heappop(timers)[2])
-                self.limit -= len(ready)
-                if self.limit < 0:
-                    raise Stuck(f"given up at {self.now:g} s: too many callbacks, does something spin?")
+                if self.now >= mark:
+                    left, mark = self.limit, self.now + 1
+                left -= len(ready)
+                if left < 0 or self._stopped:
+                    raise Stuck(f"given up at {self.now:g} s: {self.limit:,} callbacks in a second, something spins")
                 for _ in range(len(ready)):  # what these call soon has its turn after them, and after timers now due
                     handle = ready.popleft()
                     if not handle._cancelled:
@@ -125,6 +127,10 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
 
     def is_closed(self) -> bool:
         return self._closed
+
+    def stop(self) -> None:
+        """From any thread: ends the run at its next turn, with Stuck."""
+        self._stopped = True
 
     def close(self) -> None:
         self._closed = True
@@ -154,7 +160,7 @@ def _collecting_rarely() -> Iterator[None]:
         _rarely.release()
 
 
-def run(main: Coroutine[Any, Any, T], *, limit: int = 50_000_000) -> T:
+def run(main: Coroutine[Any, Any, T], *, limit: int = 1_000_000) -> T:
     """Runs a coroutine on a loop of its own; where a loop runs already, as in a notebook, in a thread meanwhile."""
     loop = VirtualLoop(limit)
 
@@ -168,5 +174,5 @@ def run(main: Coroutine[Any, Any, T], *, limit: int = 50_000_000) -> T:
         try:
             return thread.submit(work).result()
         except BaseException:
-            loop.limit = 0  # interrupted: the thread ends at its next step
+            loop.stop()  # interrupted
             raise
