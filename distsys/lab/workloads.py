@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from types import SimpleNamespace
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -150,6 +149,15 @@ async def increment(worker: Worker, lock: Any, ledger: Account, amount: int, pre
         raise failure
 
 
+class VirtualClock:
+    """Seconds that pass when an order says so, and a little with each request."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 async def requests(
     worker: Worker, candidate: Any, *, limit: float = 10, window: float = 60.0, clock: str = "server"
 ) -> None:
@@ -159,11 +167,11 @@ async def requests(
     "virtual" one, by which then the record and the event loop go, too, or one's own ("client"), on each worker a
     minute ahead of the one before. With "server" it is given none.
     """
-    virtual = SimpleNamespace(now=0.0)  # seconds pass when an order says so, and a little with each request
+    virtual = VirtualClock()
     own: dict[str, Any] = {"limit": limit, "window": window, "nginx": worker.job.urls.get("nginx")}
     if clock == "virtual":
-        own["clock"] = worker.now = lambda: virtual.now
-        asyncio.get_running_loop().time = worker.now  # type: ignore[method-assign]  # for leases and timeouts
+        own["clock"] = worker.now = virtual
+        asyncio.get_running_loop().time = virtual  # type: ignore[method-assign]  # for leases and timeouts
     elif clock == "client":
         own["clock"] = lambda: time.time() + 60 * int(worker.name[1:])
     limiter = await worker.build(candidate, **own)
