@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
 from distsys.lab.knob import Knob
 from distsys.lab.simulate import policy, simulate
 
+if TYPE_CHECKING:
+    from distsys.lab.session import Lab
+
 BUILT_FOR = 10_000  # clients, at seventy percent of what the dependency can do
 
 
 class StormKnob(Knob):
     """How many clients, what fails and for how long, and how they retry: two panels and their verdicts."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab, "this storm, in virtual time")
 
     def controls(self) -> list[Any]:
         style: Any = {"description_width": "130px"}
