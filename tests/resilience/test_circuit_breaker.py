@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -30,6 +28,7 @@ from hypothesis.stateful import (
 from distsys import CircuitBreakers, RateLimited, circuit_breaker, retry, seconds
 from distsys.errors import BulkheadFull, CircuitOpen
 from distsys.resilience.circuit_breaker import Change, CircuitBreaker, Snapshot
+from tests.resilience.threads import in_threads
 from tests.resilience.virtual import Clock, at_every_await, run
 
 
@@ -701,28 +700,6 @@ def test_blocks_that_end_in_another_order_or_context_settle_their_own_calls() ->
 # ---- from many threads
 
 
-@pytest.fixture
-def fast_switches() -> Any:
-    """Threads take turns a thousand times as often."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def in_threads(count: int, task: Callable[[], Any]) -> list[Any]:
-    """At the same moment, each in one thread."""
-    start = threading.Barrier(count)
-
-    def body() -> Any:
-        start.wait(10)
-        return task()
-
-    with ThreadPoolExecutor(count) as pool:
-        return [future.result(60) for future in [pool.submit(body) for _ in range(count)]]
-
-
-@pytest.mark.usefixtures("fast_switches")
 def test_of_fifty_threads_only_the_probes_reach_the_dependency() -> None:
     """They come at once and the probes return when all have been answered."""
     policy, _ = half_open(half_open_max_calls=3, success_threshold=9)
@@ -745,7 +722,6 @@ def test_of_fifty_threads_only_the_probes_reach_the_dependency() -> None:
     assert (len(reached), policy.rejected) == (3, 47)
 
 
-@pytest.mark.usefixtures("fast_switches")
 @pytest.mark.parametrize("window", [4_000, seconds(3_000)], ids=str)
 def test_threads_lose_no_outcome(window: Any) -> None:
     """Eight at a time, every fifth call fails; the window counts them all; a moving one of time never breaks."""
