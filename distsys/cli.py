@@ -64,7 +64,13 @@ def parser() -> argparse.ArgumentParser:
     text = "put your own class under the lab's faults, level by level, until one breaks it"
     prove = command("prove", _prove, text, "mypkg.locks:MyLock --as lock")
     prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
-    prove("--as", dest="kind", choices=["lock", "limiter"], required=True, help="what it promises to be")
+    prove(
+        "--as",
+        dest="kind",
+        choices=["lock", "limiter", "breaker", "retry"],
+        required=True,
+        help="what it promises to be",
+    )
     prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
     ttl = "of a lock, seconds: what it is given or has built in (default: %(default)s)"
     prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
@@ -188,10 +194,8 @@ def _prove(options: argparse.Namespace) -> int:
 async def _climb(options: argparse.Namespace, candidate: Any) -> int:
     async with await _open(options.seed) as lab:
         try:
-            if options.kind == "lock":
-                ladder = await lab.try_lock(candidate, ttl=options.ttl, upto=options.level)
-            else:
-                ladder = await lab.try_limiter(candidate, upto=options.level)
+            ttl = {"ttl": options.ttl} if options.kind == "lock" else {}
+            ladder = await getattr(lab, f"try_{options.kind}")(candidate, upto=options.level, **ttl)
         except ValueError as problem:
             raise Usage(str(problem)) from None
     if options.json:

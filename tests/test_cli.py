@@ -124,6 +124,13 @@ def test_prove_is_0_for_a_lock_that_holds() -> None:
     assert json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(("candidate", "kind"), [("circuit_breaker", "breaker"), ("retry", "retry")])
+def test_prove_takes_guards_too(candidate: str, kind: str) -> None:
+    """A decorator is a candidate as it is."""
+    done = run("prove", f"distsys.resilience.{candidate}:{candidate}", "--as", kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_command_cut_short_leaves_nothing_running(sig: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C is exit code 130; after a kill -9 the supervisor cleans up by itself."""

@@ -194,7 +194,8 @@ class Run:
         new = list[Actor]()
         for i in range(count):
             own = {kind: each[i] for kind, each in urls.items()}
-            new.append(await self._fork(f"w{len(self.actors) + 1}", self.experiment.workload, own))
+            name = f"w{len(self.actors) + 1}"
+            new.append(await self._fork(name, self.experiment.workload, self.arm.candidate, own))
             self.actors.append(new[-1])
         for actor in new:
             await self.until((actor.name, "ready", ""), actor.ended)
@@ -202,19 +203,19 @@ class Run:
 
     async def serve(self, name: str, workload: Workload) -> Actor:
         """Forks a service that the workers call, and waits until it says that it serves; it ends after them."""
-        service = await self._fork(name, workload, {})
+        service = await self._fork(name, workload, None, {})
         self._seen[service.ended] = 0  # of one before it
         self.services.append(service)
         service.go()
         await service.served()
         return service
 
-    async def _fork(self, name: str, workload: Workload, urls: dict[str, Any]) -> Actor:
+    async def _fork(self, name: str, workload: Workload, candidate: Any, urls: dict[str, Any]) -> Actor:
         from cloudpickle import dumps
 
         self.started = self.started or self.now()
         patience = max(self.experiment.patience, self.experiment.patience_ttls * self.ttl)
-        work = (workload, self.arm.candidate, {**self.urls, **urls}, self.resource, self.ttl, patience, self.params)
+        work = (workload, candidate, {**self.urls, **urls}, self.resource, self.ttl, patience, self.params)
         payload = dumps(Job(name, self.seed, *work))
         actor = Actor(self, await self.lab.processes.fork("distsys.lab.worker:main", payload, name=name), name)
         self._readers.append(asyncio.create_task(self._listen(actor)))

@@ -1,4 +1,4 @@
-"""Bring your own: one fault more on each level, up to the first one that your lock or limiter does not survive."""
+"""Bring your own: one fault more on each level, up to the first one that your candidate does not survive."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from distsys.lab import experiments
 from distsys.lab.checks import no_lost_update
 from distsys.lab.experiment import Arm, Run, name_of
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
+from distsys.lab.experiments.resilience import RETRY as TRIES
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.verdict import MARK, Verdict, escape, table
 
@@ -75,6 +76,33 @@ LIMITER = (
         "Ten a second means in any second, not in each of the clock. When may an admitted request be forgotten?", {}),
 )  # fmt: skip
 """For a limiter of ten in any second, which is given redis, limit, window and clock where it names them."""
+
+BREAKER = (
+    Level("the dependency is down, and comes back", "dependency-down",
+        "Who counts the failures, who is refused once there were five, and who asks again when the time is over?", {}),
+    Level("three of ten calls fail, never two in a row", "counter-or-window",
+        "A success says little about the nine calls before it. What would have to be remembered of them?", {}),
+    Level("a success comes late, from before the opening", "late-success",
+        "When a call returns, was it this breaker, in this state, that let it go? What could it carry to tell?", {}),
+    Level("50 callers when the recovery time is over", "half-open-stampede",
+        "All of them look before the first has its answer. What is there to count, and when?", {}),
+    Level("the probe is cancelled", "cancelled-probe",
+        "A task can end without a result and without an Exception. Who gives its place back then?", {}),
+)  # fmt: skip
+"""For a breaker of five failures (three on the second level) and 30 seconds, by the clock that it is given."""
+
+RETRY = (
+    Level("two failures, then an answer", "passing-failure",
+        "How often is a call tried before its error is final?", {}),
+    Level("it fails for good: at most three requests for each call", "retry-layers",
+        "Does max_attempts include the first?", {}),
+    Level("the password is wrong", "retry-of-401",
+        "Which errors would be the same a second later? The status says so.", {}),
+    Level("the reply to a charge is lost", "lost-reply",
+        "What does the caller know when the connection breaks after sending? You may name the parameter idempotent.",
+        {"params": {**TRIES, "idempotent": False}}),
+)  # fmt: skip
+"""For a retry of three attempts; it is given max_attempts, base_delay and sleep where it names them."""
 
 
 @dataclass(frozen=True)

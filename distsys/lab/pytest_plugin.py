@@ -1,4 +1,4 @@
-"""The ladders as pytest fixtures, for locks and limiters of your own in your own test suite.
+"""The ladders as pytest fixtures, for locks, limiters, breakers and retries of your own in your own test suite.
 
 def test_our_lock_survives(prove_lock):
     climb = prove_lock(OurLock, ttl=10)
@@ -27,6 +27,18 @@ def prove_lock() -> Callable[..., Climb]:
 def prove_limiter() -> Callable[..., Climb]:
     """`prove_limiter(candidate, *, upto=None) -> Climb`: the same for a limiter of ten requests in any second."""
     return partial(_climb, "try_limiter")
+
+
+@pytest.fixture
+def prove_breaker() -> Callable[..., Climb]:
+    """`prove_breaker(candidate, *, upto=None) -> Climb`: the same for a breaker of five failures and 30 seconds."""
+    return partial(_climb, "try_breaker")
+
+
+@pytest.fixture
+def prove_retry() -> Callable[..., Climb]:
+    """`prove_retry(candidate, *, upto=None) -> Climb`: the same for a retry of three attempts."""
+    return partial(_climb, "try_retry")
 
 
 def _climb(ladder: str, candidate: Any, **options: Any) -> Climb:

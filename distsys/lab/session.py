@@ -122,6 +122,14 @@ class Lab:
         """The same with a limiter of yours: ten requests in any second, whoever asks."""
         return await ladder.climb(self, candidate, ladder.LIMITER, upto)
 
+    async def try_breaker(self, candidate: Any, *, upto: int | None = None) -> Climb:
+        """The same with a breaker of yours: a decorator, a class with call(fn, ...), or a function of `call`."""
+        return await ladder.climb(self, candidate, ladder.BREAKER, upto)
+
+    async def try_retry(self, candidate: Any, *, upto: int | None = None) -> Climb:
+        """The same with a retry of yours: three attempts, and none where it does harm."""
+        return await ladder.climb(self, candidate, ladder.RETRY, upto)
+
     async def simulate(self, policies: Any = tuple(ARMS), *, seed: int | None = None, **storm: Any) -> Simulation:
         """Retry policies in a storm, in virtual time: see distsys.lab.simulate."""
         seed = self.seed if seed is None else seed

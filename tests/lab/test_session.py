@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+import broken_guards
 import psutil
 import psycopg
 import pytest
@@ -14,12 +15,14 @@ import redis.asyncio
 
 from distsys.lab import Lab, experiments, ladder
 from distsys.lab.experiment import Run
-from distsys.lab.experiments import candidates, limiters
+from distsys.lab.experiments import candidates, guards, limiters
 from distsys.lab.knob import LockKnob
 from distsys.lab.limit_knob import LimitKnob
 from distsys.lab.servers import Server
 from distsys.locks.redis_lock import RedisLock
 from distsys.ratelimit.sliding_window import SlidingWindowLimiter
+from distsys.resilience.circuit_breaker import circuit_breaker
+from distsys.resilience.retry import retry
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +222,45 @@ async def test_a_limiter_climbs_as_far_as_it_is_right(lab: Lab, candidate: objec
     assert climb.passed or ladder.LIMITER[level].hint in str(climb)
 
 
+BREAKERS = [
+    (guards.nothing, 0),
+    (guards.Textbook, 1),
+    (guards.CountedProbes, 1),
+    (broken_guards.Windowed, 2),
+    (broken_guards.DeafWhileOpen, 3),
+    (broken_guards.LeaksProbes, 4),
+    (circuit_breaker, 5),
+]
+
+
+@pytest.mark.parametrize(("candidate", "level"), BREAKERS, ids=[c.__name__ for c, _ in BREAKERS])
+async def test_a_breaker_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
+    """One mistake less, one level more."""
+    climb = await lab.try_breaker(candidate)
+    assert climb.level == level, str(climb)
+    assert climb.passed == (level == len(ladder.BREAKER))
+    assert climb.passed or climb.verdicts[-1].status == "VIOLATED"
+    assert climb.passed or ladder.BREAKER[level].hint in str(climb)
+
+
+RETRIES = [
+    (guards.nothing, 0),
+    (broken_guards.three_more, 1),
+    (guards.RetryEverything, 2),
+    (broken_guards.does_not_know_what_is_lost, 3),
+    (retry, 4),
+]
+
+
+@pytest.mark.parametrize(("candidate", "level"), RETRIES, ids=[c.__name__ for c, _ in RETRIES])
+async def test_a_retry_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
+    """From one that never tries again to one that knows when not to."""
+    climb = await lab.try_retry(candidate)
+    assert climb.level == level, str(climb)
+    assert climb.passed == (level == len(ladder.RETRY))
+    assert climb.passed or ladder.RETRY[level].hint in str(climb)
+
+
 # ---- the knobs
 
 
@@ -258,3 +300,10 @@ def test_the_pytest_fixture_climbs_the_same_ladder(prove_lock: Callable[..., lad
 
 def test_the_pytest_fixture_for_limiters_climbs_theirs(prove_limiter: Callable[..., ladder.Climb]) -> None:
     assert prove_limiter(limiters.Log, upto=2).passed
+
+
+def test_the_pytest_fixtures_for_guards_climb_theirs(
+    prove_breaker: Callable[..., ladder.Climb], prove_retry: Callable[..., ladder.Climb]
+) -> None:
+    assert prove_breaker(guards.Textbook).level == 1
+    assert prove_retry(retry, upto=1).passed

@@ -1,8 +1,9 @@
 """What circuit breaker, retry and bulkhead must withstand, and the usual ones that do not.
 
 The dependency is a real HTTP service in a process of its own. The lab gives a candidate what its parameters name of
-call, clock, sleep, failure_threshold (5) and recovery_timeout (30 s); it returns the guarded call, or is a decorator,
-or has a method call(fn, ...). The clock is virtual and waits take no time: no verdict depends on the machine's speed.
+call, clock, sleep, failure_threshold (5), recovery_timeout (30 s), max_attempts (3) and base_delay; it returns the
+guarded call, or is a decorator, or has a method call(fn, ...). The clock is virtual and waits take no time, so no
+verdict depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from distsys.resilience.circuit_breaker import circuit_breaker
 from distsys.resilience.retry import retry
 
 BREAKER = {"failure_threshold": 5, "recovery_timeout": 30.0}
+RETRY = {"max_attempts": 3, "base_delay": 0.01}  # for who sleeps by itself
 FAILS, WORKS = [503], [200]
 LATER = 100.0  # past the recovery time and all that is added to it
 
@@ -28,7 +30,7 @@ async def anew(run: Run) -> None:
     """Each run has a service of its own, on a port of its own; its script starts it."""
 
 
-guarding = partial(Experiment, workload=calls, prepare=anew, params=BREAKER)
+guarding = partial(Experiment, workload=calls, prepare=anew, params=BREAKER | RETRY)
 
 
 async def both(run: Run) -> tuple[Actor, Actor]:
@@ -82,7 +84,7 @@ down = guarding(
 
 
 async def three_of_ten(run: Run) -> None:
-    """40 calls, of which the 1st, 4th and 7th of each ten fail: never two in a row."""
+    """40 calls, of which the 1st, 4th and 7th of each ten fail: never two in a row. Three open the breaker."""
     service, w1 = await both(run)
     await service.ask(answers=[*(FAILS + WORKS * 2) * 3, 200])
     await w1.ask(40)
@@ -94,9 +96,10 @@ window = guarding(
     arms=(
         breaks("counter of failures in a row", guards.Textbook),
         breaks("circuit_breaker, window=None", partial(circuit_breaker, window=None)),
-        holds("circuit_breaker, 5 of the last 20", partial(circuit_breaker, window=20)),
+        holds("circuit_breaker, 3 of the last 10", circuit_breaker),
         holds("circuit_breaker, 25 % of the last 10", partial(circuit_breaker, failure_rate=0.25)),
     ),
+    params=BREAKER | RETRY | {"failure_threshold": 3},
     script=three_of_ten,
     check=at_most_sent(20),
 )
@@ -177,6 +180,22 @@ cancelled = guarding(
     claim="A probe that is cancelled has to give its place back, or the breaker never closes again.",
     arms=(breaks("probes counted, not given back", guards.CountedProbes), holds("circuit_breaker", circuit_breaker)),
     script=probe_cancelled,
+    check=answered,
+)
+
+
+async def passing_failure(run: Run) -> None:
+    """One call; its first two requests fail, all others succeed."""
+    service, w1 = await both(run)
+    await service.ask(answers=[*FAILS * 2, *WORKS * 9])
+    await w1.ask()
+
+
+passing = guarding(
+    name="passing-failure",
+    claim="A failure that passes is worth another try.",
+    arms=(breaks("no retry", guards.nothing), holds("retry", retry)),
+    script=passing_failure,
     check=answered,
 )
 
@@ -277,4 +296,4 @@ noisy = guarding(
     patience=1.0,
 )
 
-EXPERIMENTS = (down, window, stampede, late, cancelled, order, refused, layers, lost, noisy)
+EXPERIMENTS = (down, window, stampede, late, cancelled, passing, order, refused, layers, lost, noisy)
