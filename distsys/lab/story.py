@@ -23,7 +23,8 @@ def what(fault: Fault) -> str:
     """ "w1 paused (before-write)", "redis killed"."""
     if fault.kind == "server":
         return f"{fault.target} {fault.detail}"
-    return f"{fault.target} {WORDS.get(fault.kind, fault.kind)}{f' ({fault.detail})' if fault.detail else ''}"
+    detail = f" ({fault.detail})" if fault.detail not in ("", fault.kind) else ""
+    return f"{fault.target} {WORDS.get(fault.kind, fault.kind)}{detail}"
 
 
 def involved(history: History, finding: Finding) -> list[Span]:

@@ -121,6 +121,8 @@ class _Picture:
             for x0, x1, n in _merged(((v.x(t), v.x(t)) for t in times if v.shows(t, t)), 30.0):
                 text = f"{n:,}" if n > 1 else ""
                 x, css = (x1 + 6, "i z") if x1 + 6 + width_of(text, 11) < WIDTH - MARGIN else (x0 - 6, "i e z")
+                if css == "i e z" and x - width_of(text, 11) < v.left:
+                    x, css = (x0 + x1) / 2, "i m n"
                 if status == "ok" or did == "arrive":
                     self.out += [box(x0 - 1.5, y + 4, x1 - x0 + 3, BAR, "h"), put(x, y + 17, text, css)]
                     self.icons[f"{DECIDED[did]}, how many"] = box(-3, -6, 6, 12, "h"), 9

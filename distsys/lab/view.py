@@ -37,7 +37,8 @@ def view(history: History, finding: Finding) -> View:
     t0 = min([op.called for op in history] + [f.at for f in history.faults], default=history.started)
     t0, t1 = max(history.started, t0 - 0.02 * (history.end - t0)), history.end
     witness = finding.witness if finding.status == "VIOLATED" else ()
-    low, high = _zoom(history, finding, t0, t1) if witness else (t0, t1)
+    near = witness and not history.where("call")  # runs of calls are short: the whole is shown
+    low, high = _zoom(history, finding, t0, t1) if near else (t0, t1)
     bars = sorted(bars, key=lambda bar: (bar.op not in witness, abs(bar.start - low))) if witness else bars
     shown = [bar for bar in bars if bar.end >= low and bar.start <= high][:LIMIT]
     if not witness and len(bars) > LIMIT:
