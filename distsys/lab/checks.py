@@ -222,7 +222,7 @@ def exactly_once(history: History) -> Finding:
             rows.append((when, key, f"applied {count(done[key], 'time')}, {should}"))
             first = first or _in_time(op for op in history if op.name in ("request", "apply") and str(op.value) == key)
     if rows:
-        summary = f"{len(rows):,} of {count(len(asked), 'key')} not applied exactly once"
+        summary = f"{len(rows):,} of {count(len(asked), 'key')} not applied exactly once: {rows[0][1]} {rows[0][2]}"
         return Finding("VIOLATED", summary, first or (), tuple(rows))
     again = sum(len(ops) > 1 for ops in asked.values())
     lost = sum(len(ops) == 1 and ops[0].status == "info" and done[key] > 0 for key, ops in asked.items())
