@@ -23,10 +23,14 @@ class Advice:
     """Settings, and the numbers that argue for them."""
 
     settings: dict[str, Any]
-    code: str  # that says them
     simulation: Simulation  # of no retries, naive retries, and the recommended
     tried: tuple[tuple[dict[str, Any], Arm], ...]  # the best first
     confirmed: bool  # on other seeds, too
+
+    @property
+    def code(self) -> str:
+        """That says the settings."""
+        return _code(self.settings, self.simulation.storm)
 
     def __str__(self) -> str:
         well = sum(arm.verdict.status != "VIOLATED" for _, arm in self.tried)
@@ -38,9 +42,10 @@ class Advice:
 
     def rows(self, most: int = 8) -> list[tuple[str, ...]]:
         """Of what was tried, the best first."""
+        storm, best = self.simulation.storm, self.tried[:most]
         return [
-            (_said(settings), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
-            for settings, arm in self.tried[:most]
+            (_code(one, storm), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
+            for one, arm in best
         ]
 
     def _repr_html_(self) -> str:
@@ -99,8 +104,7 @@ def advise(
         "naive, fixed delay": policy(4, delay, max_delay=delay, jitter="none"),
         "recommended": policy(**settings),
     }
-    code = _code(settings, deadline_seconds, timeout)
-    return Advice(settings, code, simulate(arms, seed=seed, **storm), tuple(order), confirmed)
+    return Advice(settings, simulate(arms, seed=seed, **storm), tuple(order), confirmed)
 
 
 def calm(arm: Arm) -> float:
@@ -120,20 +124,12 @@ def _holds(settings: dict[str, Any], storm: Storm, seed: int) -> bool:
     return all(arm.verdict.status != "VIOLATED" for arm in arms)
 
 
-def _said(settings: dict[str, Any]) -> str:
-    retry = f"{settings['max_attempts']} attempts from {settings['base_delay']:g} s, jitter {settings['jitter']}"
-    parts = [retry if settings["max_attempts"] > 1 else "no retries"]
-    parts += [f"budget {settings['budget']:g}"] * bool(settings["budget"])
-    parts += [f"breaker {settings['breaker']}, {settings['recovery_timeout']:g} s"] * bool(settings["breaker"])
-    return "; ".join(parts)
-
-
-def _code(settings: dict[str, Any], deadline: float, timeout: float) -> str:
-    parts = [f"timeout={timeout:g}"]
+def _code(settings: dict[str, Any], storm: Storm) -> str:
+    parts = [f"timeout={storm.timeout:g}"]
     if settings["max_attempts"] > 1:
         budget = f", budget=RetryBudget({settings['budget']:g})" if settings["budget"] else ""
         first = f"{settings['max_attempts']}, {settings['base_delay']:g}, jitter={settings['jitter']!r}"
-        parts.insert(0, f"retry=retry({first}, timeout={deadline:g}{budget})")
+        parts.insert(0, f"retry=retry({first}, timeout={storm.deadline:g}{budget})")
     if settings["breaker"]:
         parts.insert(0, f"circuit_breaker=circuit_breaker({settings['breaker']}, {settings['recovery_timeout']:g})")
     return f"resilient({', '.join(parts)})"

@@ -137,22 +137,23 @@ class Dependency:
         self.requests.append(loop.now)
         if self.rng.random() < self.storm.error_rate:
             raise ConnectionResetError("lost on the way")
-        answer = loop.create_future()
+        answer, took = loop.create_future(), math.inf
         if self.idle > 0:
-            self._serve(answer)
+            took = self._serve(answer)
         elif len(self.queue) < self.room:
             self.queue.append(answer)
         else:
             raise ConnectionRefusedError("the queue is full")
-        late = loop.call_later(self.storm.timeout, _too_late, answer)
-        try:
-            await answer
-        finally:
-            late.cancel()
+        if took > self.storm.timeout:
+            loop.call_later(self.storm.timeout, _too_late, answer)
+        await answer
 
-    def _serve(self, answer: asyncio.Future[None]) -> None:
+    def _serve(self, answer: asyncio.Future[None]) -> float:
+        """The seconds it takes."""
         self.idle -= 1
-        self.loop.call_later(self.rng.expovariate(self.speed), self._served, answer)
+        took = self.rng.expovariate(self.speed)
+        self.loop.call_later(took, self._served, answer)
+        return took
 
     def _served(self, answer: asyncio.Future[None]) -> None:
         if answer.done():
@@ -202,6 +203,8 @@ def simulate_arm(name: str, make: Make, storm: Storm, *, seed: int = 7, expected
         at += demand.expovariate(storm.rate * (storm.spike if storm.calm <= at < storm.over else 1))
     calls: list[tuple[float, float, bool]] = []  # begun, ended, good
 
+    last = storm.end + storm.deadline
+
     async def main() -> Dependency:
         loop: Any = asyncio.get_running_loop()
         dependency = Dependency(storm, loop, random.Random(f"{seed}/dependency"))
@@ -222,13 +225,12 @@ def simulate_arm(name: str, make: Make, storm: Storm, *, seed: int = 7, expected
                     calls.append((begun, loop.now, good))
 
         clients = [loop.create_task(client(times[n], wrapped[n % storm.processes])) for n in sorted(times)]
-        limit = storm.end + storm.deadline
-        done, _ = await asyncio.wait(clients, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait(clients, timeout=last, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
         return dependency
 
-    dependency = virtual_loop.run(main(), limit=100_000 + 100 * storm.clients)
+    dependency = virtual_loop.run(main(), limit=100_000 + 100 * storm.clients, until=2 * last)
     return _judge(name, storm, seed, expected, dependency, calls)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,14 +45,14 @@ class _Handle(asyncio.TimerHandle):
 
 
 class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
-    """`limit`: callbacks in one virtual second; beyond, the run is given up."""
+    """`limit`: callbacks in one virtual second; `until`: virtual seconds. Beyond, the run is given up."""
 
-    def __init__(self, limit: int = 1_000_000) -> None:
-        self.now, self.limit = 0.0, limit
+    def __init__(self, limit: int = 1_000_000, until: float = math.inf) -> None:
+        self.now, self.limit, self.until = 0.0, limit, until
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the number keeps the order of one moment
         self._made = 0
-        self._running = self._closed = self._stopped = False
+        self._running = self._closed = False
         self._unhandled: list[BaseException] = []
 
     def time(self) -> float:
@@ -93,14 +94,17 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
                 if not ready:
                     if not timers:
                         raise Stuck(f"at {self.now:g} s nothing is left that could happen, but {main!r} waits")
-                    self.now = max(self.now, timers[0][0])
+                    if timers[0][0] > self.now:
+                        self.now = timers[0][0]
+                        if self.now >= mark:
+                            left, mark = self.limit, self.now + 1
                 while timers and timers[0][0] <= self.now:
-                    ready.append(heappop(timers)[2])
-                if self.now >= mark:
-                    left, mark = self.limit, self.now + 1
+                    if not (handle := heappop(timers)[2])._cancelled:
+                        ready.append(handle)
                 left -= len(ready)
-                if left < 0 or self._stopped:
-                    raise Stuck(f"given up at {self.now:g} s: {self.limit:,} callbacks in a second, something spins")
+                if left < 0 or self.now > self.until:
+                    why = f"{self.limit:,} callbacks in a second, something spins" if left < 0 else "it does not end"
+                    raise Stuck(f"given up at {self.now:g} s: {why}")
                 for _ in range(len(ready)):  # what these call soon has its turn after them, and after timers now due
                     handle = ready.popleft()
                     if not handle._cancelled:
@@ -130,7 +134,7 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
 
     def stop(self) -> None:
         """From any thread: ends the run at its next turn, with Stuck."""
-        self._stopped = True
+        self.until = -1.0
 
     def close(self) -> None:
         self._closed = True
@@ -160,9 +164,9 @@ def _collecting_rarely() -> Iterator[None]:
         _rarely.release()
 
 
-def run(main: Coroutine[Any, Any, T], *, limit: int = 1_000_000) -> T:
+def run(main: Coroutine[Any, Any, T], *, limit: int = 1_000_000, until: float = math.inf) -> T:
     """Runs a coroutine on a loop of its own; where a loop runs already, as in a notebook, in a thread meanwhile."""
-    loop = VirtualLoop(limit)
+    loop = VirtualLoop(limit, until)
 
     def work() -> T:
         with _collecting_rarely(), asyncio.Runner(loop_factory=lambda: loop) as runner:
