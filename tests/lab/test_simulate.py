@@ -361,7 +361,7 @@ def test_the_advice_is_a_setting_that_holds() -> None:
 
 async def test_the_knob_simulates_what_its_controls_say() -> None:
     """Naive at first; a budget cures it."""
-    knob = StormKnob(SimpleNamespace(seed=7), "a storm")  # type: ignore[arg-type]
+    knob = StormKnob(SimpleNamespace(seed=7))  # type: ignore[arg-type]
     await knob.show()
     assert "yours: ✗ VIOLATED - metastable" in knob.answer.value
     knob.budget.value = 0.1
