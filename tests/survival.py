@@ -30,3 +30,12 @@ async def survived(test: Callable[..., Awaitable[None]], server: Server, *argume
                     task.cancel()
                 await asyncio.wait(left, timeout=0.1)
     return True
+
+
+def lives(test: Callable[[], object]) -> bool:
+    """The same for a test that needs no server."""
+    try:
+        test()
+    except BaseException:  # noqa: BLE001
+        return False
+    return True

@@ -13,8 +13,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distsys import OnFull, SharedCapacity, Tier, bulkhead
 from distsys.errors import BulkheadFull
@@ -67,7 +65,7 @@ def test_a_tier_says_how_many_run_and_wait_and_for_how_long(tier: Tier, runs: in
 
 
 def test_those_who_wait_are_served_in_order_and_nobody_overtakes() -> None:
-    """Who comes when a permit is free but somebody waits for it, waits as well."""
+    """Who comes when somebody waits, waits as well; even between the two steps of leave(), as a thread may."""
     gate, order = bulkhead(max_concurrent=1, max_waiting=99), []
 
     async def work(number: int) -> None:
@@ -77,10 +75,11 @@ def test_those_who_wait_are_served_in_order_and_nobody_overtakes() -> None:
     async def main() -> None:
         calls = [asyncio.create_task(gate.call(work, number)) for number in range(5)]
         await turns(1)
-        gate.leave()  # the first one's permit, handed on while it still runs
+        gate.permits.append(None)
+        assert not gate.try_enter()
+        gate.permits.pop()
         late = asyncio.create_task(gate.call(work, 99))
         await asyncio.gather(*calls, late)
-        gate.take()
 
     run(main())
     assert order == [0, 1, 2, 3, 4, 99]
@@ -254,8 +253,7 @@ def test_a_permit_that_comes_at_the_moment_of_the_end_is_kept_or_passed_on(
         await calls[1]
 
     run(main())
-    assert ran in ([1], [0, 1])
-    assert ran == [0, 1] or cancelled or leaves >= 0
+    assert ran == ([1] if cancelled else [0, 1])
     untouched(gate)
 
 
@@ -451,40 +449,38 @@ class Model:
         return gone
 
 
-@settings(max_examples=120)
-@given(
-    capacity=st.integers(3, 6),
-    floors=st.lists(st.integers(0, 1), min_size=3, max_size=3),
-    most_waiting=st.integers(0, 5),
-    steps=st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=40),
-)
-def test_tiers_share_one_capacity_as_the_model_does(
-    capacity: int, floors: list[int], most_waiting: int, steps: list[tuple[bool, int]]
-) -> None:
+def test_tiers_share_one_capacity_as_the_model_does() -> None:
     """Floors kept free, the rest lent, Critical served first, Optional shed first, the longest waiting of them."""
+    for seed in range(400):
+        run(share(random.Random(seed)))
+
+
+async def share(chance: random.Random) -> None:
+    """Thirty calls come or go, three come for one that goes."""
+    capacity, most_waiting = chance.randint(3, 5), chance.randint(0, 5)
+    floors = [chance.randint(0, 1) for _ in Tier]
+    steps = [(chance.random() < 0.75, chance.randrange(3)) for _ in range(30)]
     shared = SharedCapacity(capacity, dict(zip(Tier, floors, strict=True)), max_waiting=most_waiting)
     gates = [bulkhead(tier, max_waiting=3, capacity=shared) for tier in reversed(Tier)][::-1]
     model = Model(capacity, floors, most_waiting)
 
-    async def main() -> None:
-        events: dict[int, asyncio.Event] = {}
-        calls: dict[int, asyncio.Task[Any]] = {}
-        for number, (comes, tier) in enumerate(steps):
-            if comes:
-                events[number] = asyncio.Event()
-                calls[number] = asyncio.create_task(gates[tier].call(events[number].wait))
-                model.comes(tier, number)
-            elif (gone := model.goes(tier)) is not None:
-                events[gone].set()
-            await turns()
-            assert [gate.running for gate in gates] == [len(each) for each in model.running]
-            assert [gate.depth for gate in gates] == [len(each) for each in model.waiting]
-            assert sorted(n for n, call in calls.items() if call.done() and call.exception()) == sorted(model.refused)
-        for event in events.values():
-            event.set()
-        await asyncio.gather(*calls.values(), return_exceptions=True)
+    events: dict[int, asyncio.Event] = {}
+    calls: dict[int, asyncio.Task[Any]] = {}
+    for number, (comes, tier) in enumerate(steps):
+        if comes:
+            events[number] = asyncio.Event()
+            calls[number] = asyncio.create_task(gates[tier].call(events[number].wait))
+            model.comes(tier, number)
+        elif (gone := model.goes(tier)) is not None:
+            events[gone].set()
+        await turns()
+        assert [gate.running for gate in gates] == [len(each) for each in model.running]
+        assert [gate.depth for gate in gates] == [len(each) for each in model.waiting]
+        assert sorted(n for n, call in calls.items() if call.done() and call.exception()) == sorted(model.refused)
+    for event in events.values():
+        event.set()
+    await asyncio.gather(*calls.values(), return_exceptions=True)
 
-    run(main())
     assert sum(gate.rejected for gate in gates) == len(model.refused)
     for gate in gates:
         assert (gate.running, gate.depth, shared.waiting) == (0, 0, 0)
