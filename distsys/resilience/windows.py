@@ -6,6 +6,7 @@ how many were drawn is looked at when a call fails. Only a window of time, which
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from itertools import count
@@ -66,6 +67,7 @@ class LastSeconds:
     def __init__(self, length: float, clock: Clock) -> None:
         self._width, self._clock, self._lock = length / BUCKETS, clock, threading.RLock()
         self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
+        self._ends = -math.inf  # the newest of them
 
     def success(self) -> None:
         with self._lock:
@@ -83,9 +85,11 @@ class LastSeconds:
             return sum(bucket[1] for bucket in self._buckets), sum(bucket[2] for bucket in self._buckets)
 
     def _newest(self) -> list[int]:
-        number = int(self._clock() / self._width)
-        if not self._buckets or self._buckets[-1][0] != number:
-            self._buckets.append([number, 0, 0])
+        if (now := self._clock()) >= self._ends:
+            number = int(now / self._width)
+            self._ends = (number + 1) * self._width
+            if not self._buckets or self._buckets[-1][0] != number:
+                self._buckets.append([number, 0, 0])
             while self._buckets[0][0] <= number - BUCKETS:
                 self._buckets.popleft()
         return self._buckets[-1]
