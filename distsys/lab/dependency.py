@@ -20,7 +20,7 @@ from distsys.lab.servers import _free_port
 from distsys.lab.worker import Worker, plain, task_name
 from distsys.lab.workloads import VirtualClock
 
-HELD = "held"  # an answer that is not given until the next order
+HANGS = "hangs"  # an answer that is not given until the next order
 WRONG_TRIES = 3  # then the account is locked, for the right password, too
 
 
@@ -50,18 +50,20 @@ async def dependency(run: Run) -> Actor:
 
 
 async def serve(worker: Worker, candidate: Any, **_: Any) -> None:
-    """Answers with the next of its `answers`, over and over; 200 means that it took effect, once per key."""
+    """Answers with the next of its `answers`, over and over; 200 means that it took effect, once per key.
+
+    A path with a password in it is a login: the account is locked after some wrong ones.
+    """
     answers: dict[str, Iterator[Any]] = {"": cycle([200])}
-    changed, keys, wrong = asyncio.Condition(), set[str](), 0
+    ordered, keys, wrong = asyncio.Event(), set[str](), 0
 
     async def answer(path: str) -> int:
         nonlocal wrong
         wrong += "wrong" in path
         if "password" in path:
             return 423 if wrong >= WRONG_TRIES else 401 if "wrong" in path else 200
-        while (status := next(answers.get(path, answers[""]))) == HELD:
-            async with changed:
-                await changed.wait()
+        while (status := next(answers.get(path, answers[""]))) == HANGS:
+            await ordered.wait()
         return int(status)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -80,8 +82,8 @@ async def serve(worker: Worker, candidate: Any, **_: Any) -> None:
         worker.send(e="served")
         while order := await worker.orders.get():
             answers[order.get("path", "")] = cycle(order["answers"])
-            async with changed:
-                changed.notify_all()
+            ordered.set()
+            ordered = asyncio.Event()
             worker.send(e="served")
 
 

@@ -12,7 +12,7 @@ import signal
 from functools import partial
 
 from distsys.lab.checks import all_of, answered, at_most_sent, exactly_once, refused_at_once
-from distsys.lab.dependency import HELD, calls, dependency
+from distsys.lab.dependency import HANGS, calls, dependency
 from distsys.lab.experiment import Actor, Experiment, Run, Signal
 from distsys.lab.experiments import guards
 from distsys.lab.experiments.rate_limiting import breaks, holds
@@ -52,7 +52,7 @@ async def down_and_back(run: Run) -> None:
         service.kill()
         await run.until(service.ended)
     else:
-        await service.ask(answers=[HELD])
+        await service.ask(answers=[HANGS])
     run.record(*("server", "dependency", "is slow") if how == "slow" else (how, "dependency"))
     for _ in range(3):
         await w1.ask(5, together=True, timeout=0.2)
@@ -106,6 +106,7 @@ window = guarding(
 
 
 async def each(run: Run, times: int, *signals: Signal) -> None:
+    """Waits until one of them has come so many times."""
     for _ in range(times):
         await run.until(*signals)
 
@@ -123,7 +124,7 @@ async def opened(run: Run) -> tuple[Actor, Actor]:
 async def fifty_at_once(run: Run) -> None:
     """The recovery time is over, and 50 come before the first has its answer."""
     service, w1 = await opened(run)
-    await service.ask(answers=[HELD])
+    await service.ask(answers=[HANGS])
     run.record("server", "100 s", "later")
     w1.order(50, together=True, at=LATER)
     await each(run, 50, service.called("arrive"), w1.failed("call"), w1.broke("call"))
@@ -142,7 +143,7 @@ stampede = guarding(
 async def answer_from_before(run: Run) -> None:
     """One call waits for its answer while five others fail and open the breaker; then it succeeds."""
     service, w1 = await both(run)
-    await service.ask(answers=[HELD, *FAILS * 9])
+    await service.ask(answers=[HANGS, *FAILS * 9])
     w1.order(task="early")
     await run.until(service.called("arrive"))
     await w1.ask(5)
@@ -165,7 +166,7 @@ late = guarding(
 async def probe_cancelled(run: Run) -> None:
     """The probe is cancelled while it waits; the dependency is well again."""
     service, w1 = await opened(run)
-    await service.ask(answers=[HELD])
+    await service.ask(answers=[HANGS])
     w1.order(at=LATER, task="probe")
     await run.until(service.called("arrive"))
     w1.cancel("probe")
@@ -276,7 +277,7 @@ lost = guarding(
 async def one_slow_tenant(run: Run) -> None:
     """20 calls for what is slow; then one for what is fast, which has an answer or is still waiting."""
     service, w1 = await both(run)
-    await service.ask(answers=[HELD], path="/slow")
+    await service.ask(answers=[HANGS], path="/slow")
     w1.order(20, path="/slow", task="slow", together=True)
     await each(run, 8, service.called("arrive"))
     run.record("server", "the neighbour", "took its slots")
