@@ -42,17 +42,16 @@ class Advice:
 
     def rows(self, most: int = 8) -> list[tuple[str, ...]]:
         """Of what was tried, the best first."""
-        storm, best = self.simulation.storm, self.tried[:most]
         return [
-            (_code(one, storm), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
-            for one, arm in best
+            (_said(one), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
+            for one, arm in self.tried[:most]
         ]
 
     def _repr_html_(self) -> str:
         code, note, *_ = map(escape, str(self).splitlines())
         best = table(("settings", "verdict", "good, calm", "good, outage", "peak/s"), self.rows())
-        fold = f"<details><summary>the best of what was tried</summary>{best}</details>"
-        return f"<div><pre>{code}</pre><p>{note}</p>{self.simulation._repr_html_()}{fold}</div>"
+        page = f'<pre style="white-space:pre-wrap">{code}</pre><p>{note}</p>{self.simulation._repr_html_()}'
+        return f"<div>{page}<details><summary>the best of what was tried</summary>{best}</details></div>"
 
 
 def advise(
@@ -122,6 +121,13 @@ def _holds(settings: dict[str, Any], storm: Storm, seed: int) -> bool:
     made = policy(**settings)
     arms = (simulate_arm("", made, storm, seed=seed + n) for n in range(SEEDS + 1))
     return all(arm.verdict.status != "VIOLATED" for arm in arms)
+
+
+def _said(settings: dict[str, Any]) -> str:
+    parts = ["retry({max_attempts}, {base_delay:g}, jitter={jitter!r})"] * (settings["max_attempts"] > 1)
+    parts += ["budget {budget:g}"] * bool(settings["budget"])
+    parts += ["breaker({breaker}, {recovery_timeout:g})"] * bool(settings["breaker"])
+    return " + ".join(parts or ["a timeout alone"]).format(**settings)
 
 
 def _code(settings: dict[str, Any], storm: Storm) -> str:

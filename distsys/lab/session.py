@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from distsys.lab import experiments, ladder
+from distsys.lab.advise import Advice, advise
 from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name_of
 from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
@@ -136,6 +137,10 @@ class Lab:
         simulation = await asyncio.to_thread(simulate, policies, seed=seed, **storm)
         self.verdicts += simulation.verdicts
         return simulation
+
+    async def advise(self, **workload: Any) -> Advice:
+        """Settings for an outage and a workload of yours: see distsys.lab.advise."""
+        return await asyncio.to_thread(advise, **{"seed": self.seed, **workload})
 
     def summary(self) -> str:
         """A line per verdict so far, in words only: the same on every machine."""

@@ -333,14 +333,13 @@ class Simulation:
 
     def rows(self) -> list[tuple[str, ...]]:
         """As a table, with the names of its columns first. Good calls: from the trigger on."""
-        head = ("policy", "verdict", "expected", "peak/s", "good", "p99 wait", "recovered")
-        rows: list[tuple[str, ...]] = [head]
+        rows: list[tuple[str, ...]] = [("policy", "verdict", "peak/s", "good", "p99 wait", "recovered")]
         for arm in self.arms:
             back = "metastable" if arm.metastable else "never" if arm.recovery is None else f"after {arm.recovery:g} s"
-            verdict = f"{MARK[arm.verdict.status]} {arm.verdict.status}"
-            verdict += "" if arm.verdict.as_expected else ", NOT AS EXPECTED"
-            numbers = (f"{arm.peak:,}", f"{arm.goodput:.0%}", f"{arm.p99:.1f} s", back)
-            rows.append((arm.name, verdict, (arm.verdict.expected or "").lower(), *numbers))
+            expected = "" if arm.verdict.expected is None else " (as expected)"
+            expected = expected if arm.verdict.as_expected else f", EXPECTED: {arm.verdict.expected}"
+            verdict = f"{MARK[arm.verdict.status]} {arm.verdict.status}{expected}"
+            rows.append((arm.name, verdict, f"{arm.peak:,}", f"{arm.goodput:.0%}", f"{arm.p99:.1f} s", back))
         return rows
 
     def __str__(self) -> str:
@@ -374,6 +373,7 @@ class Simulation:
             panel.tick_params(labelsize=7, bottom=False, left=False)
             panel.set_xlim(0, len(arm.calls))
             panel.locator_params(axis="y", nbins=4)
+            panel.locator_params(axis="x", integer=True)
         figure.supxlabel("seconds", fontsize=8)
         figure.supylabel("per second", fontsize=8)
         return figure

@@ -20,7 +20,7 @@ class StormKnob(Knob):
     """How many clients, what fails and for how long, and how they retry: two panels and their verdicts."""
 
     def __init__(self, lab: Lab) -> None:
-        super().__init__(lab, "this storm, in virtual time")
+        super().__init__(lab, "such a storm, in virtual time")
 
     def controls(self) -> list[Any]:
         style: Any = {"description_width": "130px"}

@@ -261,6 +261,13 @@ async def test_a_retry_climbs_as_far_as_it_is_right(lab: Lab, candidate: object,
     assert climb.passed or ladder.RETRY[level].hint in str(climb)
 
 
+async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
+    """Simulated arms stand beside those that ran live; the loop of the notebook goes on meanwhile."""
+    simulation = await lab.simulate(["no retries", "full jitter"], clients=2_000)
+    assert simulation.seed == lab.seed
+    assert lab.summary().endswith("no retries: HELD (as expected)\nfull jitter: VIOLATED (as expected)")
+
+
 # ---- the knobs
 
 

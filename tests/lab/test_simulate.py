@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -308,14 +309,27 @@ def test_a_mistake_in_a_policy_is_not_taken_for_a_failed_call() -> None:
         simulate({"mistaken": mistaken}, **SMALL)
 
 
-def test_a_policy_that_spins_is_given_up() -> None:
-    """Without a wait between its attempts virtual time would stand still for ever."""
+def test_a_policy_without_end_is_given_up() -> None:
+    """One that never waits between its attempts, so that time stands still; and one that can't be cancelled."""
 
     def spins(process: Process) -> Any:
         return Retry(10**9, 0.0, on=lambda error: True)
 
+    def clings(process: Process) -> Any:
+        def decorate(request: Any) -> Any:
+            async def call() -> None:
+                while True:
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.sleep(1)
+
+            return call
+
+        return decorate
+
     with pytest.raises(Stuck, match="something spins"):
         simulate({"spins": spins}, **SMALL)
+    with pytest.raises(Stuck, match="it does not end"):
+        simulate({"clings": clings}, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +370,7 @@ def test_the_advice_is_a_setting_that_holds() -> None:
     assert advice.settings["budget"] or advice.settings["breaker"]
     assert advice.code.startswith("resilient(")
     assert advice.code in str(advice)
-    assert "<pre>resilient(" in advice._repr_html_()
+    assert ">resilient(" in advice._repr_html_()
 
 
 async def test_the_knob_simulates_what_its_controls_say() -> None:
