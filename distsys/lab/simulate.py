@@ -297,7 +297,7 @@ def policy(
 
 
 ARMS: dict[str, tuple[Make, Expected | None]] = {
-    "no retries": (policy(1), "HELD"),
+    "no retries": (policy(1, deadline=False), "HELD"),
     "fixed retries": (policy(deadline=False, max_delay=0.1, jitter="none"), "VIOLATED"),
     "exponential, no jitter": (policy(deadline=False, jitter="none"), "VIOLATED"),
     "full jitter": (policy(), "VIOLATED"),

@@ -39,6 +39,7 @@ class _Handle(asyncio.TimerHandle):
 
     def cancel(self) -> None:
         self._cancelled, self._args = True, ()
+        self._callback = self._context = None  # type: ignore[assignment]  # frees now what they hold
 
     def __repr__(self) -> str:
         return f"<at {self._when:g} s: {self._callback}>"
