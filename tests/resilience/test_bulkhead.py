@@ -391,7 +391,7 @@ def test_threads_and_loops_share_one_bulkhead_and_lose_no_permit() -> None:
     kinds = iter([task] * 6 + [lambda: asyncio.run(crowd())] * 2)
     in_threads(8, lambda: next(kinds)())
     assert len(done) == 10_000
-    assert max(most) == 3
+    assert max(most) <= 3
     untouched(gate)
 
 
