@@ -77,7 +77,9 @@ class Policy:
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
             wait -= taken * self.window / one.limit
-        return whole(wait - 5e-7) if wait > 0 else 0  # a difference of floats: less than a microsecond is noise
+        return (
+            min(math.ceil(wait - 5e-7), MAX_INTEGER) if wait > 0 else 0
+        )  # a difference of floats: less than a microsecond is noise
 
 
 class Verdict(NamedTuple):
@@ -122,8 +124,8 @@ class RateLimit:
         who = self._key(scope)
         if not isinstance(who, KNOWN):
             who = await awaited(who)
-        cost: Any = self._cost(scope) if callable(self._cost) else self._cost
-        if not isinstance(cost, KNOWN):
+        cost: Any = self._cost
+        if callable(cost) and not isinstance(cost := cost(scope), KNOWN):
             cost = await awaited(cost)
         if who is None or cost == 0:
             return None

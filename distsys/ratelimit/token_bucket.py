@@ -65,6 +65,7 @@ class _Slice:
 
     left = used = 0  # microtokens here; microtokens used in the bucket, these included
     until = 0.0
+    now: Clock
     timer: asyncio.TimerHandle | None = None
 
 
@@ -173,7 +174,7 @@ class TokenBucketLimiter:
 
     def _from_slice(self, key: str, cost: int) -> Decision | None:
         own = self._slices.get(key)
-        if own is None or own.left < cost or asyncio.get_running_loop().time() >= own.until:
+        if own is None or own.left < cost or own.now() >= own.until:
             return None
         own.left -= cost
         return self.limit.decision(True, own.used - own.left, cost, "lease")
@@ -196,7 +197,7 @@ class TokenBucketLimiter:
     def _fill(self, key: str, own: _Slice, left: int, used: int) -> None:
         assert self.lease is not None
         loop = asyncio.get_running_loop()
-        own.left, own.used, own.until = left, used, loop.time() + self.lease.seconds
+        own.left, own.used, own.now, own.until = left, used, loop.time, loop.time() + self.lease.seconds
         own.timer = loop.call_later(self.lease.seconds, self._expire, key)
 
     def _expire(self, key: str) -> None:

@@ -247,7 +247,8 @@ class Retry:
             emit("retry", self.name, "suppressed", attempts=attempts.number, error=error, reason=why)
             return None
         emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
-        attempts.failed.append(f"attempt {attempts.number}: {error!r}, {delay:.3g} s")
+        attempts.failed.append((repr(error), delay))
+        attempts.number += 1
         return delay
 
     def _hopeless(self, error: Exception) -> str:
@@ -283,8 +284,9 @@ class Retry:
 
         Only layers that have seen a failure are known, so success costs nothing, and the warning comes when it hurts.
         """
-        every = (*_around.get(), self.max_attempts)
-        if (product := math.prod(every)) > max(every):
+        around = _around.get()
+        every = (*around, self.max_attempts)
+        if around and (product := math.prod(every)) > max(every):
             text = f"{' x '.join(map(str, every))} = {product} attempts on {self.name!r}: retry in one layer only"
             warnings.warn(text, RetryAmplification, stacklevel=4)
         return _around.set(every)
@@ -313,17 +315,13 @@ class _Call:
 
     def __init__(self, seconds: float | None = None, now: Clock = time.monotonic) -> None:
         self.now, self.deadline = now, None if seconds is None else now() + seconds
-        self.slept = 0.0
-        self.failed: list[str] = []  # what the attempts before this one raised, and the waits after them
-
-    @property
-    def number(self) -> int:
-        """Of this attempt, from 1."""
-        return len(self.failed) + 1
+        self.slept, self.number = 0.0, 1  # of this attempt
+        self.failed: list[tuple[str, float]] = []  # what the attempts before this one raised, and the waits after them
 
     def note(self, error: Exception, why: str) -> None:
         with suppress(Exception):  # frozen ones take no notes, and must pass as they are
-            error.add_note("retry: " + "; ".join([*self.failed, f"attempt {self.number}: {why}"]))
+            before = [f"attempt {n}: {what}, {delay:.3g} s" for n, (what, delay) in enumerate(self.failed, 1)]
+            error.add_note("retry: " + "; ".join([*before, f"attempt {self.number}: {why}"]))
 
 
 class Attempts:
