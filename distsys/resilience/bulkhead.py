@@ -1,7 +1,7 @@
 """Bulkhead: so many calls at a time and so many waiting, that one slow dependency can't take all there is.
 
 Promise  at most `max_concurrent` run and `max_waiting` wait, first come first served; a permit is never lost, whatever
-         is cancelled when. Tiers that share a capacity keep their floors and lend what they do not use.
+         is cancelled when. Tiers that share a capacity keep their floors and share the rest.
 Not      a limit over several processes; a timeout of the work: `timeout` bounds the wait for a permit; reentrant: who
          holds a permit and asks for another may wait for itself until the timeout.
 Units    calls; seconds.

@@ -170,6 +170,11 @@ class CircuitBreaker:
         return self._state
 
     @property
+    def open_for(self) -> float:
+        """Seconds until it may be asked again; 0 if it may be now."""
+        return max(0.0, self._until - self._clock()) if self._state == "open" else 0.0
+
+    @property
     def snapshot(self) -> Snapshot:
         """Of the window; empty unless closed."""
         with self._lock:

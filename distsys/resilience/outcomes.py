@@ -26,12 +26,13 @@ class Outcome(Enum):
     NOT_DONE = "it certainly did not happen, and may pass later"
     UNKNOWN = "it may have happened"
     FATAL = "the same call would fail again"
+    BROKEN = "the same call would fail again, and not by the caller's fault"  # what a breaker should know
     OTHER = "no table knows this error"
 
 
-NOT_DONE, UNKNOWN, FATAL, OTHER = Outcome
+NOT_DONE, UNKNOWN, FATAL, BROKEN, OTHER = Outcome
 
-HTTP_STATUS: dict[int, Outcome] = {  # other 4xx and 5xx: FATAL
+HTTP_STATUS: dict[int, Outcome] = {  # other 4xx: FATAL, other 5xx: BROKEN
     408: NOT_DONE,  # the request never arrived whole
     425: NOT_DONE,
     429: NOT_DONE,
@@ -49,12 +50,14 @@ GRPC_CODE: dict[str, Outcome] = {  # others: FATAL
     "CANCELLED": UNKNOWN,
     "INTERNAL": UNKNOWN,
     "UNKNOWN": UNKNOWN,
+    "DATA_LOSS": BROKEN,
 }
 
 SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
     "08": UNKNOWN,  # the connection broke
     "08001": NOT_DONE,  # it was never made
     "08004": NOT_DONE,
+    "25006": NOT_DONE,  # read only: a primary that became a replica
     "40": NOT_DONE,  # rolled back: 40001 serialization failure, 40P01 deadlock
     "40003": UNKNOWN,  # statement completion unknown
     "53": NOT_DONE,  # too many connections, out of memory
@@ -62,6 +65,8 @@ SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
     "57P": UNKNOWN,  # shut down or crashed, perhaps in the middle of a commit
     "57P03": NOT_DONE,  # cannot connect now: it is starting
     "57014": UNKNOWN,  # cancelled, by a timeout of the server or by somebody
+    "58": BROKEN,  # its disk
+    "XX": BROKEN,  # internal errors, corrupted data
 }
 
 EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next of its bases that is here
@@ -78,7 +83,7 @@ EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next o
     "builtins.NotImplementedError": FATAL,
     "builtins.RecursionError": FATAL,
     "socket.gaierror": NOT_DONE,  # the name was not resolved
-    "ssl.SSLCertVerificationError": FATAL,
+    "ssl.SSLCertVerificationError": BROKEN,
     "ssl.SSLError": UNKNOWN,
     "http.HTTPException": UNKNOWN,
     "http.InvalidURL": FATAL,
@@ -90,7 +95,7 @@ EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next o
     "httpx.TransportError": UNKNOWN,
     "httpx.RequestError": FATAL,
     "requests.ConnectTimeout": NOT_DONE,
-    "requests.SSLError": FATAL,
+    "requests.SSLError": BROKEN,
     "requests.Timeout": UNKNOWN,
     "requests.ConnectionError": UNKNOWN,
     "requests.ChunkedEncodingError": UNKNOWN,
@@ -98,7 +103,7 @@ EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next o
     "urllib3.ConnectTimeoutError": NOT_DONE,
     "urllib3.ProtocolError": UNKNOWN,
     "urllib3.ReadTimeoutError": UNKNOWN,
-    "aiohttp.ClientConnectorCertificateError": FATAL,
+    "aiohttp.ClientConnectorCertificateError": BROKEN,
     "aiohttp.ClientConnectorError": NOT_DONE,
     "aiohttp.ConnectionTimeoutError": NOT_DONE,
     "aiohttp.ClientConnectionError": UNKNOWN,
@@ -144,7 +149,9 @@ def _by_what_it_says(error: BaseException) -> Outcome:
     if callable(code) and isinstance(name := getattr(code(), "name", None), str):
         return GRPC_CODE.get(name, FATAL)
     if (status := http_status(error)) is not None:
-        return NOT_DONE if status == 503 and retry_after(error) is not None else HTTP_STATUS.get(status, FATAL)
+        if status == 503 and retry_after(error) is not None:
+            return NOT_DONE
+        return HTTP_STATUS.get(status, FATAL if status < 500 else BROKEN)
     if isinstance(reason := getattr(error, "reason", None), Exception):  # urllib and urllib3 wrap the reason
         return classify(reason)
     found = _by_class(type(error))

@@ -168,6 +168,7 @@ class Retry:
             except TimeoutError as error:
                 if limit.expired():
                     attempts.note(error, f"ended by the deadline: all attempts together had {seconds:g} s")
+                    emit("retry", self.name, "gave_up", attempts=attempts.number, error=error)
                 raise
 
         return call
@@ -257,7 +258,7 @@ class Retry:
         if self.on is None:
             worth = outcome in (NOT_DONE, UNKNOWN)
         elif isinstance(self.on, (type, tuple)):
-            worth = isinstance(error, self.on)
+            worth = isinstance(error, self.on) and getattr(error, "retryable", True)
         else:
             said = self.on(error)
             worth, outcome = (said in (NOT_DONE, UNKNOWN), said) if isinstance(said, Outcome) else (said, outcome)

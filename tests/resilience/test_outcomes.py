@@ -32,7 +32,17 @@ from redis.backoff import NoBackoff
 
 from distsys.errors import BulkheadFull, CircuitOpen, Indeterminate, LockLost, RateLimited, Rejected
 from distsys.resilience import outcomes
-from distsys.resilience.outcomes import FATAL, NOT_DONE, OTHER, UNKNOWN, Outcome, classify, http_status, retry_after
+from distsys.resilience.outcomes import (
+    BROKEN,
+    FATAL,
+    NOT_DONE,
+    OTHER,
+    UNKNOWN,
+    Outcome,
+    classify,
+    http_status,
+    retry_after,
+)
 
 # ---- HTTP clients, against a server that answers as its path says
 
@@ -102,7 +112,7 @@ def raised(call: Callable[[str], None], url: str) -> Exception:
 
 
 CLIENTS = [by_httpx, by_requests, by_urllib]
-STATUS = {400: FATAL, 401: FATAL, 403: FATAL, 404: FATAL, 409: FATAL, 422: FATAL, 501: FATAL, 505: FATAL}
+STATUS = {400: FATAL, 401: FATAL, 403: FATAL, 404: FATAL, 409: FATAL, 422: FATAL, 501: BROKEN, 505: BROKEN}
 STATUS |= {408: NOT_DONE, 425: NOT_DONE, 429: NOT_DONE, 500: UNKNOWN, 502: UNKNOWN, 503: UNKNOWN, 504: UNKNOWN}
 
 
@@ -230,7 +240,7 @@ KINDS: list[tuple[BaseException, Outcome]] = [
     (like("aiohttp.client_exceptions", "ClientResponseError", status=429, headers={"Retry-After": "5"}), NOT_DONE),
     (like("aiohttp.client_exceptions", "ClientResponseError", status=401), FATAL),
     (connector_error(), NOT_DONE),
-    (like("aiohttp.client_exceptions", "ClientConnectorCertificateError", connector_error), FATAL),
+    (like("aiohttp.client_exceptions", "ClientConnectorCertificateError", connector_error), BROKEN),
     (like("aiohttp.client_exceptions", "ServerDisconnectedError", connection_error), UNKNOWN),
     (like("starlette.exceptions", "HTTPException", status_code=409), FATAL),
     (like("somebody", "SerializationFailure", pgcode="40001"), NOT_DONE),
@@ -266,12 +276,12 @@ KINDS: list[tuple[BaseException, Outcome]] = [
     (httpx.TooManyRedirects("", request=request), FATAL),
     (requests.exceptions.ConnectTimeout(), NOT_DONE),
     (requests.exceptions.ReadTimeout(), UNKNOWN),
-    (requests.exceptions.SSLError(), FATAL),
+    (requests.exceptions.SSLError(), BROKEN),
     (requests.exceptions.ChunkedEncodingError(), UNKNOWN),
     (requests.exceptions.InvalidURL(), FATAL),
     (urllib.error.URLError(socket.gaierror()), NOT_DONE),
     (urllib.error.URLError(TimeoutError()), UNKNOWN),
-    (urllib.error.URLError(ssl.SSLCertVerificationError()), FATAL),
+    (urllib.error.URLError(ssl.SSLCertVerificationError()), BROKEN),
     (urllib.error.URLError("unknown url type: x"), OTHER),
     (http.client.RemoteDisconnected(), UNKNOWN),
     (http.client.InvalidURL(), FATAL),

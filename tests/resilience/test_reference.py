@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from distsys.resilience import outcomes
-from distsys.resilience.outcomes import FATAL, NOT_DONE, UNKNOWN, Outcome
+from distsys.resilience.outcomes import BROKEN, FATAL, NOT_DONE, UNKNOWN, Outcome
 
 ROOT = Path(__file__).parents[2]
-KNOWN = NOT_DONE, UNKNOWN, FATAL
+KNOWN = NOT_DONE, UNKNOWN, FATAL, BROKEN
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -28,6 +28,8 @@ def codes() -> str:
         found = [code for code, means in table.items() if means is outcome]
         if table is outcomes.ERRNO:
             return ", ".join(errno.errorcode[code] for code in outcomes.ERRNO if code in found)
+        if table is outcomes.HTTP_STATUS and outcome in (FATAL, BROKEN):
+            return "any other 4xx" if outcome is FATAL else "any other 5xx"
         return ", ".join(map(str, found)) or "any other" * (outcome is FATAL)
 
     rows = [(means.name, *(names(table, means) for table in tables)) for means in KNOWN]

@@ -539,3 +539,12 @@ def test_settings_that_mean_nothing_are_refused(make: Any, error: type[Exception
     with pytest.raises(error) as raised:
         make()
     assert message in str(raised.value)
+
+
+def test_no_class_in_on_retries_what_an_open_breaker_refused() -> None:
+    """Rejected is a class of errors worth another try; those of them that can't pass yet stay out of it."""
+    for error, calls in ((BulkheadFull(), 2), (CircuitOpen(), 1), (StaleToken(), 1)):
+        dependency = Dependency(error)
+        with suppress(CircuitOpen, StaleToken):
+            dependency.policy(on=Rejected)(dependency)()
+        assert dependency.calls == calls
