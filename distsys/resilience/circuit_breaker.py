@@ -11,6 +11,7 @@ Source   Nygard, Release It!, 5.2; resilience4j (count and time windows, rates, 
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -171,7 +172,9 @@ class CircuitBreaker:
 
     @property
     def open_for(self) -> float:
-        """Seconds until it may be asked again; 0 if it may be now."""
+        """Seconds until it may be asked again; 0 if it may be now, infinite while isolated."""
+        if self._state == "isolated":
+            return math.inf
         return max(0.0, self._until - self._clock()) if self._state == "open" else 0.0
 
     @property

@@ -260,14 +260,16 @@ def test_an_open_breaker_refuses_before_the_queue() -> None:
     """Who is refused anyway does not wait for a permit first; a fallback answers at once as well."""
 
     async def main() -> None:
-        gate, breaker = bulkhead(max_concurrent=1), circuit_breaker(fallback=lambda number: -number)
+        gate, breaker = bulkhead(max_concurrent=1), circuit_breaker()
         fn = resilient(bulkhead=gate, circuit_breaker=breaker)(work_at_once)
         await gate.wait()
-        breaker.force_open()
-        assert await fn(3) == -3
-        breaker.fallback = None
-        with pytest.raises(CircuitOpen):
-            await fn(3)
+        for closes in (breaker.force_open, breaker.isolate):
+            closes()
+            breaker.fallback = lambda number: -number
+            assert await fn(3) == -3
+            breaker.fallback = None
+            with pytest.raises(CircuitOpen):
+                await fn(3)
         assert (gate.depth, gate.running) == (0, 1)
 
     async def work_at_once(number: int) -> int:
