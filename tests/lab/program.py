@@ -29,6 +29,7 @@ async def main(how: str) -> None:
     await started[1].pause()
     await started[3].pause()
     print(json.dumps({"folder": str(processes.folder), "servers": [str(s) for s in started]}), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)  # the test looks at what is there, before anything ends
     if how == "forks" and not os.fork():
         time.sleep(60)  # noqa: ASYNC251 (in the fork, where no loop runs)
         os._exit(0)

@@ -267,17 +267,20 @@ async def program(how: str) -> AsyncIterator[Program]:
         sys.executable,
         str(HERE / "program.py"),
         how,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT,
         start_new_session=True,
     )
     try:
+        assert process.stdin
         assert process.stdout
         words = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
         [supervisor] = [c for c in psutil.Process(process.pid).children() if os.getpgid(c.pid) == c.pid]
         parts = [supervisor, *supervisor.children(recursive=True)]
         assert len(parts) > 20
         assert sys.platform != "linux" or "sleep" in {part.name() for part in parts}  # an orphan, adopted
+        process.stdin.write(b"\n")
         yield Program(process, Path(words["folder"]), words["servers"], supervisor, parts)
     finally:
         with suppress(ProcessLookupError):  # the group is empty, unless the program has forked
