@@ -11,7 +11,6 @@ Source   Nygard, Release It!, 5.2; resilience4j (count and time windows, rates, 
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -169,13 +168,6 @@ class CircuitBreaker:
     def state(self) -> State:
         """closed, open, half_open or isolated. Open until the first call after the recovery time probes."""
         return self._state
-
-    @property
-    def open_for(self) -> float:
-        """Seconds until it may be asked again; 0 if it may be now, infinite while isolated."""
-        if self._state == "isolated":
-            return math.inf
-        return max(0.0, self._until - self._clock()) if self._state == "open" else 0.0
 
     @property
     def snapshot(self) -> Snapshot:

@@ -68,12 +68,10 @@ class Resilient:
 
     def _merged(self, breaker: CircuitBreaker, gate: Bulkhead, stacked: Any) -> Callable[..., Awaitable[Any]]:
         """The usual case, closed and with permits left, as one layer instead of two; any other as they are stacked."""
-        inside, refused = stacked.__wrapped__.__wrapped__, stacked.__wrapped__
+        inside = stacked.__wrapped__.__wrapped__
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             ticket = breaker.closed
-            if ticket is None and breaker.open_for > 0:  # who is refused anyway need not wait for a permit first
-                return await refused(*args, **kwargs)
             if ticket is None or not gate.try_enter():
                 return await stacked(*args, **kwargs)
             try:

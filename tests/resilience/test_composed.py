@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distsys import bulkhead, circuit_breaker, resilient, retry
@@ -85,6 +85,7 @@ class Way:
     slow=st.sampled_from([None, 5.0]),
     steps=st.lists(st.sampled_from(STEPS), max_size=50),
 )
+@example(policy="queue", permits=1, threshold=1, slow=None, steps=["begin", "reset", "resets"])  # an outcome of before
 def test_composed_is_as_stacked_in_every_state(
     policy: str, permits: int, threshold: int, slow: float | None, steps: list[str]
 ) -> None:
@@ -254,25 +255,3 @@ def test_parts_that_are_none_are_refused(options: dict[str, Any], error: type[Ex
     with pytest.raises(error) as raised:
         resilient(**options)
     assert message in str(raised.value)
-
-
-def test_an_open_breaker_refuses_before_the_queue() -> None:
-    """Who is refused anyway does not wait for a permit first; a fallback answers at once as well."""
-
-    async def main() -> None:
-        gate, breaker = bulkhead(max_concurrent=1), circuit_breaker()
-        fn = resilient(bulkhead=gate, circuit_breaker=breaker)(work_at_once)
-        await gate.wait()
-        for closes in (breaker.force_open, breaker.isolate):
-            closes()
-            breaker.fallback = lambda number: -number
-            assert await fn(3) == -3
-            breaker.fallback = None
-            with pytest.raises(CircuitOpen):
-                await fn(3)
-        assert (gate.depth, gate.running) == (0, 1)
-
-    async def work_at_once(number: int) -> int:
-        return number
-
-    asyncio.run(main())
