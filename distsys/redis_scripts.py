@@ -6,7 +6,7 @@ import asyncio
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -48,11 +48,12 @@ class Timed:
         self._lost = self._cluster = isinstance(client, redis.asyncio.RedisCluster)
         self._finding: asyncio.Task[Any] | None = None
 
-    async def run(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+    def run(self, script: Script, keys: Sequence[str], *args: Any) -> Awaitable[Any]:
         if self.timeout is None:
-            return await script.run(self.redis, keys, *args)
-        if self._cluster:
-            return await self._run_on_cluster(script, keys, *args)
+            return script.run(self.redis, keys, *args)
+        return (self._run_on_cluster if self._cluster else self._run_in_time)(script, keys, *args)
+
+    async def _run_in_time(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
         async with asyncio.timeout(self.timeout):
             return await script.run(self.redis, keys, *args)
 

@@ -16,7 +16,7 @@ from itertools import cycle
 from typing import Any
 
 from distsys.lab.experiment import Actor, Run
-from distsys.lab.servers import _free_port
+from distsys.lab.servers import free_port
 from distsys.lab.worker import Worker, plain, task_name
 from distsys.lab.workloads import VirtualClock
 
@@ -45,7 +45,7 @@ async def post(port: int, path: str, key: str = "") -> str:
 
 async def dependency(run: Run) -> Actor:
     """Starts the service; or again, on the same port. `await service.ask(answers=[503], path=...)` has it answer so."""
-    run.urls.setdefault("dependency", _free_port())
+    run.urls.setdefault("dependency", free_port())
     return await run.serve("dependency", serve)
 
 

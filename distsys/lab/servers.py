@@ -174,7 +174,7 @@ class Servers:
         if masters < 3:
             raise ValueError(f"a cluster has at least 3 masters, not {masters}")
         size = masters * (1 + replicas)
-        bus = [_free_port() for _ in range(size)]
+        bus = [free_port() for _ in range(size)]
         args = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port"]
         nodes = [self.redis(f"{name}{i}", args=[*args, str(bus[i])]) for i in range(size)]
         servers = await asyncio.gather(*nodes)
@@ -338,7 +338,7 @@ class Servers:
         async def start() -> Process:
             said = ""
             for _ in range(5):
-                port, before = server.port or _free_port(), len(_read(log))
+                port, before = server.port or free_port(), len(_read(log))
                 process = await self._launch(server.name, argv(port), drop_root=server.kind != "redis", ending=ending)
                 try:
                     async with asyncio.timeout(30):
@@ -375,7 +375,7 @@ async def listens(sock: Path) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """From below the range systems take outgoing connections' ports from, so that a restart finds it free again."""
     ports = (
         20000 + secrets.randbelow(12000) for _ in range(100)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from redis.asyncio import RedisCluster
 
 from distsys.ratelimit.decision import MICRO, Limit
-from distsys.redis_scripts import Script, Timed, async_client
+from distsys.redis_scripts import Script, Timed
 
 SCRIPT = Script(files(__package__).joinpath("token_bucket.lua").read_text())
 BATCH = 1_000  # requests in one call: the server does nothing else meanwhile
@@ -97,8 +97,8 @@ class Buckets:
     """
 
     def __init__(self, redis: Any, *, timeout: float | None = None, clock: Clock | None = None) -> None:
-        self.redis, self.timeout, self.clock = async_client(redis), timeout, clock
         self._scripts = Timed(redis, timeout)
+        self.redis, self.timeout, self.clock = self._scripts.redis, timeout, clock
         self.slot: Callable[[str], int] | None = redis.keyslot if isinstance(redis, RedisCluster) else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next: dict[int, _Batch] | None = None  # by slot, to be sent next; None: no call is under way
@@ -173,8 +173,6 @@ class Buckets:
     def _call(self, keys: tuple[str, ...], limits: tuple[Limit, ...], runs: Sequence[bytes]) -> Awaitable[Any]:
         now = "" if self.clock is None else round(self.clock() * MICRO)
         args = (now, *[limit.packed for limit in limits], *runs)
-        if self.timeout is None:
-            return SCRIPT.run(self.redis, keys, *args)
         return self._scripts.run(SCRIPT, keys, *args)
 
 

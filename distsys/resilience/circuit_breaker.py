@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from distsys.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
-from distsys.resilience.layers import Function, check_count, check_number, decorate, name_of
+from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate, name_of
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import Window, window_of
@@ -29,7 +29,6 @@ from distsys.resilience.windows import seconds as seconds
 
 T = TypeVar("T")
 State = Literal["closed", "open", "half_open", "isolated"]
-YEAR = 366 * 86_400.0
 PROBE = 10.0  # seconds that a probe is waited for, at least: one that hangs must not keep its place for ever
 
 

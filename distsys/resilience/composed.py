@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
-from distsys.resilience.layers import Function, check_number, is_async, name_of
-from distsys.resilience.retry import YEAR, Retry
+from distsys.resilience.layers import YEAR, Function, check_number, is_async, name_of
+from distsys.resilience.retry import Retry
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+YEAR = 366 * 86_400.0  # seconds: longer is a slip of the keyboard
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from distsys.clock import Clock
 from distsys.errors import PatternOrderError
-from distsys.resilience.layers import Function, check_count, check_number, decorate, layers, name_of
+from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate, layers, name_of
 from distsys.resilience.listeners import emit
 from distsys.resilience.outcomes import NOT_DONE, UNKNOWN, Outcome, classify, retry_after
 
@@ -32,7 +32,6 @@ T = TypeVar("T")
 Jitter = Literal["full", "equal", "decorrelated", "none"]
 On = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], "bool | Outcome"] | None
 
-YEAR = 366 * 86_400.0
 _around: ContextVar[tuple[int, ...]] = ContextVar("distsys_retry_layers", default=())  # max_attempts, outermost first
 
 

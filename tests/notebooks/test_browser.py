@@ -91,7 +91,10 @@ def test_the_start_notebook_answers_a_reader(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [("01_locks", "Dark"), ("04_rate_limiting", "Light")], indirect=True, ids=lambda p: p[0]
+    "page",
+    [("01_locks", "Dark"), ("02_resilience", "Dark"), ("04_rate_limiting", "Light")],
+    indirect=True,
+    ids=lambda p: p[0],
 )
 def test_a_category_notebook_comes_to_its_verdicts(page: Page, request: pytest.FixtureRequest) -> None:
     """Run all: a picture that also says VIOLATED in text, HELD at least in a table, and nothing raised."""
