@@ -6,6 +6,7 @@ numbered 1..n; outputs that name this machine's folders are refused rather than 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import sys
@@ -71,7 +72,11 @@ async def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
 def main(arguments: Sequence[str]) -> int:
     """Run the notebooks named, or all of them. 1 when one must not be committed; that one is left as it was."""
     root = Path.cwd()
-    paths = [Path(a) for a in arguments] or sorted((root / "notebooks").rglob("[!.]*.ipynb"))
+    parser = argparse.ArgumentParser(prog="python -m distsys.lab.notebooks", description=main.__doc__)
+    parser.add_argument("paths", nargs="*", type=Path, metavar="NOTEBOOK")
+    paths: list[Path] = parser.parse_args(arguments).paths or sorted((root / "notebooks").rglob("[!.]*.ipynb"))
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        parser.error(f"no such notebook: {', '.join(missing)}")
     homes = {str(root), str(Path.home()), sys.prefix, tempfile.gettempdir() + "/"} - {"/"}
     bad = 0
     for path in paths:
