@@ -94,6 +94,43 @@ class BulkheadFull(Rejected):
     status = 503
 
 
+class BadKey(Rejected):
+    """The idempotency key is missing or can't be read."""
+
+    status = 400
+    retryable = False
+
+
+class CallerUnknown(Rejected):
+    """Nobody is known to whom this idempotency key could belong."""
+
+    status = 401
+    retryable = False
+
+
+class KeyReused(Rejected):
+    """This key belongs to another request."""  # key
+
+    status = 422
+    retryable = False
+
+
+class KeyInProgress(Rejected):
+    """An earlier attempt with this key is still running."""  # key, retry_after
+
+
+class AnswerNotKept(Rejected):
+    """It was done before, and its answer was not kept."""  # key
+
+    retryable = False
+
+
+class StoreUnavailable(Rejected):
+    """Where keys are kept does not answer, and nothing is done without it."""  # retry_after
+
+    status = 503
+
+
 class PatternOrderError(Rejected):
     """These decorators do harm in this order."""
 
@@ -103,6 +140,12 @@ class PatternOrderError(Rejected):
 
 class LockLost(Indeterminate):
     """The lease ended, or could not be proved to hold, while the work was running."""  # name, token
+
+
+class OutcomeUnknown(Indeterminate):
+    """An earlier attempt ended without saying whether it took effect."""  # key
+
+    status = 409
 
 
 def _kebab(name: str) -> str:

@@ -10,8 +10,26 @@ from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import redis.asyncio
-from redis import Redis, RedisCluster
-from redis.exceptions import NoPermissionError, NoScriptError
+from redis import Redis, RedisCluster, exceptions
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    RedisClusterException,
+)
+
+UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,  # a primary that became a replica
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+)
 
 
 class Script:
@@ -102,6 +120,17 @@ def async_client(redis: Any) -> Any:
 @functools.cache  # the look at these classes costs more than all other checks of a lock together
 def _blocks(client: type) -> bool:
     return issubclass(client, (Redis, RedisCluster))
+
+
+def unavailable(error: Exception) -> bool:
+    """Whether Redis could not be asked. A wrong password or a missing right is a mistake, and no policy may hide it.
+
+    The client of a cluster that can't say where the slots are names, as the cause, what the last node answered.
+    """
+    cause = error.__cause__
+    if isinstance(error, RedisClusterException) and not isinstance(cause, RedisClusterException):
+        return cause is None or (isinstance(cause, Exception) and unavailable(cause))
+    return isinstance(error, UNAVAILABLE) and not isinstance(error, (AuthenticationError, AuthorizationError))
 
 
 def hash_tag(name: str) -> str:

@@ -23,7 +23,7 @@ def test_every_error_says_whether_the_work_may_have_happened(error: type[Distsys
 
 def test_what_was_refused_is_rejected_and_what_was_lost_is_indeterminate() -> None:
     """The lab records the first as a failure, the second as unknown."""
-    assert {e.__name__ for e in ALL if issubclass(e, Indeterminate)} == {"Indeterminate", "LockLost"}
+    assert {e.__name__ for e in ALL if issubclass(e, Indeterminate)} == {"Indeterminate", "LockLost", "OutcomeUnknown"}
 
 
 @each

@@ -1,0 +1,1 @@
+"""Idempotency: one effect per intent, whatever crashes; for functions, HTTP requests, transactions and messages."""

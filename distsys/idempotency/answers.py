@@ -1,0 +1,78 @@
+"""Answers as they are kept: what an operation returned, as JSON, or a response with its status, headers and body."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from datetime import date
+from decimal import Decimal
+from enum import Enum
+from importlib import import_module
+from typing import Any
+from uuid import UUID
+
+Headers = list[tuple[bytes, bytes]]
+# Never kept: secrets of one exchange, and what is true of it alone.
+DROPPED = frozenset(
+    b"set-cookie date age authorization proxy-authorization www-authenticate proxy-authenticate connection keep-alive "
+    b"te trailer transfer-encoding upgrade".split()
+)
+
+
+def kept(result: Any) -> bytes:
+    """JSON; or, of a response, what http_answer makes of it."""
+    if is_response(result):
+        if not hasattr(result, "body"):
+            raise TypeError(f"{result!r} is a stream, and can't be kept: answer with what is complete")
+        return http_answer(result.status_code, result.raw_headers, result.body)
+    return json_of(result).encode()
+
+
+def json_of(value: Any) -> str:
+    return json.dumps(value, default=_plain)
+
+
+def answer_of(answer: bytes) -> Any:
+    """What `kept` was given, as JSON tells it; a Starlette Response for a response."""
+    if not answer.startswith(b"\0"):
+        return json.loads(answer)
+    status, headers, body = http_response(answer)
+    response = import_module("starlette.responses").Response(body, status)
+    response.raw_headers = [*headers, (b"idempotent-replayed", b"true")]
+    return response
+
+
+def status_of(result: Any) -> int:
+    return int(result.status_code) if is_response(result) else 200
+
+
+def is_response(result: Any) -> bool:
+    """Of Starlette, or FastAPI."""
+    return hasattr(result, "raw_headers") and hasattr(result, "status_code")
+
+
+def http_answer(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """A zero byte, which no JSON begins with; status and headers as a line; the body."""
+    safe = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name.lower() not in DROPPED]
+    return b"\0" + json.dumps([status, safe]).encode() + b"\n" + body
+
+
+def http_response(answer: bytes) -> tuple[int, Headers, bytes]:
+    head, _, body = answer[1:].partition(b"\n")
+    status, headers = json.loads(head)
+    return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers], body
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):  # pydantic
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, (Decimal, UUID)):
+        return str(value)
+    raise TypeError(f"an answer is kept as JSON, and {value!r} is a {type(value).__name__}: return plain values")

@@ -1,0 +1,222 @@
+"""Claims: who carries out an intent, for how long nobody else may, and what later attempts are told.
+
+Promise  of all attempts with a key one at a time carries it out; what it answered is what all others are answered. A
+         claim is a lease with a heartbeat and a fencing number: an owner that was overtaken can't end what is another's
+         now. An attempt that ended without a word leaves its outcome UNKNOWN, and a policy decides.
+Not      one effect by itself: a worker that dies after the effect leaves it to the policy. Only where effect and answer
+         commit together there is no such gap: database.py.
+Units    seconds.
+Errors   KeyReused, KeyInProgress, OutcomeUnknown, AnswerNotKept, StoreUnavailable.
+Source   Gray & Cheriton 1989 (leases); draft-ietf-httpapi-idempotency-key-header-07, 2.6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+from distsys.errors import AnswerNotKept, Indeterminate, KeyInProgress, KeyReused, OutcomeUnknown, StoreUnavailable
+from distsys.idempotency.keys import fingerprint_of
+from distsys.tasks import in_background
+
+logger = logging.getLogger("distsys.idempotency")
+NOT_KEPT = b"\0not kept"  # instead of an answer too long to be kept
+DAY = 86_400.0
+End = Literal["done", "unknown", "free"]
+OnUnknown = Literal["block", "rerun"] | Callable[[str], Awaitable[bytes | None]]
+
+
+class Found(NamedTuple):
+    """What a store has for a key."""
+
+    state: Literal["claimed", "running", "done", "unknown"]  # claimed: by this very question
+    fence: int
+    fingerprint: bytes
+    answer: bytes
+    left: float  # seconds of the owner's lease
+
+
+class Store(Protocol):
+    """Each method decides in one step at the server."""
+
+    async def claim(
+        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
+    ) -> Found:
+        """Claims what is free, or whose outcome is unknown under the number `over`; else says what there is."""
+
+    async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
+        """False, and nothing happens, when the claim with that number is over."""
+
+    async def extend(self, key: str, fence: int, lease: float) -> bool:
+        """The same."""
+
+    async def wait(self, key: str, timeout: float) -> None:
+        """Until the claim ends, which claim(waits=True) asked to be told of; or until the timeout."""
+
+    def unavailable(self, error: Exception) -> bool:
+        """Whether the store could not be asked."""
+
+
+class Claim:
+    """One attempt: either `answer` is that of an earlier one, or it is None and the attempt is yours.
+
+    `async with claim:` carry it out, then `await claim.done(answer)`. A block that ends otherwise frees the key;
+    unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `fence` where that is possible.
+    """
+
+    def __init__(self, claims: Claims, key: str, fence: int, answer: bytes | None = None) -> None:
+        self.claims, self.key, self.fence, self.answer = claims, key, fence, answer
+        self.effect_began = self.lost = False  # lost: its lease is over, and another attempt may be under way
+        self.open = answer is None and fence > 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._beat_in(claims.lease / 3)
+
+    async def done(self, answer: bytes) -> None:
+        """OutcomeUnknown when another attempt has taken over."""
+        if self.open and not await self._end("done", answer):
+            raise OutcomeUnknown(
+                f"{self.key!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s, and "
+                "another took over; what this one did is on no record",
+                key=self.key,
+            )
+
+    async def __aenter__(self) -> Claim:
+        return self
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self.open:
+            unsure = self.effect_began or isinstance(error, Indeterminate)
+            try:
+                await self._end("unknown" if unsure else "free", b"")
+            except Exception as failure:  # noqa: BLE001  the block's own error is what counts; the lease ends by itself
+                logger.warning("the claim of %r could not be ended: %r", self.key, failure)
+
+    async def _end(self, state: End, answer: bytes) -> bool:
+        store, ttl, self.open = self.claims.store, self.claims.ttl, False
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            return await store.end(self.key, self.fence, state, answer, ttl)
+        except asyncio.CancelledError:  # what has happened has to be written down all the same; twice does no harm
+            in_background(store.end(self.key, self.fence, state, answer, ttl), f"ending the claim of {self.key!r}")
+            raise
+
+    # ---- the heartbeat
+
+    def _beat_in(self, seconds: float) -> None:
+        if self.open:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._beat)
+
+    def _beat(self) -> None:
+        in_background(self._extend(), f"the heartbeat of {self.key!r}")
+
+    async def _extend(self) -> None:
+        pause = self.claims.lease / 3
+        try:
+            async with asyncio.timeout(pause):
+                self.lost = not await self.claims.store.extend(self.key, self.fence, self.claims.lease) and self.open
+        finally:
+            if not self.lost:
+                self._beat_in(pause)
+
+
+class Claims:
+    """Claims in one store.
+
+    ttl         how long an answer is kept: longer than anybody retries
+    lease       how long a silent owner is waited for; it says that it lives three times in a lease
+    wait        how long an attempt waits for the one that is running, instead of KeyInProgress
+    on_unknown  when an owner fell silent, and may have done it: "block" raises OutcomeUnknown until the ttl is over,
+                "rerun" does it again, or a function of the key finds out, and says the answer or None: not done
+    on_failure  without the store: "open" carries out unprotected, "closed" raises StoreUnavailable, None: its error
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        ttl: float = DAY,
+        lease: float = 30.0,
+        wait: float = 0.0,
+        on_unknown: OnUnknown = "block",
+        on_failure: Literal["open", "closed"] | None = None,
+    ) -> None:
+        self.ttl, self.lease = check_seconds("ttl", ttl), check_seconds("lease", lease)
+        self.wait = check_seconds("wait", wait, least=0.0)
+        if on_unknown not in ("block", "rerun") and not callable(on_unknown):
+            raise ValueError(f"on_unknown={on_unknown!r}: 'block', 'rerun' or an async function of the key")
+        if on_failure not in ("open", "closed", None):
+            raise ValueError(f"on_failure={on_failure!r}: 'open', 'closed' or None")
+        self.store, self.on_unknown, self.on_failure = store, on_unknown, on_failure
+
+    async def run(self, key: str, operation: Callable[[], Awaitable[Any]], *, request: Any = None) -> Any:
+        """What `operation()` answers, as JSON: carried out once, and then remembered."""
+        async with await self.begin(key, fingerprint_of(request)) as claim:
+            if claim.answer is None:
+                claim.answer = json.dumps(await operation()).encode()
+                await claim.done(claim.answer)
+        return json.loads(claim.answer)
+
+    async def begin(self, key: str, fingerprint: bytes) -> Claim:
+        """The attempt of a request with this fingerprint."""
+        try:
+            return await self._begin(key, fingerprint)
+        except Exception as error:
+            if self.on_failure is None or not self.store.unavailable(error):
+                raise
+            if self.on_failure == "closed":
+                raise StoreUnavailable(retry_after=1.0) from error
+            logger.warning("%r is carried out unprotected: %r", key, error)
+            return Claim(self, key, 0)
+
+    async def _begin(self, key: str, fingerprint: bytes) -> Claim:
+        now = asyncio.get_running_loop().time
+        deadline, over = now() + self.wait, 0
+        while True:
+            found = await self.store.claim(
+                key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=now() < deadline
+            )
+            if found.state == "claimed":
+                return Claim(self, key, found.fence)
+            check_same(found, fingerprint, key)
+            if found.state == "done":
+                if found.answer == NOT_KEPT:
+                    raise AnswerNotKept(key=key)
+                return Claim(self, key, found.fence, found.answer)
+            if found.state == "unknown":
+                over = await self._may_take_over(key, found.fence)
+            elif (left := min(found.left, deadline - now())) > 0:
+                await self.store.wait(key, left)
+            else:
+                raise KeyInProgress(
+                    f"{key!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
+                    key=key,
+                    retry_after=min(1.0, found.left),
+                )
+
+    async def _may_take_over(self, key: str, fence: int) -> int:
+        """The number of the claim whose outcome is unknown, if the policy lets another attempt begin."""
+        if self.on_unknown == "block":
+            raise OutcomeUnknown(
+                f"{key!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=key
+            )
+        if callable(self.on_unknown) and (answer := await self.on_unknown(key)) is not None:
+            await self.store.end(key, fence, "done", answer, self.ttl)
+        return fence
+
+
+def check_seconds(name: str, value: float, least: float = 0.001) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give seconds as a number")
+    if not least <= value <= 366 * DAY:
+        raise ValueError(f"{name}={value!r}: seconds, from {least:g} to a year")
+    return value
+
+
+def check_same(found: Found, fingerprint: bytes, key: str) -> None:
+    if not hmac.compare_digest(found.fingerprint, fingerprint):
+        raise KeyReused(f"{key!r} belongs to another request: make a key for each intent", key=key)

@@ -1,0 +1,234 @@
+"""Database-backed idempotency: the claim commits with the effect, or neither does.
+
+Promise  one effect per (scope, endpoint, key) while the row is kept, however often it is tried and whatever crashes:
+         claim, effect and answer are one transaction. Attempts at once wait for the row, and are answered with it.
+Not      for effects outside of this database: those are told nothing of a rollback (steps.py); for an answer that is
+         lost with its row: `ttl` has to be longer than anybody retries.
+Units    seconds.
+Errors   KeyReused, BadKey; the operation's own errors roll back the claim; psycopg.Error passes, and from COMMIT leaves
+         the outcome to the next attempt with the same key.
+Source   Helland 2012 "Idempotence is not a medical condition"; PostgreSQL documentation, INSERT .. ON CONFLICT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, Rollback
+from psycopg.rows import tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from distsys.errors import KeyInProgress
+from distsys.idempotency.answers import answer_of, is_response, kept, status_of
+from distsys.idempotency.claims import DAY, End, Found, check_same, check_seconds
+from distsys.idempotency.keys import fingerprint_of, parse_key
+
+Database = AsyncConnection[Any] | AsyncConnectionPool[Any]
+TRIES = 100  # to read a row that others claim and free in the meantime
+
+# Claims what is free, expired, or given up under the number %(over)s; else reads what is there, and writes nothing.
+# It waits for the transaction that holds the row. If that committed, its row is younger than this statement: no row
+# comes back, and the next look sees it.
+_FREE_TO_TAKE = """((mine.expires_at <= clock_timestamp() OR mine.fence = %(over)s AND mine.state <> 'done')
+    AND coalesce(mine.leased_until, '-infinity') <= clock_timestamp())"""
+_CLAIM = f"""
+WITH known AS (
+  SELECT CASE WHEN state = 'running' AND leased_until <= clock_timestamp() THEN 'unknown' ELSE state END AS state,
+    fence, fingerprint, answer, extract(epoch FROM leased_until - clock_timestamp()) AS lease
+  FROM distsys_idempotency AS mine
+  WHERE (scope, endpoint, key) = (%(scope)s, %(endpoint)s, %(key)s) AND NOT {_FREE_TO_TAKE}
+), claimed AS (
+  INSERT INTO distsys_idempotency AS mine (scope, endpoint, key, fingerprint, state, leased_until, request, expires_at)
+  SELECT %(scope)s, %(endpoint)s, %(key)s, %(fingerprint)s, 'running',
+    clock_timestamp() + make_interval(secs => %(lease)s), %(request)s,
+    clock_timestamp() + make_interval(secs => %(ttl)s)
+  WHERE NOT EXISTS (SELECT FROM known)
+  ON CONFLICT (scope, endpoint, key) DO UPDATE SET fingerprint = excluded.fingerprint, state = 'running', answer = NULL,
+    fence = excluded.fence, leased_until = excluded.leased_until, expires_at = excluded.expires_at,
+    request = coalesce(excluded.request, mine.request)
+  WHERE {_FREE_TO_TAKE}
+  RETURNING fence
+)
+SELECT state, fence, fingerprint, coalesce(answer, ''), coalesce(lease, 0)::float FROM known
+UNION ALL SELECT 'claimed', fence, %(fingerprint)s, '', %(lease)s FROM claimed
+"""  # noqa: S608  a condition that stands in it twice
+_MINE = "(scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s) AND state <> 'done' RETURNING 1"
+_END = f"""
+UPDATE distsys_idempotency SET state = %(state)s, answer = %(answer)s, leased_until = NULL,
+  expires_at = clock_timestamp() + make_interval(secs => %(ttl)s) WHERE {_MINE}
+"""  # noqa: S608  which rows, in three statements
+_FREE = f"DELETE FROM distsys_idempotency WHERE {_MINE}"  # noqa: S608
+_EXTEND = f"""
+UPDATE distsys_idempotency SET leased_until = clock_timestamp() + make_interval(secs => %(lease)s),
+  expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => 2 * %(lease)s)) WHERE {_MINE}
+"""  # noqa: S608
+_RUNNING = """
+SELECT FROM distsys_idempotency WHERE (scope, endpoint, key, state) = (%(scope)s, %(endpoint)s, %(key)s, 'running')
+"""
+
+
+async def idempotent_execute(
+    db: Database,
+    key: str,
+    endpoint: str,
+    operation: Callable[..., Any],
+    *,
+    request: Any = None,
+    scope: str = "",
+    ttl: float = DAY,
+) -> Any:
+    """What `operation` answered, carried out once per (scope, endpoint, key).
+
+    db         an AsyncConnection: within its transaction, and committed with it (without one, in one of its own); or an
+               AsyncConnectionPool: a transaction on a connection of its own
+    operation  async; gets the connection if it takes an argument. It answers JSON, a pydantic model, a dataclass, or a
+               Starlette Response. An error, or a Response with a status that is not 2xx, rolls back all it wrote, and
+               frees the key
+    request    what has to be the same in all attempts, in JSON: another one raises KeyReused
+    scope      whose key it is: a user's, a tenant's. Keys are made by clients, and two may choose the same
+    """
+    given: object = db
+    if not isinstance(given, (AsyncConnection, AsyncConnectionPool)):
+        raise TypeError(f"db={db!r} is a {type(db).__name__}: pass a psycopg AsyncConnection or an AsyncConnectionPool")
+    name, fingerprint, _ = parse_key(key), fingerprint_of(request), check_seconds("ttl", ttl)
+    result: Any = None
+    async with connection(db) as conn, conn.transaction() as transaction:
+        found = await claim(conn, scope, endpoint, name, fingerprint, ttl=ttl)
+        if found.state != "claimed":
+            result = answer_of(answer_to(found, fingerprint, name))
+        else:
+            result = operation(conn) if _takes_argument(operation) else operation()
+            if inspect.isawaitable(result):
+                result = await result
+            if not 200 <= status_of(result) < 300:
+                raise Rollback(transaction)
+            answer, row = kept(result), {"scope": scope, "endpoint": endpoint, "key": name, "fence": found.fence}
+            await rows(conn, _END, {**row, "state": "done", "answer": answer, "ttl": ttl})
+            if not is_response(result):
+                result = answer_of(answer)  # as later attempts will be answered
+    return result
+
+
+async def claim(
+    conn: AsyncConnection[Any],
+    scope: str,
+    endpoint: str,
+    key: str,
+    fingerprint: bytes,
+    *,
+    ttl: float,
+    lease: float | None = None,
+    over: int = 0,
+    request: str | None = None,
+) -> Found:
+    """Without a lease it is that of the transaction. One that is running for others has a lease."""
+    facts = {"scope": scope, "endpoint": endpoint, "key": key, "fingerprint": fingerprint, "request": request}
+    for _ in range(TRIES):
+        if found := await rows(conn, _CLAIM, {**facts, "ttl": ttl + (lease or 0), "lease": lease, "over": over}):
+            state, fence, before, answer, left = found[0]
+            return Found(state, fence, bytes(before), bytes(answer), left or 0.0)
+    raise KeyInProgress(f"{key!r} was claimed and freed by others {TRIES} times", key=key, retry_after=1.0)
+
+
+def answer_to(found: Found, fingerprint: bytes, key: str) -> bytes:
+    """The answer that is there, if it is one to this request."""
+    check_same(found, fingerprint, key)
+    if found.state != "done":
+        raise KeyInProgress(f"{key!r}: an earlier attempt is running", key=key, retry_after=max(1.0, found.left))
+    return found.answer
+
+
+class PostgresStore:
+    """`Claims(PostgresStore(pool))`: for answers that have to survive Redis. Needs `ensure_schema`.
+
+    Who waits for another's answer takes a connection of the pool meanwhile.
+    """
+
+    def __init__(self, pool: AsyncConnectionPool[Any], *, scope: str = "", endpoint: str = "") -> None:
+        self._pool, self._scope, self._endpoint = pool, scope, endpoint
+
+    async def claim(
+        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
+    ) -> Found:
+        async with self._pool.connection() as conn:
+            return await claim(conn, self._scope, self._endpoint, key, fingerprint, lease=lease, ttl=ttl, over=over)
+
+    async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
+        facts = {"state": state, "answer": answer if state == "done" else None, "ttl": ttl}
+        async with self._pool.connection() as conn:
+            ended = await rows(conn, _FREE if state == "free" else _END, {**self._row(key, fence), **facts})
+            await conn.execute("SELECT pg_notify(%s, '')", (_channel(key),))
+        return bool(ended)
+
+    async def extend(self, key: str, fence: int, lease: float) -> bool:
+        async with self._pool.connection() as conn:
+            return bool(await rows(conn, _EXTEND, {**self._row(key, fence), "lease": lease}))
+
+    async def wait(self, key: str, timeout: float) -> None:
+        async with self._pool.connection() as conn:
+            before, listening = conn.autocommit, f'LISTEN "{_channel(key)}"'
+            await conn.set_autocommit(True)
+            try:
+                await conn.execute(listening.encode())
+                if await rows(conn, _RUNNING, self._row(key, 0)):  # else it ended before anybody listened
+                    async for _ in conn.notifies(timeout=timeout, stop_after=1):
+                        pass
+            finally:
+                await conn.execute(f"UN{listening}".encode())
+                await conn.set_autocommit(before)
+
+    def _row(self, key: str, fence: int) -> dict[str, Any]:
+        return {"scope": self._scope, "endpoint": self._endpoint, "key": key, "fence": fence}
+
+    def unavailable(self, error: Exception) -> bool:
+        return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError))
+
+
+async def ensure_schema(db: Database) -> None:
+    """Creates what is missing of schema.sql. Many may call it at once."""
+    async with connection(db) as conn, conn.transaction():
+        await conn.execute("SELECT pg_advisory_xact_lock(hashtext('distsys_idempotency'))")
+        await conn.execute(files(__package__).joinpath("schema.sql").read_text())
+
+
+async def delete_expired(db: Database, *, batch: int = 1_000) -> int:
+    """Deletes expired rows, at most so many, and says how many: call it until none is left. No writer waits for it."""
+    expired = "expires_at <= clock_timestamp() AND coalesce(leased_until, '-infinity') <= clock_timestamp()"
+    return await delete_batch(db, "distsys_idempotency", expired, (batch,))
+
+
+async def delete_batch(db: Database, table: str, condition: str, parameters: tuple[Any, ...]) -> int:
+    """What others have locked is left to the next time."""
+    chosen = f"SELECT ctid FROM {table} WHERE {condition} LIMIT %s FOR UPDATE SKIP LOCKED"  # noqa: S608  names of ours
+    delete = f"DELETE FROM {table} WHERE ctid = ANY(ARRAY({chosen})) RETURNING 1"  # noqa: S608
+    async with connection(db) as conn, conn.transaction():
+        return len(await rows(conn, delete, parameters))
+
+
+@asynccontextmanager
+async def connection(db: Database) -> AsyncIterator[AsyncConnection[Any]]:
+    if isinstance(db, AsyncConnection):
+        yield db
+    else:
+        async with db.connection() as conn:
+            yield conn
+
+
+async def rows(conn: AsyncConnection[Any], query: str, parameters: Any) -> list[Any]:
+    """As tuples, whatever rows the connection makes."""
+    return await (await conn.cursor(row_factory=tuple_row).execute(query.encode(), parameters)).fetchall()
+
+
+def _takes_argument(operation: Callable[..., Any]) -> bool:
+    kinds = {parameter.kind.name for parameter in inspect.signature(operation).parameters.values()}
+    return bool(kinds - {"KEYWORD_ONLY", "VAR_KEYWORD"})
+
+
+def _channel(key: str) -> str:
+    return f"distsys_{hashlib.sha256(key.encode()).hexdigest()[:32]}"

@@ -1,0 +1,174 @@
+"""Request dedup: each message takes effect once per consumer group, however often the broker delivers it.
+
+Promise  the mark of a processed message commits with its effect, or neither does. Redis answers the common duplicate
+         without the database, and is told only after the commit: flushed, evicted or down it changes speed, not truth.
+Not      for effects outside of the database (give them the message id as idempotency key); not for ever: a mark is kept
+         for `retention`, which has to be longer than the broker may deliver a message again.
+Units    seconds.
+Errors   the handler's own are counted and answered by Verdict.NACK; after `max_attempts` the message is parked.
+Source   Hohpe & Woolf 2003 (Idempotent Receiver); Richardson (Transactional inbox); Redis XAUTOCLAIM.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import Any
+
+from psycopg_pool import AsyncConnectionPool
+
+from distsys.idempotency.answers import json_of
+from distsys.idempotency.claims import check_seconds
+from distsys.idempotency.database import delete_batch, rows
+from distsys.redis_scripts import async_client, hash_tag, milliseconds, unavailable
+
+logger = logging.getLogger("distsys.idempotency")
+Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
+
+_MARK = """
+INSERT INTO distsys_processed (consumer_group, source, message_id) VALUES (%s, %s, %s)
+ON CONFLICT DO NOTHING RETURNING 1
+"""
+_COUNT = """
+INSERT INTO distsys_failures AS mine (consumer_group, source, message_id, attempts, error, message, parked_at)
+VALUES (%(group)s, %(source)s, %(id)s, 1, %(error)s, %(message)s, CASE WHEN %(most)s = 1 THEN clock_timestamp() END)
+ON CONFLICT (consumer_group, source, message_id) DO UPDATE SET attempts = mine.attempts + 1, error = excluded.error,
+  parked_at = CASE WHEN mine.attempts + 1 >= %(most)s THEN clock_timestamp() END
+RETURNING parked_at IS NOT NULL
+"""
+_FORGIVE = "DELETE FROM distsys_failures WHERE (consumer_group, source, message_id) = (%s, %s, %s) RETURNING 1"
+
+
+class Verdict(StrEnum):
+    """What became of a delivery; all but NACK mean that the broker may forget it."""
+
+    DONE = "done"
+    DUPLICATE = "duplicate"
+    PARKED = "parked"  # it failed too often, and waits in distsys_failures for somebody to look at it
+    NACK = "nack"  # to be delivered again
+
+    @property
+    def ack(self) -> bool:
+        return self is not Verdict.NACK
+
+
+class Dedup:
+    """`await Dedup("billing", pool, retention=7 * 86_400).handle("orders", message_id, handler, message)`
+
+    group         of consumers: each processes every message for itself
+    pool          where marks and effects commit together. Needs `ensure_schema`
+    retention     how long a message may come again: see redelivery_horizon; delete_old() deletes older marks
+    redis         answers duplicates before the database is asked; optional
+    max_attempts  after which a message that fails is parked
+    """
+
+    def __init__(
+        self,
+        group: str,
+        pool: AsyncConnectionPool[Any],
+        *,
+        retention: float,
+        redis: Any = None,
+        max_attempts: int = 5,
+    ) -> None:
+        if type(max_attempts) is not int or max_attempts < 1:
+            raise ValueError(f"max_attempts={max_attempts!r}: a whole number, 1 or more")
+        self.group, self.pool = _named("group", group), pool
+        self.retention = check_seconds("retention", retention)
+        self.redis = None if redis is None else async_client(redis)
+        self.max_attempts, self._failing = max_attempts, False
+
+    def __call__(
+        self, *, source: str, message_id: Callable[[Any], str]
+    ) -> Callable[[Handler], Callable[[Any], Awaitable[Verdict]]]:
+        """`@dedup(source="orders", message_id=lambda message: message["id"])` above an async handler(conn, message)."""
+
+        def decorate(handler: Handler) -> Callable[[Any], Awaitable[Verdict]]:
+            @functools.wraps(handler)
+            async def handle(message: Any) -> Verdict:
+                return await self.handle(source, message_id(message), handler, message)
+
+            return handle
+
+        return decorate
+
+    async def handle(self, source: str, message_id: str, handler: Handler, message: Any = None) -> Verdict:
+        """Runs `handler(connection, message)` unless this message has been processed.
+
+        Cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
+        """
+        identity = (self.group, _named("source", source), _named("message_id", message_id))
+        if await self._seen(identity):
+            return Verdict.DUPLICATE
+        conn = None
+        try:
+            async with self.pool.connection() as conn, conn.transaction():
+                fresh = bool(await rows(conn, _MARK, identity))
+                if fresh:
+                    await handler(conn, message)
+                    await rows(conn, _FORGIVE, identity)
+        except Exception as error:
+            if conn is None or conn.closed:  # the database is gone: no fault of the message, and nobody to count it
+                raise
+            return await self._failed(identity, error, message)
+        await self._remember(identity)
+        return Verdict.DONE if fresh else Verdict.DUPLICATE
+
+    async def delete_old(self, *, batch: int = 1_000) -> int:
+        """Deletes marks older than the retention, at most so many, and says how many. No consumer waits for it."""
+        old = "consumer_group = %s AND processed_at < clock_timestamp() - make_interval(secs => %s)"
+        return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention, batch))
+
+    async def _failed(self, identity: tuple[str, str, str], error: Exception, message: Any) -> Verdict:
+        group, source, message_id = identity
+        facts = {"group": group, "source": source, "id": message_id, "error": f"{type(error).__name__}: {error}"}
+        async with self.pool.connection() as conn, conn.transaction():
+            ((parked,),) = await rows(conn, _COUNT, {**facts, "message": repr(message), "most": self.max_attempts})
+        logger.warning("%s of %s failed%s: %r", message_id, source, ", and is parked" if parked else "", error)
+        return Verdict.PARKED if parked else Verdict.NACK
+
+    # ---- the fast layer: what it says "yes" to has been committed
+
+    async def _seen(self, identity: tuple[str, str, str]) -> bool:
+        return self.redis is not None and bool(await self._ask(self.redis.exists, _key(identity)))
+
+    async def _remember(self, identity: tuple[str, str, str]) -> None:
+        if self.redis is not None:
+            await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
+
+    async def _ask(self, command: Callable[..., Awaitable[Any]], *args: Any, **more: Any) -> Any:
+        try:
+            answer = await command(*args, **more)
+        except Exception as error:
+            if not unavailable(error):
+                raise
+            if not self._failing:
+                logger.warning("duplicates are found by the database alone: %r", error)
+            self._failing = True
+            return None
+        self._failing = False
+        return answer
+
+
+def redelivery_horizon(*, consumer_outage: float, redelivery: float, deliveries: int = 1) -> float:
+    """How long after a message was processed it may come again, in seconds: the least `retention`.
+
+    consumer_outage  for how long a consumer that has not acknowledged may be away. With Kafka the topic's own
+                     retention.ms: who sets an offset back reads all that is there
+    redelivery       until an unacknowledged message is given to another: min_idle of a stream, a visibility timeout
+    deliveries       how often it may be delivered in vain before it is parked
+    """
+    seconds = [check_seconds("consumer_outage", consumer_outage, 0), check_seconds("redelivery", redelivery, 0)]
+    return seconds[0] + seconds[1] * deliveries
+
+
+def _key(identity: tuple[str, str, str]) -> str:
+    return f"distsys:dedup:{{{hash_tag(json_of(identity))}}}"
+
+
+def _named(what: str, text: object) -> str:
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{what}={text!r}: give a str; messages without one can't be told apart")
+    return text

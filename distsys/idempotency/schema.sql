@@ -1,0 +1,49 @@
+-- What ensure_schema() creates; safe to run again. The constraints carry the invariants.
+CREATE SEQUENCE IF NOT EXISTS distsys_idempotency_fence;
+
+CREATE TABLE IF NOT EXISTS distsys_idempotency (
+  scope        text        NOT NULL,  -- whose key it is
+  endpoint     text        NOT NULL,
+  key          text        NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
+  fingerprint  bytea       NOT NULL CHECK (length(fingerprint) = 32),
+  state        text        NOT NULL CHECK (state IN ('running', 'done', 'unknown')),
+  fence        bigint      NOT NULL DEFAULT nextval('distsys_idempotency_fence'),
+  leased_until timestamptz CHECK (leased_until IS NULL OR state <> 'done'),  -- NULL: until its transaction ends
+  request      json,                  -- for the completer of operations in steps
+  answer       bytea       CHECK ((answer IS NOT NULL) = (state = 'done')),
+  expires_at   timestamptz NOT NULL,
+  PRIMARY KEY (scope, endpoint, key)
+);
+CREATE INDEX IF NOT EXISTS distsys_idempotency_expires ON distsys_idempotency (expires_at);
+CREATE INDEX IF NOT EXISTS distsys_idempotency_orphans ON distsys_idempotency (endpoint, expires_at)
+  WHERE state <> 'done' AND request IS NOT NULL;
+
+CREATE TABLE IF NOT EXISTS distsys_steps (
+  scope    text NOT NULL,
+  endpoint text NOT NULL,
+  key      text NOT NULL,
+  step     text NOT NULL,
+  result   json NOT NULL,
+  PRIMARY KEY (scope, endpoint, key, step),
+  FOREIGN KEY (scope, endpoint, key) REFERENCES distsys_idempotency ON DELETE CASCADE
+);
+
+CREATE TABLE IF NOT EXISTS distsys_processed (
+  consumer_group text        NOT NULL,
+  source         text        NOT NULL,
+  message_id     text        NOT NULL,
+  processed_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (consumer_group, source, message_id)
+);
+CREATE INDEX IF NOT EXISTS distsys_processed_at ON distsys_processed (processed_at);
+
+CREATE TABLE IF NOT EXISTS distsys_failures (
+  consumer_group text        NOT NULL,
+  source         text        NOT NULL,
+  message_id     text        NOT NULL,
+  attempts       integer     NOT NULL CHECK (attempts > 0),
+  error          text        NOT NULL,
+  message        text        NOT NULL,
+  parked_at      timestamptz,         -- given up: waits for somebody to look at it
+  PRIMARY KEY (consumer_group, source, message_id)
+);
