@@ -253,11 +253,11 @@ def at_most_sent(most: int, *, per_call: bool = False, name: str = "request") ->
     return check
 
 
-def answered(history: History, process: str = "") -> Finding:
+def answered(history: History, process: str = "", name: str = "call") -> Finding:
     """Whoever calls after the last fault, or after its end, is answered; `process` looks at the calls of one alone."""
     last = max((f for f in history.faults if f.kind != "held"), key=lambda f: f.at, default=None)
     begin, since = (last.at, f" after {what(last)}") if last else (history.started, "")
-    asked = [op for op in history.where("call", process=process or None) if op.called >= begin]
+    asked = [op for op in history.where(name, process=process or None) if op.called >= begin]
     if failed := [op for op in asked if op.status != "ok"]:
         rows = [(history.at(op.end), op.process, error(op)) for op in failed]
         summary = f"{len(failed):,} of {count(len(asked), 'call')} not answered{since}: {rows[0][2]}"

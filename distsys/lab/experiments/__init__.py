@@ -6,7 +6,7 @@ from importlib import import_module
 
 from distsys.lab.experiment import Experiment
 
-_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing", "rate_limiting", "resilience")
+_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing", "rate_limiting", "resilience", "idempotency")
 
 
 def every() -> dict[str, Experiment]:
