@@ -9,17 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distsys.errors import AnswerNotKept as AnswerNotKept
+    from distsys.errors import BadKey as BadKey
     from distsys.errors import BulkheadFull as BulkheadFull
     from distsys.errors import CircuitOpen as CircuitOpen
     from distsys.errors import Indeterminate as Indeterminate
+    from distsys.errors import KeyInProgress as KeyInProgress
+    from distsys.errors import KeyReused as KeyReused
     from distsys.errors import LockDeadlock as LockDeadlock
     from distsys.errors import LockLost as LockLost
     from distsys.errors import LockNotAcquired as LockNotAcquired
+    from distsys.errors import OutcomeUnknown as OutcomeUnknown
     from distsys.errors import PatternOrderError as PatternOrderError
     from distsys.errors import RateLimited as RateLimited
     from distsys.errors import Rejected as Rejected
     from distsys.errors import SharedSession as SharedSession
     from distsys.errors import StaleToken as StaleToken
+    from distsys.errors import StoreUnavailable as StoreUnavailable
+    from distsys.idempotency.claims import Claims as Claims
+    from distsys.idempotency.database import PostgresStore as PostgresStore
+    from distsys.idempotency.database import delete_expired as delete_expired
+    from distsys.idempotency.database import idempotent_execute as idempotent_execute
+    from distsys.idempotency.dedup import Dedup as Dedup
+    from distsys.idempotency.dedup import redelivery_horizon as redelivery_horizon
+    from distsys.idempotency.keys import idempotency_key as idempotency_key
+    from distsys.idempotency.redis_store import RedisStore as RedisStore
+    from distsys.idempotency.steps import complete_orphans as complete_orphans
+    from distsys.idempotency.steps import execute_steps as execute_steps
     from distsys.locks.advisory_keys import held_advisory_locks as held_advisory_locks
     from distsys.locks.advisory_keys import lock_id as lock_id
     from distsys.locks.advisory_lock import AdvisoryLock as AdvisoryLock
@@ -54,18 +70,30 @@ if TYPE_CHECKING:
 
 _HOME = {
     "errors": (
+        "AnswerNotKept",
+        "BadKey",
         "BulkheadFull",
         "CircuitOpen",
         "Indeterminate",
+        "KeyInProgress",
+        "KeyReused",
         "LockDeadlock",
         "LockLost",
         "LockNotAcquired",
+        "OutcomeUnknown",
         "PatternOrderError",
         "RateLimited",
         "Rejected",
         "SharedSession",
         "StaleToken",
+        "StoreUnavailable",
     ),
+    "idempotency.claims": ("Claims",),
+    "idempotency.database": ("PostgresStore", "delete_expired", "idempotent_execute"),
+    "idempotency.dedup": ("Dedup", "redelivery_horizon"),
+    "idempotency.keys": ("idempotency_key",),
+    "idempotency.redis_store": ("RedisStore",),
+    "idempotency.steps": ("complete_orphans", "execute_steps"),
     "locks.advisory_keys": ("held_advisory_locks", "lock_id"),
     "locks.advisory_lock": ("AdvisoryLock", "advisory_locks"),
     "locks.fencing": (
