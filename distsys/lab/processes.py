@@ -14,24 +14,24 @@ A `Processes` belongs to the event loop it was started on.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from distsys.lab import run_folder
-from distsys.lab.supervisor import FRAME
 
-State = Literal["running", "stopped", "exited"]
-Pair = tuple[socket.socket | None, socket.socket | None]  # of a worker: our end and its own
+State = Literal["starting", "running", "stopped", "exited"]
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[4])
@@ -43,11 +43,13 @@ main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 class Process:
     """One process. `stopped`, `continued` and `exited` wait for the kernel's own report: none of them polls."""
 
-    def __init__(self, name: str, log: Path, sock: socket.socket | None) -> None:
+    def __init__(self, name: str, log: Path, sock: socket.socket | None = None) -> None:
         self.pid, self.name, self.log = 0, name, log  # a pid only once it is started
         self.sock = sock  # of a worker: our end, non-blocking
-        self.state: State = "running"
+        self.state: State = "starting"
         self.code: int | None = None  # its exit code, or minus the signal that ended it
+        self.error = ""  # the supervisor's words, when it could not be started
+        self._unwanted = 0  # the signal that ends it as soon as it has started
         self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -55,7 +57,9 @@ class Process:
 
     async def end(self, sig: int = signal.SIGKILL) -> int:
         """Sends the signal, unless it has exited, and waits until it has."""
-        if self.state != "exited":
+        if self.state == "starting":
+            self._unwanted = sig
+        elif self.state != "exited":
             self.signal(sig)
         return await self.exited()
 
@@ -66,6 +70,10 @@ class Process:
         os.kill(self.pid, sig)
         if sig == signal.SIGCONT and self.state == "stopped":
             self._set("running")  # so it is when kill() returns; the report may be merged into that of the next stop
+
+    async def started(self) -> None:
+        while self.state == "starting":
+            await self._changed.wait()
 
     async def stopped(self, timeout: float = 10) -> None:
         await self._until("stopped", timeout)
@@ -87,8 +95,11 @@ class Process:
         if self.sock is not None:
             self.sock.close()
 
-    def _set(self, state: State, code: int | None = None) -> None:
-        self.state, self.code = state, code
+    def _set(self, state: State, pid: int = 0, code: int | None = None, error: str = "") -> None:
+        self.state, self.pid, self.code, self.error = state, pid or self.pid, code, error
+        if self._unwanted and state == "running":
+            with suppress(ProcessLookupError):  # gone already
+                self.signal(self._unwanted)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -109,13 +120,12 @@ class Processes:
     def __init__(self, child: subprocess.Popen[bytes], control: socket.socket, folder: Path) -> None:
         self.folder = folder
         self._child, self._control = child, control
-        self._running: dict[int, Process] = {}
+        self._supervisor = Process("supervisor", folder / "supervisor.log")
+        self._running: dict[int, Process] = {}  # by the number it was asked for under
+        self._numbers = itertools.count()
         self._all: weakref.WeakSet[Process] = weakref.WeakSet()
-        self._requests: deque[tuple[Process, asyncio.Future[None]]] = deque()  # answered in their order
         self._turns = asyncio.Semaphore(32)  # requests under way: so few fit the socket's buffer, and none is ever cut
         self._buffer = b""
-        self._crash = ""
-        self._gone = asyncio.Event()  # the supervisor has exited
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(control, self._read)
 
@@ -124,45 +134,39 @@ class Processes:
         """Starts the supervisor. Cancelled half-way, it leaves nothing behind."""
         self = cls(*_spawn())
         try:
-            await self._request("hello")
+            await self._supervisor.started()
+            self._check()
         except BaseException:
             await self.aclose()
             raise
         return self
 
     async def launch(
-        self, argv: list[str], *, name: str, env: Mapping[str, str] | None = None, ending: int = signal.SIGKILL,
-        uid: int | None = None,
-    ) -> Process:  # fmt: skip
+        self, argv: list[str], *, name: str, env: Mapping[str, str] | None = None, uid: int | None = None
+    ) -> Process:
         """Starts a server in a session of its own; it works in `folder` and prints to `folder/name.log`.
 
         Cancelled, it leaves no server: by the time it raises, one that was started has ended.
-        `ending` is the signal that ends it with the lab; `env` adds to this process's own; `uid`,
-        for root only, is the user it runs as.
+        `env` adds to this process's own; `uid`, for root only, is the user it runs as.
         """
-        return await self._request("launch", name, argv=argv, env=dict(env or {}), ending=ending, uid=uid)
+        return await self._start(name, None, argv=argv, env=dict(env or {}), uid=uid)
 
     async def fork(self, target: str, payload: bytes, *, name: str) -> Process:
         """Starts a worker: it calls `target` ("package.module:function") with the payload and its end of a socket.
 
-        Cancelled, it leaves no worker either. One that is killed before it has read its work is returned all the same.
+        Cancelled, it leaves no worker either.
         """
+        self._check()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        header = json.dumps({"target": target, "path": _path(), "cwd": str(Path.cwd())}).encode()
-        process = None
-        try:
-            process = await self._request("fork", name, (ours, theirs), ending=signal.SIGKILL)
-            with suppress(BrokenPipeError, ConnectionResetError):  # killed meanwhile: its exit says so
-                await self._loop.sock_sendall(ours, FRAME.pack(len(header), len(payload)) + header + payload)
-        except BaseException:
-            ours.close()
-            if process is not None:
-                await process.end()
-            raise
-        finally:
-            theirs.close()
-        return process
+        with theirs, tempfile.TemporaryFile(dir=self.folder) as work:
+            pickle.dump((target, _path(), str(Path.cwd()), payload), work)
+            work.seek(0)
+            try:
+                return await self._start(name, ours, theirs.fileno(), work.fileno())
+            except BaseException:
+                ours.close()
+                raise
 
     async def aclose(self) -> None:
         """Ends every process and removes the folder. Idempotent; when it returns, nothing is left."""
@@ -170,10 +174,10 @@ class Processes:
             with suppress(OSError):  # the supervisor has closed its own end already
                 self._control.shutdown(socket.SHUT_WR)
         try:
-            await asyncio.wait_for(self._gone.wait(), 5)
+            await self._supervisor.exited(5)
         except TimeoutError:
             self._child.kill()  # it is stuck, or was stopped; what it leaves is swept below
-            await asyncio.wait_for(self._gone.wait(), 5)
+            await self._supervisor.exited(5)
         self._control.close()
         self._child.wait(5)
         for process in self._all:
@@ -184,26 +188,26 @@ class Processes:
             await asyncio.to_thread(run_folder.sweep, [self.folder])  # it was killed
             await asyncio.sleep(0.02)  # or another lab, just starting, has come before us and is at it
 
-    async def _request(self, op: str, name: str = "", pair: Pair = (None, None), **more: Any) -> Process:
-        ours, theirs = pair
+    async def _start(self, name: str, sock: socket.socket | None, *fds: int, **program: Any) -> Process:
         if "/" in name:
             raise ValueError(f"a process's name is its log's too, so it can't hold a slash: {name!r}")
         async with self._turns:
-            if self._gone.is_set():
-                raise self._ended()
-            process, future = Process(name, self.folder / f"{name}.log", ours), self._loop.create_future()
-            message = json.dumps({"op": op, "name": name, **more}).encode() + b"\n"
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so to the future
-                socket.send_fds(self._control, [message], [theirs.fileno()] if theirs else [])
-            self._requests.append((process, future))
+            self._check()
+            number, process = next(self._numbers), Process(name, self.folder / f"{name}.log", sock)
+            request = {"number": number, "fds": len(fds), "name": name, **program}
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so
+                socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], fds)
+            self._running[number] = process
+            self._all.add(process)
             try:
-                await asyncio.shield(future)
+                await process.started()
             except asyncio.CancelledError:
-                with suppress(OSError, RuntimeError):  # it was refused, or the supervisor has ended: nothing to end
-                    await future
-                    if process.pid:
-                        await process.end(more["ending"])
+                await process.end()
                 raise
+            if process.error:
+                raise OSError(process.error)
+            if not process.pid:
+                self._check()
             return process
 
     def _read(self) -> None:
@@ -213,45 +217,28 @@ class Processes:
             data = b""
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for message in map(json.loads, lines):
-            self._hear(message)
+            self._hear(**message)
         if not data:
             self._lost()
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        if "crash" in message:
-            self._crash = message["crash"]
-        elif "state" in message:
-            process = self._running[message["pid"]]
-            process._set(message["state"], message.get("code"))
-            if process.state == "exited":
-                del self._running[process.pid]
-        else:
-            process, future = self._requests.popleft()
-            if "pid" in message:  # known from here on, for its first report may be right behind
-                process.pid = message["pid"]
-                self._running[process.pid] = process
-                self._all.add(process)
-            if not future.done():
-                future.set_exception(OSError(message["error"])) if "error" in message else future.set_result(None)
-            elif process.pid:  # whoever asked was cancelled, and again while waiting for this
-                process.signal(signal.SIGKILL)
+    def _hear(self, number: int | None = None, **change: Any) -> None:
+        process = self._supervisor if number is None else self._running[number]
+        process._set(**change)
+        if process.state == "exited" and number is not None:
+            del self._running[number]
 
     def _lost(self) -> None:
         """The supervisor is gone, and with it all it had: at once on Linux, elsewhere by `aclose`."""
         self._loop.remove_reader(self._control)
-        self._gone.set()
-        for _, future in self._requests:
-            if not future.done():
-                future.set_exception(self._ended())
-        self._requests.clear()
-        for process in self._running.values():
-            process._set("exited", -signal.SIGKILL)
+        for process in (self._supervisor, *self._running.values()):
+            process._set("exited", code=-signal.SIGKILL, error=process.error)
         self._running.clear()
 
-    def _ended(self) -> RuntimeError:
-        log = self.folder / "supervisor.log"
-        words = self._crash or (log.read_text() if log.exists() else "")
-        return RuntimeError("\n".join(["this lab's supervisor has ended; open a new lab", *words.splitlines()[-12:]]))
+    def _check(self) -> None:
+        """Raises RuntimeError if the supervisor is gone: with its last words, or what it has printed."""
+        if self._supervisor.state == "exited":
+            words = (self._supervisor.error or self._supervisor.tail()).splitlines()[-12:]
+            raise RuntimeError("\n".join(["this lab's supervisor has ended; open a new lab", *words]))
 
 
 def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket, Path]:

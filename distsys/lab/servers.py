@@ -240,7 +240,7 @@ class Servers:
 
         url = "postgresql://postgres@127.0.0.1:{port}/postgres"
         server = Server(name, "postgres", url, version, origin, socket=str(home))
-        return await self.serve(server, lambda port: [*argv, "-p", str(port)], ready, ending=signal.SIGQUIT)
+        return await self.serve(server, lambda port: [*argv, "-p", str(port)], ready)
 
     async def _pgbouncer(self, name: str, postgres: Server, pool_mode: str, pool_size: int) -> Server:
         program, version, origin = find("pgbouncer", self.backend)
@@ -323,15 +323,13 @@ class Servers:
                     await asyncio.to_thread(_keep, data, cached)
             return data
 
-    async def _launch(self, name: str, argv: list[str], *, drop_root: bool, ending: int = signal.SIGKILL) -> Process:
+    async def _launch(self, name: str, argv: list[str], *, drop_root: bool) -> Process:
         how = root_becomes() if drop_root else ""
         argv = [*NAMESPACE, *argv] if how == "namespace" else argv
         uid = NOBODY if how == "nobody" else None
-        return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, ending=ending, uid=uid)
+        return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, uid=uid)
 
-    async def serve(
-        self, server: Server, argv: Callable[[int], list[str]], ready: Ready, *, ending: int = signal.SIGKILL
-    ) -> Server:
+    async def serve(self, server: Server, argv: Callable[[int], list[str]], ready: Ready) -> Server:
         """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
         log = self._processes.folder / f"{server.name}.log"
 
@@ -339,7 +337,7 @@ class Servers:
             said = ""
             for _ in range(5):
                 port, before = server.port or free_port(), len(_read(log))
-                process = await self._launch(server.name, argv(port), drop_root=server.kind != "redis", ending=ending)
+                process = await self._launch(server.name, argv(port), drop_root=server.kind != "redis")
                 try:
                     async with asyncio.timeout(30):
                         while process.state != "exited":
@@ -349,7 +347,7 @@ class Servers:
                             await asyncio.sleep(0.003)
                 except BaseException as error:  # cancelled, or never ready: the next start finds the place free
                     words = f"{process!r} was not ready within 30 s; {_OTHER}\n{process.tail()}"
-                    await process.end(ending)
+                    await process.end(signal.SIGQUIT if server.kind == "postgres" else signal.SIGKILL)
                     if isinstance(error, TimeoutError):
                         raise ServerUnavailable(words) from None
                     raise

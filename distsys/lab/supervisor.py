@@ -13,10 +13,10 @@ import gc
 import importlib
 import json
 import os
+import pickle
 import selectors
 import signal
 import socket
-import struct
 import sys
 import traceback
 from contextlib import suppress
@@ -29,7 +29,6 @@ from distsys.lab import run_folder
 
 PRELOAD = ("asyncio", "redis.asyncio", "psycopg", "psycopg_pool", "cloudpickle", "distsys.lab.worker")
 IDLE = 0.1  # seconds without a request before the next of these is imported: servers asked for at once come first
-FRAME = struct.Struct(">II")  # in front of a worker's work: the lengths of its header (JSON) and of its payload
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _KEPT = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # the last two: Python ignores them
@@ -40,9 +39,9 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 class Supervisor:
     def __init__(self, control: socket.socket, folder: Path) -> None:
         self.control, self.folder = control, folder
-        self.endings: dict[int, int] = {}  # of each child that runs, the signal that ends it
+        self.children: dict[int, int] = {}  # of each that runs, by its pid the number it was asked for under
         self.todo = list(PRELOAD)
-        self.fds: list[int] = []  # received and not yet used: one per fork request, in their order
+        self.fds: list[int] = []  # received and not yet used: a socket and a file per worker, in their order
         self.buffer = b""
         self.woken, self.wake = socket.socketpair()
         for end in (self.woken, self.wake):
@@ -58,6 +57,7 @@ class Supervisor:
             _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves behind becomes ours, to be ended too
 
     def serve(self) -> None:
+        self.tell(state="running")
         going = True
         while going:
             ready = self.selector.select(IDLE if self.todo else None)
@@ -76,10 +76,11 @@ class Supervisor:
             self._reap()
             return [process for process in run_folder.tree([me]) if process != me]
 
-        run_folder.end(alive, dict(self.endings))
+        run_folder.end(self.folder, alive)
         run_folder.remove(self.folder)
 
     def tell(self, **message: Any) -> None:
+        """What has become of the child asked for under this `number`; without one, of the supervisor itself."""
         with suppress(BrokenPipeError, ConnectionResetError):  # nobody to tell any more; the EOF comes next
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
@@ -91,33 +92,29 @@ class Supervisor:
         self.fds += fds
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for request in map(json.loads, lines):
-            try:
-                answer = self._answer(request)
-            except OSError as error:  # no more processes, no more memory: the caller's to know, not ours to die of
-                answer = {"error": str(error)}
-            self.tell(**answer)
+            self._start(**request)
         return bool(data)
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["op"] == "hello":
-            return {}
-        work = self.fds.pop(0) if request["op"] == "fork" else None
+    def _start(self, number: int, fds: int, **request: Any) -> None:
+        given = [self.fds.pop(0) for _ in range(fds)]
         try:
-            if work is not None:
+            if given:
                 self._preload(len(self.todo))
             me = os.getpid()
             # Until the child has put our handlers off, signals wait: one of ours would swallow what is sent to it.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             pid = os.fork()
             if not pid:
-                self._become(request, work, me)
+                self._become(me, given, **request)
+        except OSError as error:  # no more processes, no more memory: the caller's to know, not ours to die of
+            self.tell(number=number, state="exited", code=1, error=str(error))
+        else:
+            self.children[pid] = number
+            self.tell(number=number, state="running", pid=pid)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-            if work is not None:
-                os.close(work)
-        self.endings[pid] = request["ending"]
-        run_folder.record(self.folder, pid, request["ending"])
-        return {"pid": pid}
+            for descriptor in given:
+                os.close(descriptor)
 
     def _reap(self) -> None:
         """Reports every change of state: to a child that stops at a checkpoint somebody is waiting."""
@@ -125,15 +122,14 @@ class Supervisor:
         with suppress(ChildProcessError):  # there is none left
             while (found := os.waitpid(-1, options))[0]:
                 pid, status = found
-                if pid not in self.endings:
+                if pid not in self.children:
                     continue  # left behind by a child, and adopted
                 if os.WIFSTOPPED(status):
-                    self.tell(pid=pid, state="stopped")
+                    self.tell(number=self.children[pid], state="stopped")
                 elif os.WIFCONTINUED(status):
-                    self.tell(pid=pid, state="running")
+                    self.tell(number=self.children[pid], state="running")
                 else:
-                    del self.endings[pid]
-                    self.tell(pid=pid, state="exited", code=os.waitstatus_to_exitcode(status))
+                    self.tell(number=self.children.pop(pid), state="exited", code=os.waitstatus_to_exitcode(status))
 
     def _preload(self, count: int) -> None:
         for name in [self.todo.pop(0) for _ in range(count)]:
@@ -143,25 +139,25 @@ class Supervisor:
                 traceback.print_exc()
         gc.freeze()  # what is here now stays shared with the workers
 
-    def _become(self, request: dict[str, Any], work: int | None, supervisor: int) -> NoReturn:
+    def _become(self, supervisor: int, given: list[int], name: str, **program: Any) -> NoReturn:
         """In the child: the server or the worker; whatever happens, it never returns into the supervisor's own code."""
         code = 1
         try:
             os.setsid()
             if _libc:
-                _libc.prctl(_PR_SET_PDEATHSIG, request["ending"], 0, 0, 0)  # the supervisor's end is its end
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # the supervisor's end is its end
             if os.getppid() != supervisor:  # which has come already
                 os._exit(code)
             signal.set_wakeup_fd(-1)
             for sig in signal.valid_signals() - _KEPT:  # a shell's background jobs, for one, ignore SIGQUIT and SIGINT
                 signal.signal(sig, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-            log = os.open(self.folder / f"{request['name']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            log = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
                 os.dup2(source, target)
-            if work is None:
-                _execute(self.folder, **request)
-            _work(work)
+            if not given:
+                _execute(self.folder, **program)
+            _work(*given)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -173,7 +169,7 @@ class Supervisor:
             os._exit(code)
 
 
-def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None, **_: Any) -> NoReturn:
+def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None) -> NoReturn:
     for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # a program that is not Python would inherit that
         signal.signal(sig, signal.SIG_DFL)
     os.chdir(folder)
@@ -184,29 +180,19 @@ def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None
     os.execvpe(argv[0], argv, os.environ | env)
 
 
-def _work(descriptor: int) -> None:
+def _work(descriptor: int, file: int) -> None:
+    with os.fdopen(file, "rb") as work:
+        target, path, cwd, payload = pickle.load(work)  # noqa: S301 (our own)
     os.dup2(descriptor, 3, inheritable=False)
     for other in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 (numbers, not paths)
         if other > 3:
             with suppress(OSError):  # the one the listing itself used
                 os.close(other)
-    sock = socket.socket(fileno=3)
-    sizes = FRAME.unpack(_exactly(sock, FRAME.size))
-    header, payload = json.loads(_exactly(sock, sizes[0])), _exactly(sock, sizes[1])
-    sys.path[:] = header["path"]
+    sys.path[:] = path
     importlib.invalidate_caches()
-    os.chdir(header["cwd"])
-    module, function = header["target"].split(":")
-    getattr(importlib.import_module(module), function)(payload, sock)
-
-
-def _exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        if not (chunk := sock.recv(size - len(data))):
-            raise EOFError("the notebook went away before it had sent the work")
-        data += chunk
-    return data
+    os.chdir(cwd)
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(payload, socket.socket(fileno=3))
 
 
 def main(control: int, lock: int, folder: str) -> NoReturn:
@@ -219,7 +205,7 @@ def main(control: int, lock: int, folder: str) -> NoReturn:
         run_folder.sweep()
         supervisor.serve()
     except Exception:  # noqa: BLE001 (told to the notebook, because the log goes with the folder)
-        supervisor.tell(crash=traceback.format_exc())
+        supervisor.tell(state="running", error=traceback.format_exc())
     finally:
         supervisor.close()
         os._exit(0)

@@ -360,31 +360,29 @@ async def test_a_program_learns_that_its_supervisor_was_killed() -> None:
 async def test_a_folder_that_is_just_being_made_is_left_alone() -> None:
     """Between its creation and its lock nobody takes it for an orphan; a minute later it is one."""
     folder, lock = run_folder.create()
-    try:
-        run_folder.sweep([folder])
-        assert folder.exists()
-        (folder / "lock").unlink()
-        run_folder.sweep([folder])
-        assert folder.exists()
-        os.utime(folder, (0, 0))
-        run_folder.sweep([folder])
-        assert not folder.exists()
-    finally:
-        os.close(lock)
+    run_folder.sweep([folder])
+    assert folder.exists()
+    os.close(lock)
+    new = folder.rename(folder.with_suffix(".new"))
+    run_folder.sweep([new])
+    assert new.exists()
+    os.utime(new, (0, 0))
+    run_folder.sweep()
+    assert not new.exists()
 
 
 async def test_a_number_that_belongs_to_a_stranger_by_now_is_spared() -> None:
-    """A recorded process is ended only if it started when the record says."""
+    """What an orphaned folder says of its Postgres counts only for a process that works in it."""
     stranger = await asyncio.create_subprocess_exec("sleep", "60")
     folder, lock = run_folder.create()
-    try:
-        row = {"pid": stranger.pid, "ending": int(signal.SIGKILL), "started": 12345.0}
-        (folder / "pids").write_text(json.dumps(row) + '\n{"pid": 1, "cut')
-    finally:
-        os.close(lock)
+    os.close(lock)
+    (folder / "postgres/data").mkdir(parents=True)
+    (folder / "postgres/data/postmaster.pid").write_text(f"{stranger.pid}\n")
+    worker = await asyncio.create_subprocess_exec("sleep", "60", cwd=folder / "postgres")
     run_folder.sweep([folder])
     assert not folder.exists()
     assert run_folder.state(psutil.Process(stranger.pid))
+    assert await worker.wait() == -signal.SIGKILL
     stranger.kill()
     await stranger.wait()
 

@@ -392,7 +392,7 @@ async def test_root_without_namespaces_runs_postgres_as_nobody(
         pytest.skip(f"nobody can't reach {program} through {closed[0]}")
     commands = processes.folder / "bin"  # pytest's own folders are closed to nobody
     commands.mkdir()
-    for command in ("sh", "cp", "mv", "ipcrm"):
+    for command in ("sh", "cp", "mv"):
         (commands / command).symlink_to(shutil.which(command) or "/nowhere")
     processes.folder.chmod(0o711)
     monkeypatch.setenv("PATH", str(commands))
