@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
-from distsys.lab.binaries import find
-from distsys.lab.servers import Server, Servers, configure, listens
+from distsys.lab.servers import Server, Servers, configure
 
 FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
@@ -16,18 +16,13 @@ async def nginx(servers: Servers, limit: str, name: str = "nginx") -> Server:
 
 
 async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:
-    program, version, origin = find("nginx", servers.backend)
-    home = servers.home(name)
-    sock = home / "sock"
-
-    def argv(port: int) -> list[str]:
-        sock.unlink(missing_ok=True)  # one that was killed leaves it
+    def argv(program: str, home: Path, port: int) -> list[str]:
+        (home / "sock").unlink(missing_ok=True)  # one that was killed leaves it
         lines = ["daemon off; master_process off; pid nginx.pid; error_log stderr; events {}", "http {"]
         lines += ["access_log off;", *(f"{folder}_temp_path {folder};" for folder in FOLDERS)]
         lines += [f"limit_req_zone $arg_key zone=keys:1m {rate}; limit_req_status 429;", "server {"]
-        lines += [f"listen 127.0.0.1:{port}; listen unix:{sock}; limit_req zone=keys {burst} nodelay;"]
+        lines += [f"listen 127.0.0.1:{port}; listen unix:{home}/sock; limit_req zone=keys {burst} nodelay;"]
         lines += ["location / { try_files /none =204; }", "}}"]  # a plain `return` would come before the limit
-        return [str(program), "-p", str(home), "-c", str(configure(home / "nginx.conf", lines)), "-e", "stderr"]
+        return [program, "-p", str(home), "-c", str(configure(home / "nginx.conf", lines)), "-e", "stderr"]
 
-    server = Server(name, "nginx", "http://127.0.0.1:{port}", version, origin)
-    return await servers.serve(server, argv, lambda _: listens(sock))
+    return await servers.serve(name, "nginx", "http://127.0.0.1:{port}", argv)

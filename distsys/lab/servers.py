@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -38,13 +39,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "ServerUnavailable", "Servers"]
 
-Ready = Callable[[Process], Awaitable[bool]]
+Argv = Callable[[str, Path, int], list[str]]  # of a program, its server's folder and its port: the start line
 
 _OTHER = "DISTSYS_BACKEND=system takes the one installed on this machine; it said:"
-_POSTGRES = {"listen_addresses": "127.0.0.1", "max_connections": "100", "shared_buffers": "32MB"}
-_POSTGRES |= {"fsync": "off", "full_page_writes": "off"}  # a killed server loses nothing by it, only a crashed machine
-_POSTGRES |= {"dynamic_shared_memory_type": "mmap"}  # inside the data folder, so that it goes with it
-_POSTGRES |= {"jit": "off", "timezone": "UTC"}
+_REDIS = shlex.split("--bind 127.0.0.1 --unixsocketperm 700 --save '' --appendonly no")
+# A replica is ready in milliseconds: no wait for others to join, and no disk on either side.
+_REDIS += shlex.split("--repl-diskless-sync yes --repl-diskless-sync-delay 0 --repl-diskless-load on-empty-db")
+_POSTGRES = ["--listen_addresses=127.0.0.1", "--max_connections=100", "--shared_buffers=32MB", "--timezone=UTC"]
+_POSTGRES += ["--jit=off", "--dynamic_shared_memory_type=mmap"]  # a file in the data folder: it goes with it
+_POSTGRES += ["--fsync=off", "--full_page_writes=off"]  # a killed server loses nothing by it, only a crashed machine
+# One launch copies and starts, so that neither the event loop nor the supervisor waits for the copy.
+_COPY_AND_START = 'set -e; if ! test -d "$1"; then cp -R "$0" "$1.$$"; mv "$1.$$" "$1"; fi; shift; exec "$@"'
+_IMAGES = {"redis": "redis:7", "postgres": "postgres:15"}
 
 
 @dataclass(eq=False)
@@ -56,7 +62,6 @@ class Server:
     origin: Origin
     host: str = "127.0.0.1"
     port: int = 0
-    socket: str | None = None  # of Redis its unix socket; of Postgres the folder that holds it (libpq's host=)
     process: Process | None = None
     _start: Callable[[], Awaitable[Process]] | None = field(default=None, init=False, repr=False)
 
@@ -205,63 +210,44 @@ class Servers:
     async def _redis(self, name: str, replica_of: Server | None, args: Sequence[str]) -> Server:
         if replica_of is None and not args and (elsewhere := await self._elsewhere("redis", name)):
             return elsewhere
-        program, version, origin = find("redis", self.backend)
-        home = self.home(name)
-        sock = home / "sock"
-        own = {"bind": "127.0.0.1", "unixsocket": sock, "unixsocketperm": 700, "dir": home}
-        own |= {"save": "", "appendonly": "no"}
-        # A replica is ready in milliseconds: no wait for others to join, and no disk on either side.
-        own |= {"repl-diskless-sync": "yes", "repl-diskless-sync-delay": 0, "repl-diskless-load": "on-empty-db"}
-        argv = [str(program), *(word for key, value in own.items() for word in (f"--{key}", str(value))), *args]
-        if replica_of is not None:
-            argv += ["--replicaof", replica_of.host, str(replica_of.port)]
-        server = Server(name, "redis", "redis://127.0.0.1:{port}/0", version, origin, socket=str(sock))
-        await self.serve(server, lambda port: [*argv, "--port", str(port)], lambda _: listens(sock))
-        if replica_of is not None:
+        master = () if replica_of is None else ("--replicaof", replica_of.host, str(replica_of.port))
+
+        def argv(program: str, home: Path, port: int) -> list[str]:
+            own = ["--dir", str(home), "--unixsocket", str(home / "sock"), "--port", str(port)]
+            return [program, *_REDIS, *own, *args, *master]
+
+        server = await self.serve(name, "redis", "redis://127.0.0.1:{port}/0", argv)
+        if master:
             await _info(server, "replication", {"master_link_status": "up"})
         return server
 
     async def _postgres(self, name: str) -> Server:
         if elsewhere := await self._elsewhere("postgres", name):
             return elsewhere
-        program, version, origin = find("postgres", self.backend)
-        template = await self._template(program, version)
-        home = self.home(name)
-        data = home / "data"
-        # One launch copies and starts, so that neither this loop nor the supervisor waits for the copy.
-        script = 'set -e; if ! test -d "$1"; then cp -R "$0" "$1.$$"; mv "$1.$$" "$1"; fi; shift; exec "$@"'
-        own = _POSTGRES | {"unix_socket_directories": str(home)}
-        argv = ["sh", "-c", script, str(template), str(data), str(program), "-D", str(data)]
-        argv += [word for key, value in own.items() for word in ("-c", f"{key}={value}")]
+        template = await self._template()
 
-        async def ready(process: Process) -> bool:
-            lines = _read(data / "postmaster.pid").split("\n")
-            return len(lines) > 7 and lines[0] == str(process.pid) and lines[7].strip() == "ready"
+        def argv(program: str, home: Path, port: int) -> list[str]:
+            data = str(home / "data")
+            copy = ["sh", "-c", _COPY_AND_START, str(template), data]
+            return [*copy, program, "-D", data, "-p", str(port), f"--unix_socket_directories={home}", *_POSTGRES]
 
-        url = "postgresql://postgres@127.0.0.1:{port}/postgres"
-        server = Server(name, "postgres", url, version, origin, socket=str(home))
-        return await self.serve(server, lambda port: [*argv, "-p", str(port)], ready)
+        return await self.serve(name, "postgres", "postgresql://postgres@127.0.0.1:{port}/postgres", argv)
 
     async def _pgbouncer(self, name: str, postgres: Server, pool_mode: str, pool_size: int) -> Server:
-        program, version, origin = find("pgbouncer", self.backend)
-        home = self.home(name)
         target = urlsplit(postgres.url)
-        upstream = f"host={postgres.host} port={postgres.port} user={target.username or 'postgres'}"
+        user = target.username or "postgres"
+        upstream = f"host={postgres.host} port={postgres.port} user={user}"
         upstream += f" password={target.password}" if target.password else ""
 
-        def argv(port: int) -> list[str]:
+        def argv(program: str, home: Path, port: int) -> list[str]:
             settings = {"listen_addr": "127.0.0.1", "listen_port": port, "auth_type": "any", "pool_mode": pool_mode}
             settings |= {"default_pool_size": pool_size, "unix_socket_dir": home}
             settings |= {"ignore_startup_parameters": "extra_float_digits"}
             lines = [f"[databases]\n* = {upstream}", "[pgbouncer]", *(f"{k} = {v}" for k, v in settings.items())]
-            return [str(program), str(configure(home / "pgbouncer.ini", lines))]
+            return [program, str(configure(home / "pgbouncer.ini", lines))]
 
-        async def ready(process: Process) -> bool:
-            return any([await listens(sock) for sock in home.glob(".s.PGSQL.*[0-9]")])
-
-        url = f"postgresql://{target.username or 'postgres'}@127.0.0.1:{{port}}{target.path or '/postgres'}"
-        server = Server(name, "pgbouncer", url, version, origin, socket=str(home))
-        return await self.serve(server, argv, ready)
+        url = f"postgresql://{user}@127.0.0.1:{{port}}{target.path or '/postgres'}"
+        return await self.serve(name, "pgbouncer", url, argv)
 
     async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
         """One that is no process of this lab: a server that runs already, somewhere, or a container."""
@@ -277,15 +263,15 @@ class Servers:
             return server
         if self.backend != "docker":
             return None
-        image = os.environ.get(f"DISTSYS_{kind.upper()}_IMAGE", {"redis": "redis:7", "postgres": "postgres:15"}[kind])
+        image = os.environ.get(f"DISTSYS_{kind.upper()}_IMAGE", _IMAGES[kind])
         try:
             container = await asyncio.to_thread(_start_container, kind, image)
         except Exception as error:  # no testcontainers, no engine, no image: each with an error of its own library
             message = f"no container from {image}: start Docker or Podman, name another image, or unset DISTSYS_BACKEND"
             raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
-        host, port = container.get_container_host_ip(), int(container.get_exposed_port(container.port))
-        host = "127.0.0.1" if host == "localhost" else host
+        host = container.get_container_host_ip().replace("localhost", "127.0.0.1")
+        port = int(container.get_exposed_port(container.port))
         url = f"redis://{host}:{port}/0" if kind == "redis" else container.get_connection_url(host=host)
         server = Server(name, kind, url, "", "docker", host, port)
         server.version = await _ask_version(server)
@@ -302,8 +288,9 @@ class Servers:
             self._processes.folder.chmod(0o711)  # enough to pass through
         return home
 
-    async def _template(self, program: Path, version: str) -> Path:
+    async def _template(self) -> Path:
         """A data folder to copy, made once per version; two labs may make it at once, and the first one's stays."""
+        program, version, _ = find("postgres", self.backend)
         caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
         caches = Path(os.environ.get("XDG_CACHE_HOME") or caches) / "distsys"
         cached = caches / re.sub(r"[^\w.]+", "-", f"{version} {platform.machine()}".lower())
@@ -315,7 +302,7 @@ class Servers:
                 part = data.with_name(secrets.token_hex(4))  # made elsewhere: cancelled, it may go on for a moment
                 argv = [str(program.with_name("initdb")), "-D", str(part), "--locale=C", "--encoding=UTF8", "--no-sync"]
                 argv += ["--username=postgres", "--auth=trust"]
-                process = await self._launch("initdb", argv, drop_root=True)
+                process = await self._launch("initdb", "postgres", argv)
                 if await process.exited(60):
                     raise ServerUnavailable(f"{version} could not make its data folder; {_OTHER}\n{process.tail()}")
                 part.rename(data)
@@ -323,31 +310,33 @@ class Servers:
                     await asyncio.to_thread(_keep, data, cached)
             return data
 
-    async def _launch(self, name: str, argv: list[str], *, drop_root: bool) -> Process:
-        how = root_becomes() if drop_root else ""
+    async def _launch(self, name: str, kind: Kind, argv: list[str]) -> Process:
+        how = "" if kind == "redis" else root_becomes()
         argv = [*NAMESPACE, *argv] if how == "namespace" else argv
         uid = NOBODY if how == "nobody" else None
         return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, uid=uid)
 
-    async def serve(self, server: Server, argv: Callable[[int], list[str]], ready: Ready) -> Server:
+    async def serve(self, name: str, kind: Kind, url: str, argv: Argv) -> Server:
         """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
-        log = self._processes.folder / f"{server.name}.log"
+        program, version, origin = find(kind, self.backend)
+        server, home = Server(name, kind, url, version, origin), self.home(name)
+        log = self._processes.folder / f"{name}.log"
 
         async def start() -> Process:
             said = ""
             for _ in range(5):
                 port, before = server.port or free_port(), len(_read(log))
-                process = await self._launch(server.name, argv(port), drop_root=server.kind != "redis")
+                process = await self._launch(name, kind, argv(str(program), home, port))
                 try:
                     async with asyncio.timeout(30):
                         while process.state != "exited":
-                            if await ready(process):
+                            if await _is_ready(kind, home, port, process):
                                 server.port = port
                                 return process
                             await asyncio.sleep(0.003)
                 except BaseException as error:  # cancelled, or never ready: the next start finds the place free
                     words = f"{process!r} was not ready within 30 s; {_OTHER}\n{process.tail()}"
-                    await process.end(signal.SIGQUIT if server.kind == "postgres" else signal.SIGKILL)
+                    await process.end(signal.SIGQUIT if kind == "postgres" else signal.SIGKILL)
                     if isinstance(error, TimeoutError):
                         raise ServerUnavailable(words) from None
                     raise
@@ -355,18 +344,21 @@ class Servers:
                 if "ddress already in use" not in said:
                     break
             words = "\n".join(said.splitlines()[-12:])
-            raise ServerUnavailable(f"{server.name} ({server}) did not start; {_OTHER}\n{words}")
+            raise ServerUnavailable(f"{name} ({server}) did not start; {_OTHER}\n{words}")
 
         server.process = await start()
         server._start = start
-        server.url = server.url.replace("{port}", str(server.port))
+        server.url = url.replace("{port}", str(server.port))
         return server
 
 
-async def listens(sock: Path) -> bool:
+async def _is_ready(kind: Kind, home: Path, port: int, process: Process) -> bool:
     """By its unix socket, in our own folder: behind a TCP port there might be a stranger."""
+    if kind == "postgres":  # which answers before it is ready
+        lines = _read(home / "data/postmaster.pid").split("\n")
+        return len(lines) > 7 and lines[0] == str(process.pid) and lines[7].strip() == "ready"
     try:
-        _, writer = await asyncio.open_unix_connection(sock)
+        _, writer = await asyncio.open_unix_connection(home / (f".s.PGSQL.{port}" if kind == "pgbouncer" else "sock"))
     except (FileNotFoundError, ConnectionRefusedError):
         return False
     writer.close()
@@ -375,9 +367,8 @@ async def listens(sock: Path) -> bool:
 
 def free_port() -> int:
     """From below the range systems take outgoing connections' ports from, so that a restart finds it free again."""
-    ports = (
-        20000 + secrets.randbelow(12000) for _ in range(100)
-    )  # not from `random`, which a notebook may have seeded
+    # Not from `random`, which a notebook may have seeded.
+    ports = (20000 + secrets.randbelow(12000) for _ in range(100))
     if port := next(filter(is_free, ports), None):
         return port
     raise ServerUnavailable("no free port between 20000 and 32000 on 127.0.0.1: end what listens there")

@@ -177,7 +177,7 @@ async def test_a_postgres_is_utf8_in_the_c_locale_over_tcp_and_socket(lab: Serve
     query = "SELECT datcollate, pg_encoding_to_char(encoding) FROM pg_database WHERE datname = 'postgres'"
     assert await ask(postgres, query) == ("C", "UTF8")
     async with await psycopg.AsyncConnection.connect(
-        host=postgres.socket, port=postgres.port, user="postgres"
+        host=str(lab.home(postgres.name)), port=postgres.port, user="postgres"
     ) as connection:
         assert connection.info.port == postgres.port
     assert await ask(postgres, "SHOW listen_addresses") == ("127.0.0.1",)
