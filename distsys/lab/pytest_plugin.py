@@ -8,8 +8,7 @@ def test_our_lock_survives(prove_lock):
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -17,38 +16,28 @@ if TYPE_CHECKING:
     from distsys.lab.ladder import Climb
 
 
-@pytest.fixture
-def prove_lock() -> Callable[..., Climb]:
-    """`prove_lock(candidate, *, ttl=0.3, upto=None) -> Climb`: climbs the ladder; starts and ends its own servers."""
-    return partial(_climb, "try_lock")
+def _prove(kind: str, signature: str, what: str) -> Any:
+    """A fixture `prove_<kind>`, with what `pytest --fixtures` says of it."""
+
+    def climb(candidate: Any, **options: Any) -> Climb:
+        import asyncio  # not before it is used: pytest loads this plugin for everybody's tests
+
+        from distsys.lab.session import Lab
+
+        async def climbed() -> Climb:
+            async with await Lab.open() as lab:
+                return cast("Climb", await getattr(lab, f"try_{kind}")(candidate, **options))
+
+        return asyncio.run(climbed())
+
+    def prove() -> Callable[..., Climb]:
+        return climb
+
+    prove.__doc__ = f"`prove_{kind}({signature}) -> Climb`: climbs the ladder {what}; starts and ends its own servers."
+    return pytest.fixture(name=f"prove_{kind}")(prove)
 
 
-@pytest.fixture
-def prove_limiter() -> Callable[..., Climb]:
-    """`prove_limiter(candidate, *, upto=None) -> Climb`: the same for a limiter of ten requests in any second."""
-    return partial(_climb, "try_limiter")
-
-
-@pytest.fixture
-def prove_breaker() -> Callable[..., Climb]:
-    """`prove_breaker(candidate, *, upto=None) -> Climb`: the same for a breaker of five failures and 30 seconds."""
-    return partial(_climb, "try_breaker")
-
-
-@pytest.fixture
-def prove_retry() -> Callable[..., Climb]:
-    """`prove_retry(candidate, *, upto=None) -> Climb`: the same for a retry of three attempts."""
-    return partial(_climb, "try_retry")
-
-
-def _climb(ladder: str, candidate: Any, **options: Any) -> Climb:
-    import asyncio
-
-    from distsys.lab.session import Lab
-
-    async def climb() -> Climb:
-        async with await Lab.open() as lab:
-            climbed: Climb = await getattr(lab, ladder)(candidate, **options)
-            return climbed
-
-    return asyncio.run(climb())
+prove_lock = _prove("lock", "candidate, *, ttl=0.3, upto=None", "of locks")
+prove_limiter = _prove("limiter", "candidate, *, upto=None", "of limiters: ten requests in any second")
+prove_breaker = _prove("breaker", "candidate, *, upto=None", "of breakers: five failures and 30 seconds")
+prove_retry = _prove("retry", "candidate, *, upto=None", "of retries: three attempts")

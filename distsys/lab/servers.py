@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -181,23 +182,21 @@ class Servers:
         size = masters * (1 + replicas)
         bus = [free_port() for _ in range(size)]
         args = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port"]
-        nodes = [self.redis(f"{name}{i}", args=[*args, str(bus[i])]) for i in range(size)]
-        servers = await asyncio.gather(*nodes)
-        for i, server in enumerate(servers):
-            async with _client(server.url) as client:
-                await _command(client, "CLUSTER SET-CONFIG-EPOCH", i + 1)
+        servers = await asyncio.gather(*(self.redis(f"{name}{i}", args=[*args, str(bus[i])]) for i in range(size)))
+        async with AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(_client(server.url)) for server in servers]
+            for i, node in enumerate(nodes):
+                await _command(node, "CLUSTER SET-CONFIG-EPOCH", i + 1)
                 if i < masters:
                     slots = 16384 * i // masters, 16384 * (i + 1) // masters - 1
-                    await _command(client, "CLUSTER ADDSLOTSRANGE", *slots)
+                    await _command(node, "CLUSTER ADDSLOTSRANGE", *slots)
                 if i:
-                    await _command(client, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
-        complete = {"cluster_state": "ok", "cluster_known_nodes": str(size)}
-        for server in servers:
-            await _info(server, "cluster", complete)
-        for i, server in enumerate(servers[masters:]):
-            async with _client(servers[i % masters].url) as master, _client(server.url) as replica:
-                await _command(replica, "CLUSTER REPLICATE", await _command(master, "CLUSTER MYID"))
-            await _info(server, "replication", {"master_link_status": "up"})
+                    await _command(node, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
+            for server in servers:
+                await _info(server, "cluster", {"cluster_state": "ok", "cluster_known_nodes": str(size)})
+            for i in range(masters, size):
+                await _command(nodes[i], "CLUSTER REPLICATE", await _command(nodes[i % masters], "CLUSTER MYID"))
+                await _info(servers[i], "replication", {"master_link_status": "up"})
         return servers
 
     async def aclose(self) -> None:
@@ -251,18 +250,24 @@ class Servers:
 
     async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
         """One that is no process of this lab: a server that runs already, somewhere, or a container."""
-        if name == kind and (url := self._urls[kind]):
-            where = urlsplit(url)
-            host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
-            server = Server(name, kind, url, "", "url", host, port)
-            try:
-                server.version = await asyncio.wait_for(_ask_version(server), 10)
-            except Exception as error:  # whatever a client can meet at an address it was given
-                message = f"no {kind} answers at {server.host}:{server.port} ({error}); start it, or unset"
-                raise ServerUnavailable(f"{message} DISTSYS_{kind.upper()}_URL") from error
-            return server
-        if self.backend != "docker":
+        origin: Origin = "url"
+        url, variable = self._urls[kind] if name == kind else "", f"DISTSYS_{kind.upper()}_URL"
+        if not url and self.backend == "docker":
+            url, origin, variable = await self._container(kind), "docker", "DISTSYS_BACKEND"
+        if not url:
             return None
+        where = urlsplit(url)
+        host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
+        server = Server(name, kind, url, "", origin, host, port)
+        try:
+            server.version = await asyncio.wait_for(_ask_version(server), 10)
+        except Exception as error:  # whatever a client can meet at an address it was given
+            message = f"no {kind} answers at {server.host}:{server.port} ({error}); start it, or unset {variable}"
+            raise ServerUnavailable(message) from error
+        return server
+
+    async def _container(self, kind: Kind) -> str:
+        """The URL of a new one, which testcontainers' reaper ends even when this process is killed."""
         image = os.environ.get(f"DISTSYS_{kind.upper()}_IMAGE", _IMAGES[kind])
         try:
             container = await asyncio.to_thread(_start_container, kind, image)
@@ -271,11 +276,9 @@ class Servers:
             raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
         host = container.get_container_host_ip().replace("localhost", "127.0.0.1")
-        port = int(container.get_exposed_port(container.port))
-        url = f"redis://{host}:{port}/0" if kind == "redis" else container.get_connection_url(host=host)
-        server = Server(name, kind, url, "", "docker", host, port)
-        server.version = await _ask_version(server)
-        return server
+        if kind == "postgres":
+            return str(container.get_connection_url(host=host))
+        return f"redis://{host}:{container.get_exposed_port(container.port)}/0"
 
     # ---- starting a process
 
@@ -376,12 +379,10 @@ def free_port() -> int:
 
 def is_free(port: int) -> bool:
     """Whether a server could listen there, on 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
     return True
 
 
@@ -436,7 +437,6 @@ async def _info(server: Server, section: str, wanted: dict[str, str]) -> None:
 
 
 def _start_container(kind: Kind, image: str) -> Any:
-    """By testcontainers, whose reaper ends it even when this process is killed."""
     if kind == "redis":
         from testcontainers.community.redis import RedisContainer
 

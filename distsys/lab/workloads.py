@@ -18,88 +18,73 @@ from distsys.lab.worker import Guard, Worker, plain, task_name
 from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
-class RedisAccount:
-    """A balance in Redis, written without a look at tokens."""
+class Account:
+    """A balance. Behind a fence a token older than the newest seen is refused; without one nobody looks at tokens."""
 
-    def __init__(self, redis: Any, key: str) -> None:
-        self.redis, self.key = redis, f"{{{key}}}:balance"
+    def __init__(self, client: Any, name: str, fence: str) -> None:
+        self.client, self.name, self.fence = client, name, fence
 
-    @classmethod
-    async def open(cls, worker: Worker) -> RedisAccount:
-        return cls(await worker.client("bank"), worker.resource)
+    def needed(self, token: int | None) -> int | None:
+        """The token that has to pass the fence; None where there is no fence, or only one for locks with tokens."""
+        if not self.fence or (token is None and self.fence == IF_ANY):
+            return None
+        if token is None:
+            raise TypeError("this lock hands out no fencing token, and the account asks for one")
+        return token
 
+
+class RedisAccount(Account):
     async def read(self, token: int | None) -> int:
-        return int(await self.redis.get(self.key) or 0)
+        key = f"{{{self.name}}}:balance"
+        if self.fence == READS and (passed := self.needed(token)) is not None:
+            return int(await fenced_get(self.client, key, token=passed) or 0)
+        return int(await self.client.get(key) or 0)
 
     async def write(self, balance: int, token: int | None) -> None:
-        await self.redis.set(self.key, balance)
+        key = f"{{{self.name}}}:balance"
+        if (passed := self.needed(token)) is None:
+            await self.client.set(key, balance)
+        else:
+            await fenced_set(self.client, key, balance, token=passed)
 
 
-class FencedRedisAccount(RedisAccount):
-    """The same balance behind a fence: a token older than the newest seen is refused."""
-
-    async def write(self, balance: int, token: int | None) -> None:
-        await fenced_set(self.redis, self.key, balance, token=_needed(token))
-
-
-class FencedReadsRedisAccount(FencedRedisAccount):
-    """A fence for reads too: from a holder's read on, nobody older writes."""
+class PostgresAccount(Account):
+    """In a table: `accounts(name, balance, fence_token)` of the lab's own schema."""
 
     async def read(self, token: int | None) -> int:
-        return int(await fenced_get(self.redis, self.key, token=_needed(token)) or 0)
-
-
-class FairRedisAccount(FencedRedisAccount):
-    """Fenced for a lock that hands out tokens, plain for one that does not: what the ladder asks of your lock."""
-
-    async def write(self, balance: int, token: int | None) -> None:
-        await (RedisAccount.write if token is None else FencedRedisAccount.write)(self, balance, token)
-
-
-class PostgresAccount:
-    """A balance in a table; `accounts(name, balance, fence_token)` of the lab's own schema."""
-
-    def __init__(self, conn: Any, name: str) -> None:
-        self.conn, self.name = conn, name
-
-    @classmethod
-    async def open(cls, worker: Worker) -> PostgresAccount:
-        return cls(await worker.client("conn"), worker.resource)
-
-    async def read(self, token: int | None) -> int:
-        cursor = await self.conn.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
+        cursor = await self.client.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
         return int((await cursor.fetchone())[0])
 
     async def write(self, balance: int, token: int | None) -> None:
-        await self.conn.execute("UPDATE accounts SET balance = %s WHERE name = %s", (balance, self.name))
+        if (passed := self.needed(token)) is None:
+            await self.client.execute("UPDATE accounts SET balance = %s WHERE name = %s", (balance, self.name))
+        else:
+            where, values = {"name": self.name}, {"balance": balance}
+            await fenced_update(self.client, "accounts", values, where=where, token=passed)
 
 
-class FencedPostgresAccount(PostgresAccount):
-    async def write(self, balance: int, token: int | None) -> None:
-        where, values = {"name": self.name}, {"balance": balance}
-        await fenced_update(self.conn, "accounts", values, where=where, token=_needed(token))
-
-
-def _needed(token: int | None) -> int:
-    if token is None:
-        raise TypeError("this lock hands out no fencing token, and the account asks for one")
-    return token
-
-
-Account = RedisAccount | PostgresAccount
-ACCOUNTS: dict[str, type[Account]] = {
-    "redis": RedisAccount,
-    "redis, fenced": FencedRedisAccount,
-    "redis, reads fenced too": FencedReadsRedisAccount,
-    "redis, fenced where it can be": FairRedisAccount,
-    "postgres": PostgresAccount,
-    "postgres, fenced": FencedPostgresAccount,
+WRITES = "writes"
+READS = "writes and reads"  # from a holder's read on, nobody older writes
+IF_ANY = "writes, with a token if there is one"  # what the ladder asks of your lock
+# By the name an experiment gives them: their class, the client they need, their fence.
+ACCOUNTS: dict[str, tuple[type[RedisAccount | PostgresAccount], str, str]] = {
+    "redis": (RedisAccount, "bank", ""),
+    "redis, fenced": (RedisAccount, "bank", WRITES),
+    "redis, reads fenced too": (RedisAccount, "bank", READS),
+    "redis, fenced where it can be": (RedisAccount, "bank", IF_ANY),
+    "postgres": (PostgresAccount, "conn", ""),
+    "postgres, fenced": (PostgresAccount, "conn", WRITES),
 }
+
+
+async def opened(account: str, worker: Worker) -> RedisAccount | PostgresAccount:
+    of, client, fence = ACCOUNTS[account]
+    return of(await worker.client(client), worker.resource, fence)
 
 
 async def increments(worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis") -> None:
     """`rounds` times: build the lock anew, enter, read, write it with this worker's amount added, leave."""
-    ledger = await ACCOUNTS[account].open(worker)
+    ledger = await opened(account, worker)
     base = 10 ** len(str(rounds))  # no sum of one worker's amounts reaches the next one's
     for _ in range(rounds):
         await increment(worker, await worker.build(candidate), ledger, base ** (int(worker.name[1:]) - 1))
@@ -107,7 +92,7 @@ async def increments(worker: Worker, candidate: Any, *, rounds: int = 1, account
 
 async def increments_by_tasks(worker: Worker, candidate: Any, *, tasks: str, account: str = "redis") -> None:
     """One lock object (or pool) shared by several tasks of one process, each started at its own checkpoint."""
-    ledger = await ACCOUNTS[account].open(worker)
+    ledger = await opened(account, worker)
     lock = await worker.build(candidate)
 
     async def one(name: str) -> None:
@@ -120,7 +105,9 @@ async def increments_by_tasks(worker: Worker, candidate: Any, *, tasks: str, acc
     await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
 
 
-async def increment(worker: Worker, lock: Any, ledger: Account, amount: int, prefix: str = "") -> None:
+async def increment(
+    worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, amount: int, prefix: str = ""
+) -> None:
     """One critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
     guard, failure = Guard(lock), None
     await worker.checkpoint(f"{prefix}acquiring")
