@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from distsys.lab.servers import Server, Servers, configure
@@ -12,11 +11,9 @@ FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 async def nginx(servers: Servers, limit: str, name: str = "nginx") -> Server:
     """Answers 204, or 429 beyond "rate=1r/m burst=9" for the query's `key`. ServerUnavailable when not installed."""
-    return await servers.once(name, partial(_start, servers, name, *limit.split()))
+    rate, burst = limit.split()
 
-
-async def _start(servers: Servers, name: str, rate: str, burst: str) -> Server:
-    def argv(program: str, home: Path, port: int) -> list[str]:
+    async def argv(program: str, home: Path, port: int) -> list[str]:
         (home / "sock").unlink(missing_ok=True)  # one that was killed leaves it
         lines = ["daemon off; master_process off; pid nginx.pid; error_log stderr; events {}", "http {"]
         lines += ["access_log off;", *(f"{folder}_temp_path {folder};" for folder in FOLDERS)]

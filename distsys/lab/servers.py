@@ -24,7 +24,6 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "ServerUnavailable", "Servers"]
 
-Argv = Callable[[str, Path, int], list[str]]  # of a program, its server's folder and its port: the start line
+Argv = Callable[[str, Path, int], Awaitable[list[str]]]  # of a program, its server's folder and port: the start line
 
 _OTHER = "DISTSYS_BACKEND=system takes the one installed on this machine; it said:"
 _REDIS = shlex.split("--bind 127.0.0.1 --unixsocketperm 700 --save '' --appendonly no")
@@ -152,23 +151,46 @@ class Servers:
 
     async def redis(self, name: str = "redis", *, replica_of: Server | None = None, args: Sequence[str] = ()) -> Server:
         """A Redis or Valkey with nothing in it. A given URL is the one named "redis"; others are started beside it."""
-        return await self.once(name, partial(self._redis, name, replica_of, args))
+        master = () if replica_of is None else ("--replicaof", replica_of.host, str(replica_of.port))
+
+        async def argv(program: str, home: Path, port: int) -> list[str]:
+            own = ["--dir", str(home), "--unixsocket", str(home / "sock"), "--port", str(port)]
+            return [program, *_REDIS, *own, *args, *master]
+
+        anywhere = not (args or master)
+        server = await self.serve(name, "redis", "redis://127.0.0.1:{port}/0", argv, anywhere=anywhere)
+        if master:
+            await _info(server, "replication", {"master_link_status": "up"})
+        return server
 
     async def postgres(self, name: str = "postgres") -> Server:
         """A PostgreSQL with an empty database "postgres". A given URL is the one named "postgres"."""
-        return await self.once(name, partial(self._postgres, name))
+
+        async def argv(program: str, home: Path, port: int) -> list[str]:
+            data = str(home / "data")
+            copy = ["sh", "-c", _COPY_AND_START, str(await self._template()), data]
+            return [*copy, program, "-D", data, "-p", str(port), f"--unix_socket_directories={home}", *_POSTGRES]
+
+        return await self.serve(
+            name, "postgres", "postgresql://postgres@127.0.0.1:{port}/postgres", argv, anywhere=True
+        )
 
     async def pgbouncer(self, postgres: Server, *, pool_mode: str = "transaction", pool_size: int = 20) -> Server:
         """A connection pooler in front of a PostgreSQL; ServerUnavailable when pgbouncer is not installed."""
-        name = f"pgbouncer-{pool_mode}-{pool_size}"
-        return await self.once(name, partial(self._pgbouncer, name, postgres, pool_mode, pool_size))
+        target = urlsplit(postgres.url)
+        user = target.username or "postgres"
+        upstream = f"host={postgres.host} port={postgres.port} user={user}"
+        upstream += f" password={target.password}" if target.password else ""
 
-    async def once(self, name: str, start: Callable[[], Awaitable[Server]]) -> Server:
-        """The server of this name, started if it is not there yet."""
-        async with self._starting[name]:
-            if name not in self.running:
-                self.running[name] = await start()
-            return self.running[name]
+        async def argv(program: str, home: Path, port: int) -> list[str]:
+            settings = {"listen_addr": "127.0.0.1", "listen_port": port, "auth_type": "any", "pool_mode": pool_mode}
+            settings |= {"default_pool_size": pool_size, "unix_socket_dir": home}
+            settings |= {"ignore_startup_parameters": "extra_float_digits"}
+            lines = [f"[databases]\n* = {upstream}", "[pgbouncer]", *(f"{k} = {v}" for k, v in settings.items())]
+            return [program, str(configure(home / "pgbouncer.ini", lines))]
+
+        url = f"postgresql://{user}@127.0.0.1:{{port}}{target.path or '/postgres'}"
+        return await self.serve(f"pgbouncer-{pool_mode}-{pool_size}", "pgbouncer", url, argv)
 
     async def promote(self, replica: Server) -> None:
         """Makes a replica a master, with what it has received so far: a failover."""
@@ -204,49 +226,7 @@ class Servers:
         containers, self._containers = self._containers, []
         await asyncio.gather(*(asyncio.to_thread(c.stop) for c in containers))
 
-    # ---- one server each
-
-    async def _redis(self, name: str, replica_of: Server | None, args: Sequence[str]) -> Server:
-        if replica_of is None and not args and (elsewhere := await self._elsewhere("redis", name)):
-            return elsewhere
-        master = () if replica_of is None else ("--replicaof", replica_of.host, str(replica_of.port))
-
-        def argv(program: str, home: Path, port: int) -> list[str]:
-            own = ["--dir", str(home), "--unixsocket", str(home / "sock"), "--port", str(port)]
-            return [program, *_REDIS, *own, *args, *master]
-
-        server = await self.serve(name, "redis", "redis://127.0.0.1:{port}/0", argv)
-        if master:
-            await _info(server, "replication", {"master_link_status": "up"})
-        return server
-
-    async def _postgres(self, name: str) -> Server:
-        if elsewhere := await self._elsewhere("postgres", name):
-            return elsewhere
-        template = await self._template()
-
-        def argv(program: str, home: Path, port: int) -> list[str]:
-            data = str(home / "data")
-            copy = ["sh", "-c", _COPY_AND_START, str(template), data]
-            return [*copy, program, "-D", data, "-p", str(port), f"--unix_socket_directories={home}", *_POSTGRES]
-
-        return await self.serve(name, "postgres", "postgresql://postgres@127.0.0.1:{port}/postgres", argv)
-
-    async def _pgbouncer(self, name: str, postgres: Server, pool_mode: str, pool_size: int) -> Server:
-        target = urlsplit(postgres.url)
-        user = target.username or "postgres"
-        upstream = f"host={postgres.host} port={postgres.port} user={user}"
-        upstream += f" password={target.password}" if target.password else ""
-
-        def argv(program: str, home: Path, port: int) -> list[str]:
-            settings = {"listen_addr": "127.0.0.1", "listen_port": port, "auth_type": "any", "pool_mode": pool_mode}
-            settings |= {"default_pool_size": pool_size, "unix_socket_dir": home}
-            settings |= {"ignore_startup_parameters": "extra_float_digits"}
-            lines = [f"[databases]\n* = {upstream}", "[pgbouncer]", *(f"{k} = {v}" for k, v in settings.items())]
-            return [program, str(configure(home / "pgbouncer.ini", lines))]
-
-        url = f"postgresql://{user}@127.0.0.1:{{port}}{target.path or '/postgres'}"
-        return await self.serve(name, "pgbouncer", url, argv)
+    # ---- one of no process of ours
 
     async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
         """One that is no process of this lab: a server that runs already, somewhere, or a container."""
@@ -319,7 +299,15 @@ class Servers:
         uid = NOBODY if how == "nobody" else None
         return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, uid=uid)
 
-    async def serve(self, name: str, kind: Kind, url: str, argv: Argv) -> Server:
+    async def serve(self, name: str, kind: Kind, url: str, argv: Argv, *, anywhere: bool = False) -> Server:
+        """The server of this name, started if it is not there yet; `anywhere` means that one elsewhere will do."""
+        async with self._starting[name]:
+            if name not in self.running:
+                elsewhere = await self._elsewhere(kind, name) if anywhere else None
+                self.running[name] = elsewhere or await self._serve(name, kind, url, argv)
+            return self.running[name]
+
+    async def _serve(self, name: str, kind: Kind, url: str, argv: Argv) -> Server:
         """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
         program, version, origin = find(kind, self.backend)
         server, home = Server(name, kind, url, version, origin), self.home(name)
@@ -329,7 +317,7 @@ class Servers:
             said = ""
             for _ in range(5):
                 port, before = server.port or free_port(), len(_read(log))
-                process = await self._launch(name, kind, argv(str(program), home, port))
+                process = await self._launch(name, kind, await argv(str(program), home, port))
                 try:
                     async with asyncio.timeout(30):
                         while process.state != "exited":
