@@ -52,7 +52,7 @@ def sweep(folders: Iterable[Path] | None = None) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a folder, and first the shared memory of a Postgres that was killed too hard to do so itself."""
-    for lines in _postmasters(folder):
+    for lines in postmasters(folder):
         for segment in [line.split()[1] for line in lines[6:7] if line.strip()]:
             ctypes.CDLL(None).shmctl(int(segment), IPC_RMID, None)
     for _ in range(50):
@@ -64,14 +64,14 @@ def remove(folder: Path) -> None:
 
 def end(folder: Path, find: Callable[[], list[psutil.Process]]) -> None:
     """Ends these processes, paused or not: the folder's Postgres by SIGQUIT, which frees its memory, or by SIGKILL."""
-    postmasters = {lines[0] for lines in _postmasters(folder)}
+    masters = {lines[0] for lines in postmasters(folder)}
     found: set[psutil.Process] = set()
     began = time.monotonic()
     while (waited := time.monotonic() - began) < PATIENCE + FORCE:
         found.update(find())  # kept, because below a process that has ended its children are not found any more
         if not (left := [process for process in found if state(process)]):
             return
-        orderly = [process for process in left if waited < PATIENCE and str(process.pid) in postmasters]
+        orderly = [process for process in left if waited < PATIENCE and str(process.pid) in masters]
         spared = tree(orderly)
         for process in orderly:
             send(process, signal.SIGQUIT)
@@ -103,6 +103,13 @@ def send(process: psutil.Process, sig: int) -> None:
         process.send_signal(sig)
 
 
+def postmasters(folder: Path) -> Iterator[list[str]]:
+    """The pid file of each Postgres: line 1 is its pid, 7 the key and the id of its System V segment, 8 its state."""
+    for pid_file in folder.glob("*/data/postmaster.pid"):
+        with suppress(FileNotFoundError):  # it has just ended
+            yield pid_file.read_text().split("\n")
+
+
 def _left_in(folder: Path) -> list[psutil.Process]:
     """Whoever works in the folder or bears its mark (servers write their title over their environment)."""
     found, real = [], folder.resolve()
@@ -111,13 +118,6 @@ def _left_in(folder: Path) -> list[psutil.Process]:
             if process.environ().get(MARK) == str(folder) or Path(process.cwd()).is_relative_to(real):
                 found.append(process)
     return found
-
-
-def _postmasters(folder: Path) -> Iterator[list[str]]:
-    """The pid file of each Postgres: its pid is line 1, the key and the id of its System V segment are line 7."""
-    for pid_file in folder.glob("*/data/postmaster.pid"):
-        with suppress(FileNotFoundError):  # it has just ended
-            yield pid_file.read_text().split("\n")
 
 
 def _prefix() -> str:

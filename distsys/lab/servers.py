@@ -80,22 +80,13 @@ class Server:
             return
         await self.pause()  # or it might fork once more between the look at its children and their end
         parts = self._parts()
-        for part in parts:
-            run_folder.send(part, signal.SIGKILL)
+        await self._send(signal.SIGKILL, "gone", lambda: parts)
         await process.exited()
-        await self._until(lambda: not any(map(run_folder.state, parts)), "gone")
 
     async def pause(self) -> None:
         """SIGSTOP to the server and all its processes: connections stay open and silent, what is sent arrives later."""
         process = self._mine("paused")
-
-        def still() -> bool:
-            moving = [part for part in self._parts() if run_folder.state(part) not in ("", psutil.STATUS_STOPPED)]
-            for part in moving:
-                run_folder.send(part, signal.SIGSTOP)
-            return not moving
-
-        await self._until(still, "paused")
+        await self._send(signal.SIGSTOP, psutil.STATUS_STOPPED, self._parts)
         await process.stopped()
 
     async def resume(self) -> None:
@@ -125,10 +116,13 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    async def _until(self, done: Callable[[], bool], state: str) -> None:
+    async def _send(self, sig: int, state: str, parts: Callable[[], list[psutil.Process]]) -> None:
+        """To each of these processes, until all are in that state, or gone."""
         for _ in range(1000):
-            if done():
+            if not (rest := [part for part in parts() if run_folder.state(part) not in ("", state)]):
                 return
+            for part in rest:
+                run_folder.send(part, sig)
             await asyncio.sleep(0.002)
         raise TimeoutError(f"{self.name} was not {state} after a thousand looks")
 
@@ -311,12 +305,11 @@ class Servers:
         """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
         program, version, origin = find(kind, self.backend)
         server, home = Server(name, kind, url, version, origin), self.home(name)
-        log = self._processes.folder / f"{name}.log"
 
         async def start() -> Process:
             said = ""
             for _ in range(5):
-                port, before = server.port or free_port(), len(_read(log))
+                port = server.port or free_port()
                 process = await self._launch(name, kind, await argv(str(program), home, port))
                 try:
                     async with asyncio.timeout(30):
@@ -331,11 +324,10 @@ class Servers:
                     if isinstance(error, TimeoutError):
                         raise ServerUnavailable(words) from None
                     raise
-                said = _read(log)[before:]
+                said = process.tail()
                 if "ddress already in use" not in said:
                     break
-            words = "\n".join(said.splitlines()[-12:])
-            raise ServerUnavailable(f"{name} ({server}) did not start; {_OTHER}\n{words}")
+            raise ServerUnavailable(f"{name} ({server}) did not start; {_OTHER}\n{said}")
 
         server.process = await start()
         server._start = start
@@ -346,8 +338,8 @@ class Servers:
 async def _is_ready(kind: Kind, home: Path, port: int, process: Process) -> bool:
     """By its unix socket, in our own folder: behind a TCP port there might be a stranger."""
     if kind == "postgres":  # which answers before it is ready
-        lines = _read(home / "data/postmaster.pid").split("\n")
-        return len(lines) > 7 and lines[0] == str(process.pid) and lines[7].strip() == "ready"
+        started = [lines for lines in run_folder.postmasters(home.parent) if lines[0] == str(process.pid)]
+        return any(word.strip() == "ready" for lines in started for word in lines[7:8])
     try:
         _, writer = await asyncio.open_unix_connection(home / (f".s.PGSQL.{port}" if kind == "pgbouncer" else "sock"))
     except (FileNotFoundError, ConnectionRefusedError):
@@ -378,13 +370,6 @@ def configure(config: Path, lines: list[str]) -> Path:
     config.write_text("\n".join(lines) + "\n")
     config.chmod(0o644)  # the server may run as nobody; the folder keeps all others out
     return config
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _keep(data: Path, cached: Path) -> None:
