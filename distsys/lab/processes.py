@@ -121,8 +121,8 @@ class Processes:
         self.folder = folder
         self._child, self._control = child, control
         self._supervisor = Process("supervisor", folder / "supervisor.log")
-        self._running: dict[int, Process] = {}  # by the number it was asked for under
-        self._numbers = itertools.count()
+        self._running = {0: self._supervisor}  # by the number it was asked for under
+        self._numbers = itertools.count(1)
         self._all: weakref.WeakSet[Process] = weakref.WeakSet()
         self._turns = asyncio.Semaphore(32)  # requests under way: so few fit the socket's buffer, and none is ever cut
         self._buffer = b""
@@ -195,7 +195,7 @@ class Processes:
             self._check()
             number, process = next(self._numbers), Process(name, self.folder / f"{name}.log", sock)
             request = {"number": number, "fds": len(fds), "name": name, **program}
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_lost` says so
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_read` says so
                 socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], fds)
             self._running[number] = process
             self._all.add(process)
@@ -217,22 +217,15 @@ class Processes:
             data = b""
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for message in map(json.loads, lines):
-            self._hear(**message)
-        if not data:
-            self._lost()
-
-    def _hear(self, number: int | None = None, **change: Any) -> None:
-        process = self._supervisor if number is None else self._running[number]
-        process._set(**change)
-        if process.state == "exited" and number is not None:
-            del self._running[number]
-
-    def _lost(self) -> None:
-        """The supervisor is gone, and with it all it had: at once on Linux, elsewhere by `aclose`."""
-        self._loop.remove_reader(self._control)
-        for process in (self._supervisor, *self._running.values()):
-            process._set("exited", code=-signal.SIGKILL, error=process.error)
-        self._running.clear()
+            number = message.pop("number")
+            self._running[number]._set(**message)
+            if message["state"] == "exited":
+                del self._running[number]
+        if not data:  # the supervisor is gone, and with it all it had: at once on Linux, elsewhere by `aclose`
+            self._loop.remove_reader(self._control)
+            for process in self._running.values():
+                process._set("exited", code=-signal.SIGKILL, error=process.error)
+            self._running.clear()
 
     def _check(self) -> None:
         """Raises RuntimeError if the supervisor is gone: with its last words, or what it has printed."""

@@ -111,11 +111,15 @@ def postmasters(folder: Path) -> Iterator[list[str]]:
 
 
 def _left_in(folder: Path) -> list[psutil.Process]:
-    """Whoever works in the folder or bears its mark (servers write their title over their environment)."""
+    """Whoever works in the folder or bears its mark (servers write their title over their environment).
+
+    None of them has a terminal: a shell that stands in the folder is somebody's who looks into it.
+    """
     found, real = [], folder.resolve()
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # gone, or not ours to look into
-            if process.environ().get(MARK) == str(folder) or Path(process.cwd()).is_relative_to(real):
+            marked = process.environ().get(MARK) == str(folder) or Path(process.cwd()).is_relative_to(real)
+            if marked and not process.terminal():
                 found.append(process)
     return found
 

@@ -57,7 +57,7 @@ class Supervisor:
             _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves behind becomes ours, to be ended too
 
     def serve(self) -> None:
-        self.tell(state="running")
+        self.tell(number=0, state="running")
         going = True
         while going:
             ready = self.selector.select(IDLE if self.todo else None)
@@ -80,7 +80,7 @@ class Supervisor:
         run_folder.remove(self.folder)
 
     def tell(self, **message: Any) -> None:
-        """What has become of the child asked for under this `number`; without one, of the supervisor itself."""
+        """What has become of the child asked for under this `number`; of the supervisor itself, under 0."""
         with suppress(BrokenPipeError, ConnectionResetError):  # nobody to tell any more; the EOF comes next
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
@@ -205,7 +205,7 @@ def main(control: int, lock: int, folder: str) -> NoReturn:
         run_folder.sweep()
         supervisor.serve()
     except Exception:  # noqa: BLE001 (told to the notebook, because the log goes with the folder)
-        supervisor.tell(state="running", error=traceback.format_exc())
+        supervisor.tell(number=0, state="running", error=traceback.format_exc())
     finally:
         supervisor.close()
         os._exit(0)

@@ -63,8 +63,7 @@ def main(payload: bytes, sock: socket.socket) -> None:
     import cloudpickle
 
     sock.setblocking(True)
-    job: Job = cloudpickle.loads(payload)
-    asyncio.run(_work(job, sock))
+    asyncio.run(_work(cloudpickle.loads(payload), sock))
 
 
 async def _work(job: Job, sock: socket.socket) -> None:
@@ -254,7 +253,7 @@ def _redis_client(url: str) -> Any:
 
 
 def looks_sync(candidate: Any) -> bool:
-    """Whether the candidate is a class with a blocking interface: `with`, or a plain acquire()."""
+    """Whether a candidate, or the lock it made, has a blocking interface: `with`, or a plain acquire()."""
     if hasattr(candidate, "__aenter__"):
         return False
     acquire = getattr(candidate, "acquire", None)
@@ -265,19 +264,16 @@ class Guard:
     """Any lock as enter and exit: `async with`, `with`, or acquire/release; blocking ones on a thread of their own."""
 
     def __init__(self, lock: Any) -> None:
-        self._call: Callable[..., Awaitable[Any]] = plain
-        blocking = not hasattr(lock, "__aenter__")
-        if not blocking:
+        if hasattr(lock, "__aenter__"):
             self._enter, self._exit = lock.__aenter__, lock.__aexit__
         elif hasattr(lock, "acquire") and hasattr(lock, "release"):
             self._enter, self._exit = lambda: lock.acquire(), lambda *_: lock.release()
-            blocking = not inspect.iscoroutinefunction(lock.acquire)
         elif hasattr(lock, "__enter__"):
             self._enter, self._exit = lock.__enter__, lock.__exit__
         else:
             raise TypeError(f"{lock!r} is no lock: it needs `async with`, `with`, or acquire() and release()")
-        if blocking:
-            self._call = partial(_threaded, ThreadPoolExecutor(1))  # one thread: locks may keep state per thread
+        # One thread: locks may keep state per thread.
+        self._call = partial(_threaded, ThreadPoolExecutor(1)) if looks_sync(lock) else plain
 
     async def enter(self) -> Any:
         for _ in range(TRIES):  # a lock that answers False at once is asked again, as its users do

@@ -378,7 +378,7 @@ async def test_a_number_that_belongs_to_a_stranger_by_now_is_spared() -> None:
     os.close(lock)
     (folder / "postgres/data").mkdir(parents=True)
     (folder / "postgres/data/postmaster.pid").write_text(f"{stranger.pid}\n")
-    worker = await asyncio.create_subprocess_exec("sleep", "60", cwd=folder / "postgres")
+    worker = await asyncio.create_subprocess_exec("sleep", "60", cwd=folder / "postgres", start_new_session=True)
     run_folder.sweep([folder])
     assert not folder.exists()
     assert run_folder.state(psutil.Process(stranger.pid))
