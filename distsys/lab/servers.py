@@ -19,10 +19,11 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,10 @@ class Server:
 
     def __str__(self) -> str:
         return f"{self.version}, {self.origin}"
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
 
     @property
     def controllable(self) -> bool:
@@ -236,7 +241,7 @@ class Servers:
         try:
             server.version = await asyncio.wait_for(_ask_version(server), 10)
         except Exception as error:  # whatever a client can meet at an address it was given
-            message = f"no {kind} answers at {server.host}:{server.port} ({error}); start it, or unset {variable}"
+            message = f"no {kind} answers at {server.address} ({error}); start it, or unset {variable}"
             raise ServerUnavailable(message) from error
         return server
 
@@ -374,15 +379,13 @@ def configure(config: Path, lines: list[str]) -> Path:
 
 def _keep(data: Path, cached: Path) -> None:
     """Copies a fresh data folder into the cache, where under its name it is complete or not there."""
-    part = cached.with_name(f"{cached.name}.{secrets.token_hex(4)}")
-    try:
-        for old in cached.parent.glob(f"{cached.name}.*"):
+    with suppress(OSError):  # read-only, full, or another lab was faster: this one has its own
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        for old in cached.parent.glob("part-*"):
             if time.time() - old.stat().st_mtime > 3600:  # whoever was copying it was killed
                 shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(data, part)
-        part.rename(cached)
-    except OSError:  # read-only, full, or another lab was faster: this one has its own
-        shutil.rmtree(part, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="part-", dir=cached.parent) as part:
+            shutil.copytree(data, Path(part) / "data").rename(cached)
 
 
 def _client(url: str) -> redis.asyncio.Redis:

@@ -15,7 +15,7 @@ from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name
 from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
 from distsys.lab.processes import Processes
-from distsys.lab.servers import Server, Servers, ServerUnavailable
+from distsys.lab.servers import Servers, ServerUnavailable
 from distsys.lab.simulate import ARMS, Simulation, simulate
 from distsys.lab.verdict import Verdict, Verdicts, table
 from distsys.locks.lease import check_ttl
@@ -220,12 +220,12 @@ class Lab:
                 await _execute(server.url, f'DROP SCHEMA IF EXISTS "{self._schema}" CASCADE')
 
     def __str__(self) -> str:
-        return "\n".join(f"{s.name}: {s} at {_address(s)}" for s in self.servers.running.values())
+        return "\n".join(f"{s.name}: {s} at {s.address}" for s in self.servers.running.values())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = [(s.name, s.version, _ORIGINS[s.origin], _address(s)) for s in self.servers.running.values()]
+        rows = [(s.name, s.version, _ORIGINS[s.origin], s.address) for s in self.servers.running.values()]
         return table(("server", "version", "from", "address"), rows)
 
 
@@ -235,10 +235,6 @@ _ORIGINS = {
     "docker": "a container, started for this lab",
     "url": "your URL: the lab can't kill or pause it",
 }
-
-
-def _address(server: Server) -> str:
-    return f"{server.host}:{server.port}" if server.port else server.url.rpartition("@")[2]
 
 
 def _latencies(histories: list[History]) -> dict[str, Any]:
