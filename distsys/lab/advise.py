@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from distsys.lab.simulate import Arm, Make, Simulation, Storm, policy, simulate, simulate_arm
+from distsys.lab.simulate import Arm, Each, Job, Simulation, Storm, one_by_one, policy, simulate_arm
 from distsys.lab.verdict import escape, table
 
 RATE = 100.0  # calls per second at which it is tried; more processes of the same load change the noise alone
@@ -56,7 +57,7 @@ class Advice:
 
 def advise(
     *, outage_seconds: float, rate: float, clients: int, deadline_seconds: float, timeout_seconds: float | None = None,
-    utilisation: float = 0.7, error_rate: float = 0.01, seed: int = 7,
+    utilisation: float = 0.7, error_rate: float = 0.01, seed: int = 7, each: Each = one_by_one,
 ) -> Advice:  # fmt: skip
     """Tries some thirty settings in a storm of yours; it takes seconds.
 
@@ -76,11 +77,17 @@ def advise(
     }  # fmt: skip
     how, tried = Storm(**storm), dict[str, tuple[dict[str, Any], Arm]]()
 
+    def job(settings: dict[str, Any], name: str = "recommended", seed: int = seed) -> Job:
+        return partial(simulate_arm, name, policy(**settings), how, seed)
+
     def best(grid: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        for settings in grid:
-            if (key := str(settings)) not in tried:
-                tried[key] = settings, simulate_arm("recommended", policy(**settings), how, seed=seed)
+        new = [settings for settings in grid if str(settings) not in tried]
+        tried.update((str(one), (one, arm)) for one, arm in zip(new, each(map(job, new)), strict=True))
         return min(tried.values(), key=_worth)[0]
+
+    def holds(settings: dict[str, Any], arm: Arm) -> bool:
+        others = each(job(settings, seed=seed + n) for n in range(1, SEEDS + 1))
+        return all(one.verdict.status != "VIOLATED" for one in (arm, *others))
 
     delay = deadline_seconds / 40
     start: dict[str, Any] = {"max_attempts": 1, "base_delay": delay, "jitter": "full", "budget": 0.0}
@@ -96,14 +103,11 @@ def advise(
         chosen = best({**chosen, "recovery_timeout": factor * timeout} for factor in (1, 4, 8))
         chosen = best({**chosen, "breaker": threshold} for threshold in (3, 8))
     order = sorted(tried.values(), key=_worth)
-    settings = next((each for each, _ in order[:5] if _holds(each, how, seed)), None)
+    settings = next((one for one, arm in order[:5] if holds(one, arm)), None)
     confirmed, settings = settings is not None, settings or chosen
-    arms: dict[str, Make] = {
-        "no retries": policy(1),
-        "naive, fixed delay": policy(4, delay, max_delay=delay, jitter="none"),
-        "recommended": policy(**settings),
-    }
-    return Advice(settings, simulate(arms, seed=seed, **storm), tuple(order), confirmed)
+    naive = {"max_attempts": 4, "base_delay": delay, "max_delay": delay, "jitter": "none"}
+    arms = each([job({"max_attempts": 1}, "no retries"), job(naive, "naive, fixed delay"), job(settings)])
+    return Advice(settings, Simulation(how, seed, tuple(arms)), tuple(order), confirmed)
 
 
 def calm(arm: Arm) -> float:
@@ -115,12 +119,6 @@ def _worth(one: tuple[dict[str, Any], Arm]) -> tuple[float, ...]:
     settings, arm = one
     good, peak = round(20 * arm.goodput), round(10 * arm.peak / RATE)
     return (arm.verdict.status == "VIOLATED", -round(calm(arm), 2), -good, peak, settings["max_attempts"])
-
-
-def _holds(settings: dict[str, Any], storm: Storm, seed: int) -> bool:
-    made = policy(**settings)
-    arms = (simulate_arm("", made, storm, seed=seed + n) for n in range(SEEDS + 1))
-    return all(arm.verdict.status != "VIOLATED" for arm in arms)
 
 
 def _said(settings: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,9 +15,9 @@ from distsys.lab.advise import Advice, advise
 from distsys.lab.experiment import Arm, Expected, Experiment, Run, Stalled, name_of
 from distsys.lab.history import Finding, History
 from distsys.lab.ladder import Climb
-from distsys.lab.processes import Processes
+from distsys.lab.processes import Process, Processes
 from distsys.lab.servers import Servers, ServerUnavailable
-from distsys.lab.simulate import ARMS, Simulation, simulate
+from distsys.lab.simulate import ARMS, Simulation, line_to, side_by_side, simulate
 from distsys.lab.verdict import Verdict, Verdicts, table
 from distsys.locks.lease import check_ttl
 
@@ -134,13 +135,26 @@ class Lab:
     async def simulate(self, policies: Any = tuple(ARMS), *, seed: int | None = None, **storm: Any) -> Simulation:
         """Retry policies in a storm, in virtual time: see distsys.lab.simulate."""
         seed = self.seed if seed is None else seed
-        simulation = await asyncio.to_thread(simulate, policies, seed=seed, **storm)
+        simulation: Simulation = await self._in_virtual_time(simulate, policies, seed=seed, **storm)
         self.verdicts += simulation.verdicts
         return simulation
 
     async def advise(self, **workload: Any) -> Advice:
         """Settings for an outage and a workload of yours: see distsys.lab.advise."""
-        return await asyncio.to_thread(advise, **{"seed": self.seed, **workload})
+        advice: Advice = await self._in_virtual_time(advise, **{"seed": self.seed, **workload})
+        return advice
+
+    async def _in_virtual_time(self, work: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        """In a thread, which has its arms simulated in processes; cancelled, it leaves none of them."""
+        forked = list[Process]()
+        try:
+            for _ in range(AT_ONCE):
+                forked.append(await self.processes.fork("distsys.lab.simulate:serve", b"", name="storm"))
+            lines = [line_to(process.sock) for process in forked if process.sock]
+            return await asyncio.to_thread(work, *args, each=side_by_side(lines), **how)
+        finally:
+            for process in forked:
+                await process.end()
 
     def summary(self) -> str:
         """A line per verdict so far, in words only: the same on every machine."""

@@ -13,13 +13,18 @@ import io
 import math
 import random
 import re
+import socket
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import zip_longest
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from distsys.errors import DistsysError
@@ -194,7 +199,7 @@ class Arm:
         return str(self.verdict)
 
 
-def simulate_arm(name: str, make: Make, storm: Storm, *, seed: int = 7, expected: Any = None) -> Arm:
+def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any = None) -> Arm:
     """One policy. The demand depends on the seed alone: every policy meets the same calls."""
     demand, at = random.Random(seed), 0.0
     times: dict[int, list[float]] = {}
@@ -398,14 +403,69 @@ class Simulation:
         )
 
 
-def simulate(policies: Mapping[str, Make] | Iterable[str] = tuple(ARMS), *, seed: int = 7, **storm: Any) -> Simulation:
+Job = partial[Arm]  # of simulate_arm
+Each = Callable[[Iterable[Job]], Iterable[Arm]]
+
+
+def one_by_one(jobs: Iterable[Job]) -> Iterable[Arm]:
+    return (job() for job in jobs)
+
+
+def line_to(sock: socket.socket) -> Connection:
+    """Takes the socket over."""
+    sock.setblocking(True)
+    return Connection(sock.detach())
+
+
+def side_by_side(lines: Sequence[Connection]) -> Each:
+    """In the processes at the other ends of these `lines`, which run `serve`: a seed gives the same trace anywhere."""
+    from cloudpickle import dumps
+
+    idle = SimpleQueue[Connection]()
+    for line in lines:
+        idle.put(line)
+
+    def ask(job: Job) -> Arm:
+        line = idle.get()
+        try:
+            line.send_bytes(dumps(job))
+            answer: Arm | Exception = line.recv()
+        except (EOFError, ConnectionError):
+            raise RuntimeError(f"the process that simulated {job.args[0]!r} was killed: out of memory?") from None
+        finally:
+            idle.put(line)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def each(jobs: Iterable[Job]) -> list[Arm]:
+        with ThreadPoolExecutor(len(lines)) as threads:  # they wait; a line each
+            return list(threads.map(ask, jobs))
+
+    return each
+
+
+def serve(_: bytes, sock: socket.socket) -> None:
+    """In a process of its own: one job after the other, until it is ended."""
+    with line_to(sock) as line, suppress(EOFError):
+        while True:
+            try:
+                line.send(line.recv()())
+            except (RuntimeError, ValueError, MemoryError) as error:  # Stuck is a RuntimeError
+                line.send(error)
+
+
+def simulate(
+    policies: Mapping[str, Make] | Iterable[str] = tuple(ARMS), *, seed: int = 7, each: Each = one_by_one, **storm: Any
+) -> Simulation:
     """Policies of yours by name, or names of ARMS, in a Storm. The same seed gives the same trace.
 
     simulate(outage=10, clients=10_000)
     simulate({"mine": lambda process: process.retry(3, 0.2, budget=process.budget(0.1))})
     """
     how = Storm(**storm)
-    mine: Any = policies if isinstance(policies, Mapping) else {name: ARMS[name] for name in policies}
-    arms = {name: made if isinstance(made, tuple) else (made, None) for name, made in mine.items()}
-    done = (simulate_arm(name, make, how, seed=seed, expected=of) for name, (make, of) in arms.items())
-    return Simulation(how, seed, tuple(done))
+    if isinstance(policies, Mapping):
+        jobs, each = [partial(simulate_arm, name, make, how, seed) for name, make in policies.items()], one_by_one
+    else:
+        jobs = [partial(simulate_arm, name, ARMS[name][0], how, seed, ARMS[name][1]) for name in policies]
+    return Simulation(how, seed, tuple(each(jobs)))

@@ -19,6 +19,7 @@ from distsys.lab.experiments import candidates, guards, limiters
 from distsys.lab.knob import LockKnob
 from distsys.lab.limit_knob import LimitKnob
 from distsys.lab.servers import Server
+from distsys.lab.simulate import simulate
 from distsys.locks.redis_lock import RedisLock
 from distsys.ratelimit.sliding_window import SlidingWindowLimiter
 from distsys.resilience.circuit_breaker import circuit_breaker
@@ -262,9 +263,10 @@ async def test_a_retry_climbs_as_far_as_it_is_right(lab: Lab, candidate: object,
 
 
 async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
-    """Simulated arms stand beside those that ran live; the loop of the notebook goes on meanwhile."""
+    """Simulated arms stand beside those that ran live; in processes of their own, to the same last bit."""
     simulation = await lab.simulate(["no retries", "full jitter"], clients=2_000)
     assert simulation.seed == lab.seed
+    assert simulation.to_dict() == simulate(["no retries", "full jitter"], clients=2_000).to_dict()
     assert lab.summary().endswith("no retries: HELD (as expected)\nfull jitter: VIOLATED (as expected)")
 
 

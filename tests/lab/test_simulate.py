@@ -5,16 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distsys.lab.advise import advise
-from distsys.lab.simulate import ARMS, Process, Simulation, policy, simulate
+from distsys.lab.simulate import (
+    ARMS,
+    Process,
+    Simulation,
+    Storm,
+    line_to,
+    policy,
+    serve,
+    side_by_side,
+    simulate,
+    simulate_arm,
+)
 from distsys.lab.storm_knob import StormKnob
 from distsys.lab.virtual_loop import Stuck, run
 from distsys.resilience.retry import Retry
@@ -344,6 +357,21 @@ def test_a_storm_that_makes_no_sense_is_refused(wrong: dict[str, Any], message: 
     """With the value and its bound."""
     with pytest.raises(ValueError, match=message):
         simulate(**wrong)
+
+
+def test_what_goes_wrong_in_another_process_is_said_here() -> None:
+    """A storm that is given up there raises here; a process that is killed answers nothing."""
+    spins = policy(10**9, 0.0, deadline=False, on=lambda error: True)
+    spinning = partial(simulate_arm, "spins", spins, Storm(clients=2_000), 7)
+    ours, theirs = socket.socketpair()
+    helper = threading.Thread(target=serve, args=(b"", theirs))
+    helper.start()
+    with line_to(ours) as line:
+        with pytest.raises(Stuck, match="something spins"):
+            side_by_side([line])([spinning])
+    helper.join()
+    with line_to(socket.socketpair()[0]) as dead, pytest.raises(RuntimeError, match="'spins' was killed"):
+        side_by_side([dead])([spinning])
 
 
 def test_it_shows_itself_in_words_numbers_and_a_picture(storm: Simulation) -> None:
