@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import math
 import random
-import re
 import socket
 from array import array
 from collections import deque
@@ -22,16 +20,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import zip_longest
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distsys.errors import DistsysError
 from distsys.lab import virtual_loop
 from distsys.lab.experiment import Expected
 from distsys.lab.history import Finding, History
-from distsys.lab.svg import GREEN, HOLD, INK, LINE, PAPER, PLATE, RED
+from distsys.lab.svg import WIDTH, box, document, path, put
 from distsys.lab.verdict import COLOUR, MARK, Status, Verdict, Verdicts, escape, table
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
@@ -39,11 +36,9 @@ from distsys.resilience.composed import Resilient
 from distsys.resilience.layers import check_number
 from distsys.resilience.retry import Retry, RetryBudget
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SERVERS = 10  # of the dependency: failure_share counts in tenths
 WELL = 0.9  # of the calls begun in a second: from there on it counts as recovered
+WIDE, HIGH = 300.0, 84.0  # of a panel
 Curve = list[int]
 
 
@@ -355,51 +350,36 @@ class Simulation:
 
     __repr__ = __str__
 
-    def plot(self) -> Figure:
+    def svg(self) -> str:
         """A panel per arm: what is asked of the dependency, and which calls are answered in time."""
-        from matplotlib.figure import Figure
-
-        storm, lines = self.storm, -(-len(self.arms) // 2)
-        figure = Figure(figsize=(7.4, 0.5 + 1.45 * lines), layout="constrained", facecolor=PAPER)
-        panels = figure.subplots(lines, min(2, len(self.arms)), sharex=True, sharey=True, squeeze=False).flat
-        for panel, arm in zip_longest(panels, self.arms):
-            if arm is None:
-                panel.set_axis_off()
-                continue
-            seconds, status = range(len(arm.calls) + 1), arm.verdict.status
-            panel.axvspan(storm.calm, storm.over, facecolor=PLATE, edgecolor=LINE, hatch="//", linewidth=0)
-            failed = {"facecolor": "#fbd5d5", "edgecolor": RED, "hatch": "xxxx", "linewidth": 0}
-            panel.stairs(arm.calls, seconds, fill=True, **failed)
-            panel.stairs(arm.good, seconds, fill=True, color=HOLD)
-            panel.stairs(arm.requests, seconds, baseline=None, color=INK, linewidth=1.2)
-            panel.axhline(storm.capacity, color=GREEN, linestyle="--", linewidth=1)
-            panel.set_title(f"{MARK[status]} {arm.name}", loc="left", fontsize=9, color=COLOUR[status])
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(labelsize=7, bottom=False, left=False)
-            panel.set_xlim(0, len(arm.calls))
-            panel.locator_params(axis="y", nbins=4)
-            panel.locator_params(axis="x", integer=True)
-        figure.supxlabel("seconds", fontsize=8)
-        figure.supylabel("per second", fontsize=8)
-        return figure
+        storm, out = self.storm, list[str]()
+        lines = -(-len(self.arms) // 2)
+        right, up = WIDE / int(storm.end), HIGH / (1.05 * max(max(*arm.requests, *arm.calls) for arm in self.arms))
+        for n, arm in enumerate(self.arms):
+            x, y = (46.0, 402.0)[n % 2], n // 2 * (HIGH + 36) + HIGH + 22
+            can = y - storm.capacity * up
+            out.append(box(x + storm.calm * right, y - HIGH, storm.outage * right, HIGH, "p", 0))
+            for curve, css in ((arm.calls, "x"), (arm.good, "f"), (arm.requests, "k")):
+                steps = "".join(f"V{y - each * up:.1f}h{right:.1f}" for each in curve)
+                out.append(path(f"M{x} {y}{steps}" + f"V{y}Z" * (css != "k"), css))
+            out += [path(f"M{x} {y}h{WIDE}", "g"), path(f"M{x} {can:.1f}h{WIDE}", "d")]
+            status = arm.verdict.status
+            out.append(put(x, y - HIGH - 6, f"{MARK[status]} {arm.name}", "b", f"fill:{COLOUR[status]}"))
+            out.append(put(x - 4, can + 4, f"{storm.capacity:,.0f}", "s e"))
+            out += [put(x + at * right, y + 13, str(at), "s m") for at in range(0, int(storm.end) + 1, 5)]
+        height = lines * (HIGH + 36) + 22
+        out.append(put(WIDTH / 2, height - 8, "seconds across, per second upwards", "s m"))
+        return document("".join(out), height, str(storm))
 
     def _repr_html_(self) -> str:
-        import matplotlib as mpl
-
-        data, (head, *rows) = io.BytesIO(), self.rows()
-        look: Any = {"svg.fonttype": "none", "svg.hashsalt": "storm", "hatch.linewidth": 0.6}
-        with mpl.rc_context({**look, "font.family": "DejaVu Sans"}):
-            self.plot().savefig(data, format="svg", metadata={"Date": None})
-        svg = data.getvalue().decode()
-        for long, short in ((r"(\.\d)\d+", r"\1"), (r"\s*\n\s*(L )?", " "), (r' id="[a-z2.]+_\d+"', "")):
-            svg = re.sub(long, short, svg)  # to a third of its size
-        source = base64.b64encode(svg.encode()).decode()
+        head, *rows = self.rows()
+        source = base64.b64encode(self.svg().encode()).decode()
         alt = escape(f"{self.storm}. " + " ".join(f"{arm}." for arm in self.arms))
         return (
             f"<div><b>{escape(str(self.storm))}</b><br>{escape(self.storm.claim)}<br>"
-            f'<img style="max-width:100%" alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-            "<p>Black line: requests that reach the dependency; dashed: what it can do. Blue: calls answered in time; "
-            f"crossed out: calls that fail. Hatched: the trigger.</p>{table(head, rows)}</div>"
+            f'<img width="{WIDTH}" style="max-width:100%" alt="{alt}" src="data:image/svg+xml;base64,{source}">'
+            "<p>Black line: requests that reach the dependency, per second; dashed: what it can do. Blue: calls "
+            f"answered in time; crossed out: calls that fail. Hatched: the trigger.</p>{table(head, rows)}</div>"
         )
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -383,8 +384,10 @@ def test_it_shows_itself_in_words_numbers_and_a_picture(storm: Simulation) -> No
     told = json.loads(json.dumps(storm.to_dict()))
     assert told["arms"][1]["verdict"] == "VIOLATED"
     assert told["storm"]["clients"] == 2_000
+    drawn = set(ElementTree.fromstring(storm.svg()).itertext())
+    assert {"✓ no retries", "✗ full jitter", "143"} <= drawn
     html = storm._repr_html_()
-    assert len(html) < 60_000
+    assert len(html) < 40_000
     assert "full jitter: ✗ VIOLATED - metastable" in html.split('src="')[0]
 
 
