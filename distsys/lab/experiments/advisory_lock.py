@@ -9,19 +9,13 @@ from typing import Any
 
 from distsys.errors import Rejected
 from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update
-from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiment import Experiment, Run
 from distsys.lab.experiments import candidates
-from distsys.lab.experiments.lock_scripts import (
-    on_postgres,
-    on_redis,
-    or_refused,
-    overlap,
-    postgres_balance,
-    redis_balance,
-)
+from distsys.lab.experiments.arms import breaks, holds
+from distsys.lab.experiments.lock_scripts import locking, on_postgres, on_redis, or_refused
 from distsys.lab.history import Finding, History
 from distsys.lab.worker import Worker, checkpoint
-from distsys.lab.workloads import increments, increments_by_tasks
+from distsys.lab.workloads import increments_by_tasks
 from distsys.locks.advisory_lock import AdvisoryLock, advisory_locks
 
 AT_ONCE = all_of(mutual_exclusion, no_lost_update)
@@ -29,21 +23,17 @@ AT_ONCE = all_of(mutual_exclusion, no_lost_update)
 
 SESSION = partial(AdvisoryLock, scope="session")
 
-for_update = Experiment(
+for_update = locking(
     name="select-for-update",
     claim="Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
     arms=(
-        Arm(name="read, then write", candidate=candidates.NoLock, expected="VIOLATED"),
-        Arm(name="SELECT ... FOR UPDATE", candidate=candidates.select_for_update, expected="HELD"),
-        Arm(name="AdvisoryLock, transaction scope", candidate=candidates.transaction_lock, expected="HELD"),
-        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
+        breaks("read, then write", candidates.NoLock),
+        holds("SELECT ... FOR UPDATE", candidates.select_for_update),
+        holds("AdvisoryLock, transaction scope", candidates.transaction_lock),
+        holds("AdvisoryLock, session scope", SESSION),
     ),
-    workload=increments,
     params={"account": "postgres"},
-    script=overlap,
-    check=no_lost_update,
     prepare=on_postgres,
-    final=postgres_balance,
 )
 
 
@@ -59,19 +49,18 @@ async def two_tasks(run: Run) -> None:
     w1.release("a-before-write")
 
 
-pooled = Experiment(
+pooled = locking(
     name="session-lock-in-pool",
     claim="A session lock belongs to the connection: returned to a pool while locked, it is the next borrower's too.",
     arms=(
-        Arm(name="pg_advisory_lock, connection returned", candidate=candidates.PooledSessionLock, expected="VIOLATED"),
-        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
+        breaks("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
+        holds("AdvisoryLock, session scope", SESSION),
     ),
     workload=increments_by_tasks,
     params={"tasks": "ab", "account": "postgres", "pool_size": 1},
     script=two_tasks,
     check=AT_ONCE,
     prepare=on_postgres,
-    final=postgres_balance,
 )
 
 
@@ -82,19 +71,16 @@ async def behind_pgbouncer(run: Run) -> None:
     run.urls["dsn"] = (await run.lab.servers.pgbouncer(postgres, pool_size=1)).url
 
 
-pgbouncer = Experiment(
+pgbouncer = locking(
     name="session-lock-behind-pgbouncer",
     claim="A pooler in transaction mode gives one session to many clients, and with it their session locks.",
     arms=(
-        Arm(name="pg_advisory_lock", candidate=candidates.RawSessionLock, expected="VIOLATED"),
-        Arm(name="AdvisoryLock, session scope", candidate=SESSION, expected="HELD"),
-        Arm(name="AdvisoryLock, transaction scope", candidate=candidates.transaction_lock, expected="HELD"),
+        breaks("pg_advisory_lock", candidates.RawSessionLock),
+        holds("AdvisoryLock, session scope", SESSION),
+        holds("AdvisoryLock, transaction scope", candidates.transaction_lock),
     ),
-    workload=increments,
-    script=overlap,
     check=or_refused(AT_ONCE),
     prepare=behind_pgbouncer,
-    final=redis_balance,
 )
 
 
@@ -152,8 +138,8 @@ lock_order = Experiment(
     name="lock-order",
     claim="Two locks taken in opposite orders wait for each other; taken in one order they never do.",
     arms=(
-        Arm(name="in the order of the arguments", candidate=in_argument_order, expected="VIOLATED"),
-        Arm(name="advisory_locks, sorted", candidate=in_sorted_order, expected="HELD"),
+        breaks("in the order of the arguments", in_argument_order),
+        holds("advisory_locks, sorted", in_sorted_order),
     ),
     workload=transfer,
     script=crossing,

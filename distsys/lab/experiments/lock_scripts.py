@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from distsys.lab.experiment import Run
+from distsys.lab.checks import no_lost_update
+from distsys.lab.experiment import Actor, Experiment, Run
+from distsys.lab.experiments.arms import holds
 from distsys.lab.history import Check, Finding, History
 from distsys.lab.servers import Server
+from distsys.lab.workloads import increments
+from distsys.locks.redis_lock import RedisLock
+
+FENCED = {"account": "redis, fenced"}
+RULE = holds("RedisLock", RedisLock)
 
 # ---- interleavings
+
+
+async def turn(actor: Actor, *, hold: str = "") -> bool:
+    """Lets it go until it has written or is at the point, or waits for the lock, or has ended. Whether it waits."""
+    actor.go(hold=hold)
+    there = actor.at(hold) if hold else actor.did("write")
+    return await actor.run.until(there, actor.waiting("acquire"), actor.ended) == actor.waiting("acquire")
 
 
 async def crowd(run: Run) -> None:
@@ -19,24 +35,35 @@ async def crowd(run: Run) -> None:
         actor.go()
 
 
-async def overlap(run: Run) -> None:
-    """w2 comes while w1 is between its read and its write; w1 goes on when w2 has written, or waits as it should."""
+async def overlap(
+    run: Run, *, how: str = "hold", meanwhile: Callable[[Run], Awaitable[None]] | None = None, hold: str = ""
+) -> None:
+    """w2 comes while w1 is between its read and its write; w1 goes on when w2 has written, or waits as it should.
+
+    how        w1 is only held there; or it is to "stop", its process standing still; or to "block" its event loop: no
+               timer can renew its lease, nothing can tell it
+    meanwhile  what befalls the servers, before w2 comes
+    hold       where w2 is held in its turn until w1 has written, or tried to
+    """
     w1, w2 = await run.start(2)
-    w1.go(hold="before-write")
+    w1.go(**{how: "before-write"})
     await w1.reached("before-write")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
-    w1.release("before-write")
+    if meanwhile is not None:
+        await meanwhile(run)
+    await turn(w2, hold=hold)
+    w1.resume() if how == "stop" else w1.release("before-write")
+    if hold:
+        await run.until(w1.did("write"), w1.failed("write"), w1.broke("write"), w1.ended)
+        w2.release(hold)
 
 
 async def both_between_get_and_set(run: Run) -> None:
     """Both workers have seen that the lock is free before either takes it."""
     point = run.arm.point or "acquiring"
     w1, w2 = await run.start(2)
-    w1.go(hold=point)
-    await w1.reached(point)
-    w2.go(hold=point)
-    await w2.reached(point)
+    for actor in (w1, w2):
+        actor.go(hold=point)
+        await actor.reached(point)
     w2.send(do="arm", point="before-write", action="hold")
     w2.release(point)
     await w2.reached("before-write")
@@ -50,31 +77,8 @@ async def killed_holder(run: Run) -> None:
     w1, w2 = await run.start(2)
     w1.go(kill="before-write")
     await w1.reached("before-write")
-    w2.go()
-    if await run.until(w2.did("acquire"), w2.waiting("acquire"), w2.ended) == w2.waiting("acquire"):
+    if await turn(w2):
         w2.kill()
-
-
-async def paused_holder(run: Run) -> None:
-    """w1's process stands still, lease and all, until w2 has written; then w1 goes on where it was."""
-    w1, w2 = await run.start(2)
-    w1.go(stop="before-write")
-    await w1.reached("before-write")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
-    w1.resume()
-
-
-async def overtaken_reader(run: Run) -> None:
-    """w1's process stands still past its lease; w2 has read and not yet written when w1 wakes up and writes."""
-    w1, w2 = await run.start(2)
-    w1.go(stop="before-write")
-    await w1.reached("before-write")
-    w2.go(hold="before-write")
-    await run.until(w2.at("before-write"), w2.waiting("acquire"), w2.ended)
-    w1.resume()
-    await run.until(w1.did("write"), w1.failed("write"), w1.broke("write"), w1.ended)
-    w2.release("before-write")
 
 
 async def late_release(run: Run) -> None:
@@ -83,23 +87,11 @@ async def late_release(run: Run) -> None:
     w1, w2, w3 = await run.start(3)
     w1.go(stop=point)
     await w1.reached(point)
-    w2.go(hold="before-write")
-    await run.until(w2.at("before-write"), w2.waiting("acquire"), w2.ended)
+    await turn(w2, hold="before-write")
     w1.resume()
     await run.until(w1.ended)
-    w3.go()
-    await run.until(w3.did("write"), w3.waiting("acquire"), w3.ended)
+    await turn(w3)
     w2.release("before-write")
-
-
-async def blocked_loop(run: Run) -> None:
-    """w1's event loop is blocked past its lease: nothing can renew it, nothing can tell it."""
-    w1, w2 = await run.start(2)
-    w1.go(block="before-write")
-    await w1.reached("before-write")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
-    w1.release("before-write")
 
 
 # ---- servers
@@ -147,28 +139,25 @@ async def own_redis(run: Run, name: str, *, replica_of: Server | None = None, th
     return server
 
 
-async def redis_balance(run: Run) -> dict[str, Any]:
-    """What the account holds in the end."""
+async def balance(run: Run) -> dict[str, Any]:
+    """What the account holds in the end, wherever the arm keeps it."""
+    import psycopg
     import redis.asyncio
 
-    async with redis.asyncio.Redis.from_url(run.urls["bank"]) as client:
-        return {"initial": 0, "final": int(await client.get(f"{{{run.resource}}}:balance") or 0)}
+    final: Any
+    if run.params.get("account", "").startswith("postgres"):
+        async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
+            cursor = await conn.execute("SELECT balance FROM accounts WHERE name = %s", (run.resource,))
+            (final,) = await cursor.fetchone() or (None,)
+    else:
+        async with redis.asyncio.Redis.from_url(run.urls["bank"]) as client:
+            final = int(await client.get(f"{{{run.resource}}}:balance") or 0)
+    return {"initial": 0, "final": final}
 
 
-async def postgres_balance(run: Run) -> dict[str, Any]:
-    import psycopg
-
-    async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
-        cursor = await conn.execute("SELECT balance FROM accounts WHERE name = %s", (run.resource,))
-        row = await cursor.fetchone()
-    return {"initial": 0, "final": row[0] if row else None}
-
-
-async def either_balance(run: Run) -> dict[str, Any]:
-    """From wherever the arm keeps its account."""
-    in_postgres = str(run.arm.params.get("account", "")).startswith("postgres")
-    return await (postgres_balance if in_postgres else redis_balance)(run)
-
+locking = partial(
+    Experiment, workload=increments, script=overlap, check=no_lost_update, prepare=on_redis, final=balance
+)
 
 # ---- checks
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from distsys.lab.checks import Allowance, all_of, at_most, no_needless_refusal, progress
-from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiment import Experiment, Run
 from distsys.lab.experiments import limiters
+from distsys.lab.experiments.arms import breaks, holds
 from distsys.lab.experiments.lock_scripts import on_redis, own_redis
 from distsys.lab.nginx import nginx
 from distsys.lab.workloads import requests
@@ -29,14 +29,6 @@ VIRTUAL = {"clock": "virtual", "window": 1.0}
 CLIENT = {"clock": "client"}
 
 limiting = partial(Experiment, workload=requests, prepare=on_redis)
-
-
-def breaks(name: str, candidate: Any, **more: Any) -> Arm:
-    return Arm(name=name, candidate=candidate, expected="VIOLATED", **more)
-
-
-def holds(name: str, candidate: Any, **more: Any) -> Arm:
-    return Arm(name=name, candidate=candidate, expected="HELD", **more)
 
 
 async def one_after_the_other(run: Run) -> None:

@@ -3,117 +3,84 @@
 from __future__ import annotations
 
 from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update, progress
-from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiment import Run
 from distsys.lab.experiments import candidates
-from distsys.lab.experiments.candidates import transaction_lock
+from distsys.lab.experiments.arms import breaks, holds
 from distsys.lab.experiments.lock_scripts import (
+    RULE,
     both_between_get_and_set,
     crowd,
     killed_holder,
     late_release,
+    locking,
     on_both,
-    on_redis,
     on_three_nodes,
-    overlap,
-    redis_balance,
 )
-from distsys.lab.workloads import increments, increments_by_tasks
-from distsys.locks.redis_lock import RedisLock
+from distsys.lab.workloads import increments_by_tasks
 from distsys.locks.redlock import Redlock
 
-RULE = Arm(name="RedisLock", candidate=RedisLock, expected="HELD")
+AT_ONCE = all_of(mutual_exclusion, no_lost_update)
 
-contention = Experiment(
+contention = locking(
     name="contention",
     claim="Workers that take turns lose nothing; what differs between the locks is how long they wait.",
     arms=(
         RULE,
-        Arm(name="redis-py's Lock", candidate=lambda redis, name: redis.lock(name, timeout=10), expected="HELD"),
-        Arm(name="Redlock, three nodes", candidate=Redlock, expected="HELD", prepare=on_three_nodes),
-        Arm(name="AdvisoryLock, transaction scope", candidate=transaction_lock, expected="HELD", prepare=on_both),
+        holds("redis-py's Lock", lambda redis, name: redis.lock(name, timeout=10)),
+        holds("Redlock, three nodes", Redlock, prepare=on_three_nodes),
+        holds("AdvisoryLock, transaction scope", candidates.transaction_lock, prepare=on_both),
     ),
-    workload=increments,
     params={"rounds": 10},
     script=crowd,
-    check=all_of(mutual_exclusion, no_lost_update),
-    prepare=on_redis,
-    final=redis_balance,
+    check=AT_ONCE,
     ttl=10.0,
     alone=True,
 )
 
-no_lock = Experiment(
+no_lock = locking(
     name="no-lock",
     claim="Two workers that read, think and write lose an update unless something makes them take turns.",
-    arms=(Arm(name="no lock", candidate=candidates.NoLock, expected="VIOLATED"), RULE),
-    workload=increments,
-    script=overlap,
-    check=no_lost_update,
-    prepare=on_redis,
-    final=redis_balance,
+    arms=(breaks("no lock", candidates.NoLock), RULE),
 )
 
-check_then_set = Experiment(
+check_then_set = locking(
     name="set-without-nx",
     claim="Looking and taking must be one step: two workers can both look before either takes.",
     arms=(
-        Arm(
-            name="GET, then SET without NX",
-            candidate=candidates.SetWithoutNx,
-            expected="VIOLATED",
-            point="between-get-and-set",
-        ),
+        breaks("GET, then SET without NX", candidates.SetWithoutNx, point="between-get-and-set"),
         RULE,
     ),
-    workload=increments,
     script=both_between_get_and_set,
-    check=all_of(mutual_exclusion, no_lost_update),
-    prepare=on_redis,
-    final=redis_balance,
+    check=AT_ONCE,
 )
 
-killed = Experiment(
+killed = locking(
     name="killed-holder",
     claim="A lock without a TTL outlives a holder that was killed: nobody ever enters again.",
-    arms=(Arm(name="SET NX without a TTL", candidate=candidates.SetNxWithoutTtl, expected="VIOLATED"), RULE),
-    workload=increments,
+    arms=(breaks("SET NX without a TTL", candidates.SetNxWithoutTtl), RULE),
     script=killed_holder,
     check=progress,
-    prepare=on_redis,
     patience=1.0,
     patience_ttls=3,
 )
 
-late = Experiment(
+late = locking(
     name="late-release",
     claim="A holder that comes back late must not release what somebody else holds by now.",
     arms=(
-        Arm(name="release by plain DEL", candidate=candidates.PlainDel, expected="VIOLATED"),
-        Arm(
-            name="release by GET, then DEL",
-            candidate=candidates.GetThenDel,
-            expected="VIOLATED",
-            point="between-get-and-del",
-        ),
+        breaks("release by plain DEL", candidates.PlainDel),
+        breaks("release by GET, then DEL", candidates.GetThenDel, point="between-get-and-del"),
         RULE,
     ),
-    workload=increments,
     script=late_release,
-    check=no_lost_update,
-    prepare=on_redis,
-    final=redis_balance,
     patience_ttls=3,
 )
 
-slow = Experiment(
+slow = locking(
     name="slow-holder",
     claim="Work that takes longer than the TTL loses the lock in the middle, unless the lease is renewed.",
-    arms=(Arm(name="TTL without renewal", candidate=candidates.TtlNoRenewal, expected="VIOLATED"), RULE),
-    workload=increments,
-    script=overlap,
-    check=all_of(mutual_exclusion, no_lost_update),
-    prepare=on_redis,
-    final=redis_balance,
+    arms=(breaks("TTL without renewal", candidates.TtlNoRenewal), RULE),
+    check=AT_ONCE,
     patience_ttls=3,
 )
 
@@ -138,16 +105,13 @@ async def shared_by_two_tasks(run: Run) -> None:
     w2.release("start-b")
 
 
-shared_object = Experiment(
+shared_object = locking(
     name="shared-by-two-tasks",
     claim="One lock object used by two tasks must keep their leases apart.",
-    arms=(Arm(name="redis-py's Lock", candidate=candidates.redis_py_lock, expected="VIOLATED"), RULE),
+    arms=(breaks("redis-py's Lock", candidates.redis_py_lock), RULE),
     workload=increments_by_tasks,
     params={"tasks": "ab"},
     script=shared_by_two_tasks,
-    check=no_lost_update,
-    prepare=on_redis,
-    final=redis_balance,
     patience_ttls=3,
 )
 
@@ -178,20 +142,17 @@ async def cancelled_in_flight(run: Run) -> None:
         w2.kill()
 
 
-cancelled = Experiment(
+cancelled = locking(
     name="cancelled-in-flight",
     claim="An acquire that is cancelled after the server granted it must be taken back, or nobody enters again.",
     arms=(
-        Arm(
-            name="redis-py's Lock, no timeout", candidate=candidates.redis_py_lock_without_timeout, expected="VIOLATED"
-        ),
+        breaks("redis-py's Lock, no timeout", candidates.redis_py_lock_without_timeout),
         RULE,
     ),
     workload=increments_by_tasks,
     params={"tasks": "a"},
     script=cancelled_in_flight,
     check=progress,
-    prepare=on_redis,
     patience=1.0,
     ttl=10.0,
 )

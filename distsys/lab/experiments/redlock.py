@@ -5,84 +5,69 @@ from __future__ import annotations
 from functools import partial
 
 from distsys.lab.checks import all_of, mutual_exclusion, no_lost_update, progress
-from distsys.lab.experiment import Arm, Experiment, Run
+from distsys.lab.experiment import Run
+from distsys.lab.experiments.arms import breaks, holds
 from distsys.lab.experiments.candidates import IncrToken
 from distsys.lab.experiments.lock_scripts import (
-    either_balance,
+    FENCED,
+    locking,
     on_postgres,
     on_redis,
     on_three_nodes,
     or_refused,
+    overlap,
     own_redis,
-    redis_balance,
+    turn,
 )
 from distsys.lab.proxy import TcpProxy
-from distsys.lab.workloads import increments
 from distsys.locks.fencing import ensure_schema, postgres_tokens
 from distsys.locks.redis_lock import RedisLock
 from distsys.locks.redlock import Redlock
 
-FENCED = {"account": "redis, fenced"}
+nodes = partial(locking, prepare=on_three_nodes, patience=1.0)  # a lost round, and a second one
 
 
 async def node_restarts_empty(run: Run) -> None:
-    """w1 is inside when one node is killed and comes back without its data; w2 comes."""
-    w1, w2 = await run.start(2)
-    w1.go(hold="before-write")
-    await w1.reached("before-write")
+    """The first node is killed and comes back without its data."""
     await run.nodes[0].restart()
     run.record("server", "node1", "restarted empty")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
-    w1.release("before-write")
 
 
-one_restart = Experiment(
+one_restart = nodes(
     name="node-restarts-empty",
     claim="A lock on one node is forgotten when that node restarts; a majority of three remembers it.",
     arms=(
-        Arm(name="RedisLock, one node", candidate=RedisLock, expected="VIOLATED"),
+        breaks("RedisLock, one node", RedisLock),
         # On a busy machine the default of 40 ms can cost a vote, and then two nodes are all that remember.
-        Arm(name="Redlock, three nodes", candidate=partial(Redlock, node_timeout=0.9), expected="HELD"),
+        holds("Redlock, three nodes", partial(Redlock, node_timeout=0.9)),
     ),
-    workload=increments,
-    script=node_restarts_empty,
+    script=partial(overlap, meanwhile=node_restarts_empty),
     check=all_of(mutual_exclusion, no_lost_update),
-    prepare=on_three_nodes,
-    final=redis_balance,
     ttl=2.0,
-    patience=1.0,  # a lost round, and a second one
 )
 
 
 async def first_node_fails(run: Run) -> None:
     """One node hangs (SIGSTOP) or is killed before anybody asks; both workers need the lock, one after the other."""
     w1, w2 = await run.start(2)
-    if run.arm.point == "killed":
-        await run.nodes[0].kill()
-    else:
-        await run.nodes[0].pause()
+    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
     run.record("server", "node1", run.arm.point)
     for actor in (w1, w2):
-        actor.go()
-        if await run.until(actor.did("write"), actor.waiting("acquire"), actor.ended) == actor.waiting("acquire"):
+        if await turn(actor):
             actor.kill()
 
 
-node_fails = Experiment(
+node_fails = nodes(
     name="node-fails",
     claim="A dead or hung node stops a lock on one node; with Redlock it costs no more than the node timeout.",
     arms=(
-        Arm(name="RedisLock, its node hung", candidate=RedisLock, expected="VIOLATED", point="hung"),
-        Arm(name="Redlock, one of three hung", candidate=Redlock, expected="HELD", point="hung"),
-        Arm(name="Redlock, one of three killed", candidate=Redlock, expected="HELD", point="killed"),
+        breaks("RedisLock, its node hung", RedisLock, point="hung"),
+        holds("Redlock, one of three hung", Redlock, point="hung"),
+        holds("Redlock, one of three killed", Redlock, point="killed"),
     ),
-    workload=increments,
     script=first_node_fails,
     check=progress,
-    prepare=on_three_nodes,
     ttl=2.0,
-    patience=1.0,
 )
 
 
@@ -103,26 +88,20 @@ async def majority_forgets(run: Run) -> None:
         await run.until(w1.broke("release"))
     await node2.restart()
     run.record("server", "node2", "restarted empty")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    await turn(w2)
     w1.release("before-write")
 
 
-forgetful_majority = Experiment(
+forgetful_majority = nodes(
     name="majority-forgets",
     claim="Redlock counts on nodes that remember: one that restarts empty can be the deciding vote for two.",
     arms=(
         # A TTL long enough for w1 not to find out before w2 has written: its next renewal would miss the majority.
-        Arm(name="Redlock, restarted at once", candidate=Redlock, expected="VIOLATED", params={"ttl": 10.0}),
-        Arm(name="Redlock, restarted after the lease", candidate=Redlock, expected="HELD", point="delayed"),
+        breaks("Redlock, restarted at once", Redlock, params={"ttl": 10.0}),
+        holds("Redlock, restarted after the lease", Redlock, point="delayed"),
     ),
-    workload=increments,
     script=majority_forgets,
-    check=no_lost_update,
-    prepare=on_three_nodes,
-    final=redis_balance,
     ttl=1.0,
-    patience=1.0,
 )
 
 
@@ -157,8 +136,7 @@ async def failover(run: Run) -> None:
     run.record("server", "primary", "killed")
     await run.lab.servers.promote(replica)
     run.record("server", "replica", "promoted")
-    w2.go()
-    await run.until(w2.did("write"), w2.waiting("acquire"), w2.ended)
+    await turn(w2)
     w1.release("before-write")
     await run.until(w1.did("write"), w1.failed("write"), w1.ended)
     w1.kill()  # what is left is its release, which the dead primary can't answer
@@ -169,26 +147,19 @@ def lock_with_postgres_tokens(redis, name, ttl, pool):  # type: ignore[no-untype
     return RedisLock(redis, name, ttl=ttl, tokens=postgres_tokens(pool))
 
 
-fail_over = Experiment(
+fail_over = locking(
     name="failover",
     claim="Replication is asynchronous: a failover can forget a lock that was granted, and grant it again.",
     arms=(
-        Arm(name="RedisLock, no fence", candidate=RedisLock, expected="VIOLATED"),
-        Arm(name="fence, token by INCR", candidate=IncrToken, expected="VIOLATED", params=FENCED),
-        Arm(name="fence, RedisLock's token", candidate=RedisLock, expected="HELD", params=FENCED),
-        Arm(
-            name="fence, token from PostgreSQL",
-            candidate=lock_with_postgres_tokens,
-            expected="HELD",
-            params={"account": "postgres, fenced"},
-        ),
-        Arm(name="RedisLock, min_replicas=1", candidate=partial(RedisLock, min_replicas=1), expected="HELD"),
+        breaks("RedisLock, no fence", RedisLock),
+        breaks("fence, token by INCR", IncrToken, params=FENCED),
+        holds("fence, RedisLock's token", RedisLock, params=FENCED),
+        holds("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
+        holds("RedisLock, min_replicas=1", partial(RedisLock, min_replicas=1)),
     ),
-    workload=increments,
     script=failover,
     check=or_refused(no_lost_update),
     prepare=lagging_replica,
-    final=either_balance,
     ttl=5.0,
     patience=1.0,
 )

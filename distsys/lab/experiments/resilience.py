@@ -15,7 +15,7 @@ from distsys.lab.checks import all_of, answered, at_most_sent, exactly_once, ref
 from distsys.lab.dependency import HANGS, calls, dependency
 from distsys.lab.experiment import Actor, Experiment, Run, Signal
 from distsys.lab.experiments import guards
-from distsys.lab.experiments.rate_limiting import breaks, holds
+from distsys.lab.experiments.arms import breaks, holds
 from distsys.lab.proxy import TcpProxy
 from distsys.resilience.circuit_breaker import circuit_breaker
 from distsys.resilience.retry import retry
