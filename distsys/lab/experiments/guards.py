@@ -10,7 +10,7 @@ from typing import Any
 from distsys.errors import CircuitOpen
 from distsys.resilience.bulkhead import Bulkhead, OnFull
 from distsys.resilience.circuit_breaker import circuit_breaker
-from distsys.resilience.retry import Retry, RetryBudget, retry
+from distsys.resilience.retry import RetryBudget, retry
 
 Call = Callable[..., Awaitable[Any]]
 Sleep = Callable[[float], Awaitable[None]]
@@ -97,24 +97,15 @@ def retry_inside(call: Call, clock: Callable[[], float], sleep: Sleep) -> Call:
     return circuit_breaker(clock=clock)(retry(sleep=sleep)(call))
 
 
-def layers_of(call: Call, policy: Callable[[], Retry], layers: int = 3) -> Call:
-    """A client that retries, in a service that retries, behind a gateway that retries."""
-    for _ in range(layers):
-        call = policy()(call)
+def layers(call: Call, sleep: Sleep, *, count: int = 3, shared: bool = False) -> Call:
+    """A client that retries, in a service that retries, behind a gateway that retries.
+
+    `shared`: they share what may be spent on retries, one for ten calls and two saved up.
+    """
+    budget = RetryBudget(0.1, floor=0, burst=2) if shared else None
+    for _ in range(count):
+        call = retry(sleep=sleep, budget=budget)(call)
     return call
-
-
-def three_layers(call: Call, sleep: Sleep) -> Call:
-    return layers_of(call, partial(retry, sleep=sleep))
-
-
-def one_layer(call: Call, sleep: Sleep) -> Call:
-    return layers_of(call, partial(retry, sleep=sleep), 1)
-
-
-def three_layers_one_budget(call: Call, sleep: Sleep) -> Call:
-    """They share what may be spent on retries: one for ten calls, and two saved up."""
-    return layers_of(call, partial(retry, sleep=sleep, budget=RetryBudget(0.1, floor=0, burst=2)))
 
 
 def one_key_per_intent(call: Call, sleep: Sleep) -> Call:

@@ -25,9 +25,9 @@ class CounterInMemory:
 
 
 class SlowAPI:
-    """An app with SlowAPI in front, called in this process as a server would call it."""
+    """An app with SlowAPI in front, called in this process as a server would call it. `url`: of its storage."""
 
-    def __init__(self, limit: int, storage: str) -> None:
+    def __init__(self, limit: int, url: str) -> None:
         import httpx
         from slowapi import Limiter
         from slowapi.middleware import SlowAPIASGIMiddleware
@@ -37,21 +37,13 @@ class SlowAPI:
 
         app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("ok"))])
         app.state.limiter = Limiter(
-            key_func=lambda request: request.headers["key"], default_limits=[f"{limit}/day"], storage_uri=storage
+            key_func=lambda request: request.headers["key"], default_limits=[f"{limit}/day"], storage_uri=url
         )
         app.add_middleware(SlowAPIASGIMiddleware)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
 
     async def allow(self, key: str) -> bool:
         return (await self.http.get("/", headers={"key": key})).status_code != 429
-
-
-def slowapi_in_memory(limit: int) -> SlowAPI:
-    return SlowAPI(limit, "memory://")
-
-
-def slowapi_on_redis(limit: int, url: str) -> SlowAPI:
-    return SlowAPI(limit, url)
 
 
 class GetThenSet:

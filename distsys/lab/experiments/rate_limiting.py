@@ -6,6 +6,7 @@ try_acquire(key) or is_allowed(key). Where a `clock` is virtual, a run takes no 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +32,17 @@ CLIENT = {"clock": "client"}
 limiting = partial(Experiment, workload=requests, prepare=on_redis)
 
 
+def asks(*orders: tuple[int, int, float]) -> Callable[[Run], Awaitable[None]]:
+    """A script: (which worker, how many times, when), one order after the other."""
+
+    async def script(run: Run) -> None:
+        actors = await run.start(max(which for which, _, _ in orders))
+        for which, times, at in orders:
+            await actors[which - 1].ask(times, at=at)
+
+    return script
+
+
 async def one_after_the_other(run: Run) -> None:
     """Every worker asks for all of the limit."""
     for actor in await run.start(run.lab.workers):
@@ -42,8 +54,8 @@ per_process = limiting(
     claim="A counter in memory limits one process: four processes let four times as much pass.",
     arms=(
         breaks("counter in memory", limiters.CounterInMemory),
-        breaks("SlowAPI, its default storage", limiters.slowapi_in_memory),
-        holds("SlowAPI, Redis as storage", limiters.slowapi_on_redis),
+        breaks("SlowAPI, its default storage", partial(limiters.SlowAPI, url="memory://")),
+        holds("SlowAPI, Redis as storage", limiters.SlowAPI),
         holds("TokenBucketLimiter", SLOWLY),
         holds("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
@@ -77,14 +89,6 @@ get_then_set = limiting(
 )
 
 
-async def impatient(run: Run) -> None:
-    """w1 uses up the limit and goes on asking, five times as fast as it may, for four windows."""
-    (w1,) = await run.start(1)
-    await w1.ask(10)
-    for n in range(1, 21):
-        await w1.ask(10, at=n / 5 + 0.01)
-
-
 refusals = limiting(
     name="refusals-that-count",
     claim="A refused request must not count: else a client that goes on asking is never let in again.",
@@ -94,16 +98,10 @@ refusals = limiting(
         holds("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
     params=VIRTUAL,
-    script=impatient,
+    # w1 uses up the limit and goes on asking, five times as fast as it may, for four windows
+    script=asks((1, 10, 0.0), *((1, 10, n / 5 + 0.01) for n in range(1, 21))),
     check=no_needless_refusal(TEN_A_SECOND),  # what a bucket of the same size and rate refuses, the window does, too
 )
-
-
-async def around_the_boundary(run: Run) -> None:
-    """w1 asks for all of the limit at the end of one second, w2 at the begin of the next."""
-    w1, w2 = await run.start(2)
-    await w1.ask(10, at=0.9)
-    await w2.ask(10, at=1.05)
 
 
 boundary = limiting(
@@ -117,17 +115,9 @@ boundary = limiting(
         holds("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
     params=VIRTUAL,
-    script=around_the_boundary,
+    script=asks((1, 10, 0.9), (2, 10, 1.05)),  # at the end of one second, and at the begin of the next
     check=at_most(TEN_A_SECOND),
 )
-
-
-async def burst_then_steady(run: Run) -> None:
-    """w1 uses up the limit at once, then asks ten times a second, which is the rate it may."""
-    (w1,) = await run.start(1)
-    await w1.ask(11)
-    for n in range(1, 15):
-        await w1.ask(at=n / 10 + 0.01)
 
 
 steady = limiting(
@@ -139,7 +129,8 @@ steady = limiting(
         holds("TokenBucketLimiter", FAST),
     ),
     params=VIRTUAL,
-    script=burst_then_steady,
+    # w1 uses up the limit at once, then asks ten times a second, which is the rate it may
+    script=asks((1, 11, 0.0), *((1, 1, n / 10 + 0.01) for n in range(1, 15))),
     check=no_needless_refusal(Allowance(10, refill_rate=10)),
 )
 
@@ -159,12 +150,6 @@ skewed = limiting(
 )
 
 
-async def at_the_same_time(run: Run) -> None:
-    """Two workers ask within one millisecond, each for all of the limit."""
-    for actor in await run.start(2):
-        await actor.ask(10, at=0.5)
-
-
 collisions = limiting(
     name="same-millisecond",
     claim="A log needs a member of its own for each request: those of one millisecond overwrite each other.",
@@ -174,7 +159,7 @@ collisions = limiting(
         holds("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
     params=VIRTUAL,
-    script=at_the_same_time,
+    script=asks((1, 10, 0.5), (2, 10, 0.5)),  # within one millisecond
     check=at_most(TEN_A_SECOND),
 )
 
@@ -234,14 +219,8 @@ down = limiting(
 )
 
 
-async def slices_kept(run: Run, until: float) -> None:
-    """Both workers ask once, and get a slice; then both ask for much."""
-    actors = await run.start(2)
-    for at, times in ((0.0, 1), (until, 15)):
-        for actor in actors:
-            await actor.ask(times, at=at)
-
-
+# Both workers ask once, and get a slice; then both ask for much.
+SLICES = ((1, 1, 0.0), (2, 1, 0.0))
 LEASE = "TokenBucketLimiter, Lease(tokens=4, seconds=0.5)"
 LEASED = partial(FAST, lease=Lease(tokens=4, seconds=0.5))
 
@@ -250,7 +229,7 @@ price = limiting(
     claim="Tokens taken before a span of time can be used in it: leases admit more than the bucket alone would.",
     arms=(breaks(LEASE, LEASED), holds("TokenBucketLimiter", FAST)),
     params=VIRTUAL,
-    script=partial(slices_kept, until=0.45),  # before the lease ends
+    script=asks(*SLICES, (1, 15, 0.45), (2, 15, 0.45)),  # before the lease ends
     check=at_most(Allowance(10, refill_rate=10)),
 )
 
@@ -259,7 +238,7 @@ bounded = replace(
     name="bound-of-a-lease",
     claim="A lease that ends bounds what it costs: at most min(processes * tokens, refill_rate * seconds) too many.",
     arms=(breaks("slices of 5, kept for ever", limiters.SlicesForEver), holds(LEASE, LEASED)),
-    script=partial(slices_kept, until=1.5),  # when the bucket is full again
+    script=asks(*SLICES, (1, 15, 1.5), (2, 15, 1.5)),  # when the bucket is full again
     check=at_most(Allowance(10 + min(2 * 4, 10 * 0.5), refill_rate=10)),
 )
 

@@ -33,10 +33,12 @@ async def anew(run: Run) -> None:
 guarding = partial(Experiment, workload=calls, prepare=anew, params=BREAKER | RETRY)
 
 
-async def both(run: Run) -> tuple[Actor, Actor]:
-    """The service, and one process of callers."""
+async def both(run: Run, *answers: int | str) -> tuple[Actor, Actor]:
+    """The service, which gives these answers in turn, over and over; and one process of callers."""
     service = await dependency(run)
     (w1,) = await run.start(1)
+    if answers:
+        await service.ask(answers=answers)
     return service, w1
 
 
@@ -85,8 +87,7 @@ down = guarding(
 
 async def three_of_ten(run: Run) -> None:
     """40 calls, of which the 1st, 4th and 7th of each ten fail: never two in a row. Three open the breaker."""
-    service, w1 = await both(run)
-    await service.ask(answers=[*(FAILS + WORKS * 2) * 3, 200])
+    _, w1 = await both(run, *(FAILS + WORKS * 2) * 3, 200)
     await w1.ask(40)
 
 
@@ -113,8 +114,7 @@ async def each(run: Run, times: int, *signals: Signal) -> None:
 
 async def opened(run: Run) -> tuple[Actor, Actor]:
     """A breaker that five failures have opened."""
-    service, w1 = await both(run)
-    await service.ask(answers=FAILS)
+    service, w1 = await both(run, *FAILS)
     await w1.ask(5)
     await each(run, 5, service.called("arrive"))
     await each(run, 5, w1.broke("call"))
@@ -142,8 +142,7 @@ stampede = guarding(
 
 async def answer_from_before(run: Run) -> None:
     """One call waits for its answer while five others fail and open the breaker; then it succeeds."""
-    service, w1 = await both(run)
-    await service.ask(answers=[HANGS, *FAILS * 9])
+    service, w1 = await both(run, HANGS, *FAILS * 9)
     w1.order(task="early")
     await run.until(service.called("arrive"))
     await w1.ask(5)
@@ -187,8 +186,7 @@ cancelled = guarding(
 
 async def passing_failure(run: Run) -> None:
     """One call; its first two requests fail, all others succeed."""
-    service, w1 = await both(run)
-    await service.ask(answers=[*FAILS * 2, *WORKS * 9])
+    _, w1 = await both(run, *FAILS * 2, *WORKS * 9)
     await w1.ask()
 
 
@@ -203,8 +201,7 @@ passing = guarding(
 
 async def ten_calls(run: Run) -> None:
     """Ten calls in turn while every request fails."""
-    service, w1 = await both(run)
-    await service.ask(answers=FAILS)
+    _, w1 = await both(run, *FAILS)
     run.record("server", "dependency", "fails")
     await w1.ask(10)
 
@@ -235,13 +232,13 @@ refused = guarding(
 )
 
 
-layers = guarding(
+nested = guarding(
     name="retry-layers",
     claim="Layers of retry multiply: three of three attempts send 27 requests for one call, when it hurts the most.",
     arms=(
-        breaks("three layers", guards.three_layers),
-        holds("one layer", guards.one_layer),
-        holds("three layers, one budget", guards.three_layers_one_budget),
+        breaks("three layers", guards.layers),
+        holds("one layer", partial(guards.layers, count=1)),
+        holds("three layers, one budget", partial(guards.layers, shared=True)),
     ),
     script=ten_calls,
     check=at_most_sent(3, per_call=True, name="arrive"),
@@ -297,4 +294,4 @@ noisy = guarding(
     patience=1.0,
 )
 
-EXPERIMENTS = (down, window, stampede, late, cancelled, passing, order, refused, layers, lost, noisy)
+EXPERIMENTS = (down, window, stampede, late, cancelled, passing, order, refused, nested, lost, noisy)
