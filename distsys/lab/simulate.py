@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from multiprocessing.connection import Connection
@@ -322,14 +322,6 @@ class Simulation:
     @property
     def verdicts(self) -> Verdicts:
         return Verdicts(arm.verdict for arm in self.arms)
-
-    def assert_expected(self) -> Simulation:
-        self.verdicts.assert_expected()
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        arms = [{**vars(arm), "verdict": arm.verdict.status} for arm in self.arms]
-        return {"storm": asdict(self.storm), "seed": self.seed, "arms": arms}
 
     def rows(self) -> list[tuple[str, ...]]:
         """As a table, with the names of its columns first. Good calls: from the trigger on."""

@@ -16,6 +16,7 @@ from distsys.lab.experiments.lock_scripts import (
     on_both,
     on_three_nodes,
 )
+from distsys.lab.proxy import TcpProxy
 from distsys.lab.workloads import increments_by_tasks
 from distsys.locks.redlock import Redlock
 
@@ -120,23 +121,20 @@ async def cancelled_in_flight(run: Run) -> None:
     """w1's request reaches the server, its answer never reaches w1, and w1 is cancelled; w2 needs the lock."""
     import redis.asyncio
 
-    from distsys.lab.proxy import TcpProxy
-
+    server = await run.lab.servers.redis()
+    link = await run.cleanup.enter_async_context(TcpProxy(server.host, server.port))
+    w1, w2 = await run.start(2, redis=[link.through(run.urls["redis"]), run.urls["redis"]])
+    link.drop_replies()
+    w1.go()
     async with redis.asyncio.Redis.from_url(run.urls["redis"]) as client:
-        host, port = client.connection_pool.connection_kwargs["host"], client.connection_pool.connection_kwargs["port"]
-        proxy = await run.cleanup.enter_async_context(TcpProxy(host, port))
-        through = f"redis://127.0.0.1:{proxy.port}/{client.connection_pool.connection_kwargs.get('db', 0)}"
-        w1, w2 = await run.start(2, redis=[through, run.urls["redis"]])
-        proxy.drop_replies()
-        w1.go()
         for _ in range(2000):
             if await client.keys(f"*{run.resource}*"):
                 break
-        w1.cancel("a")
-        await run.until(w1.at("cancelled"))
-        proxy.heal()
-        if await run.until(w1.broke("acquire", "w1.a"), w1.waiting("acquire", "w1.a")) != w1.broke("acquire", "w1.a"):
-            w1.kill()  # Python 3.11's wait_for, inside the client, swallowed the cancellation: it asks on, for ever
+    w1.cancel("a")
+    await run.until(w1.at("cancelled"))
+    link.heal()
+    if await run.until(w1.broke("acquire", "w1.a"), w1.waiting("acquire", "w1.a")) != w1.broke("acquire", "w1.a"):
+        w1.kill()  # Python 3.11's wait_for, inside the client, swallowed the cancellation: it asks on, for ever
     w2.go()
     if await run.until(w2.did("write", "w2.a"), w2.waiting("acquire", "w2.a")) == w2.waiting("acquire", "w2.a"):
         w2.kill()
