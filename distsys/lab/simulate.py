@@ -345,7 +345,7 @@ class Simulation:
     def svg(self) -> str:
         """A panel per arm: what is asked of the dependency, and which calls are answered in time."""
         storm, out = self.storm, list[str]()
-        lines = -(-len(self.arms) // 2)
+        lines, ticks = -(-len(self.arms) // 2), 5 * math.ceil(storm.end / 50)  # seconds
         right, up = WIDE / int(storm.end), HIGH / (1.05 * max(max(*arm.requests, *arm.calls) for arm in self.arms))
         for n, arm in enumerate(self.arms):
             x, y = (46.0, 402.0)[n % 2], n // 2 * (HIGH + 36) + HIGH + 22
@@ -358,7 +358,7 @@ class Simulation:
             status = arm.verdict.status
             out.append(put(x, y - HIGH - 6, f"{MARK[status]} {arm.name}", "b", f"fill:{COLOUR[status]}"))
             out.append(put(x - 4, can + 4, f"{storm.capacity:,.0f}", "s e"))
-            out += [put(x + at * right, y + 13, str(at), "s m") for at in range(0, int(storm.end) + 1, 5)]
+            out += [put(x + at * right, y + 13, str(at), "s m") for at in range(0, int(storm.end) + 1, ticks)]
         height = lines * (HIGH + 36) + 22
         out.append(put(WIDTH / 2, height - 8, "seconds across, per second upwards", "s m"))
         return document("".join(out), height, str(storm))
@@ -377,6 +377,7 @@ class Simulation:
 
 Job = partial[Arm]  # of simulate_arm
 Each = Callable[[Iterable[Job]], Iterable[Arm]]
+"""How jobs are done: `one_by_one`, or `side_by_side` in processes."""
 
 
 def one_by_one(jobs: Iterable[Job]) -> Iterable[Arm]:
