@@ -14,8 +14,8 @@ from psycopg.conninfo import make_conninfo
 from distsys.lab.checks import answered, exactly_once
 from distsys.lab.experiment import Actor, Experiment, Run, Signal
 from distsys.lab.experiments import endpoints
+from distsys.lab.experiments.arms import breaks, holds
 from distsys.lab.experiments.lock_scripts import own_redis
-from distsys.lab.experiments.rate_limiting import breaks, holds
 from distsys.lab.intents import (
     attempts,
     consume,
