@@ -15,7 +15,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from distsys.resilience.layers import Function, check_count, decorate, name_of
 from distsys.resilience.listeners import emit
 
 T = TypeVar("T")
+SHED = "a call of a higher tier took its place"
 
 
 class Size(NamedTuple):
@@ -53,10 +55,11 @@ class OnFull(StrEnum):
 
 
 class _Waiter:
-    """In a queue until it is granted or shed, both under the lock."""
+    """In a queue until it is granted or refused, both under the lock."""
 
     def __init__(self, wake: Callable[[], bool]) -> None:
-        self.wake, self.granted, self.shed = wake, False, False
+        self.wake = wake  # False if its loop is gone, and with it the waiter
+        self.granted, self.refused = False, ""  # why
 
 
 class SharedCapacity:
@@ -84,7 +87,7 @@ class SharedCapacity:
         self.max_waiting = None if max_waiting is None else check_count("max_waiting", max_waiting, 0, "calls")
         self.clock, self.lock = clock, threading.RLock()
         self.lanes: list[Bulkhead] = []  # the highest tier first
-        self.out = dict.fromkeys(self.floors, 0)  # permits per tier; a floor is kept free before its bulkhead is made
+        self.spare = capacity - sum(self.floors.values())  # to borrow; below 0: owed by CALLER_RUNS
         self.waiting = 0
 
     def add(self, lane: Bulkhead) -> None:
@@ -97,13 +100,13 @@ class SharedCapacity:
         with self.lock:
             for lane in self.lanes:
                 while lane.queue and lane.take():
-                    waiter = lane.queue.popleft()
-                    self.waiting -= 1
+                    waiter = lane.next_waiter()
                     lane._time_the_queue()
                     waiter.granted = True
-                    if not waiter.wake():  # its loop is closed; should it still end, it has nothing to give back
-                        waiter.granted, waiter.shed = False, True
+                    if not waiter.wake():  # should it still end, it has nothing to give back
+                        waiter.granted, waiter.refused = False, "its event loop is closed"
                         lane.permits.append(None)
+                        lane._pay_back()
 
     def make_room(self, lane: Bulkhead) -> bool:
         """Under the lock: whether one more of this lane may wait; it may take the place of a lower tier's."""
@@ -114,35 +117,11 @@ class SharedCapacity:
         lowest = next((each for each in reversed(self.lanes) if each.queue), None)
         if lowest is None or self.lanes.index(lowest) <= self.lanes.index(lane):
             return False
-        waiter = lowest.queue.popleft()
-        self.waiting -= 1
+        waiter = lowest.next_waiter()
         lowest.shed += 1
-        waiter.shed = True
+        waiter.refused = SHED
         waiter.wake()
         return True
-
-
-class _Lent:
-    """The permits of one tier of a shared capacity, as a deque of a bulkhead's own permits behaves."""
-
-    def __init__(self, capacity: SharedCapacity, tier: Tier, most: int) -> None:
-        self.capacity, self.tier, self.most = capacity, tier, most
-
-    def pop(self) -> None:
-        capacity, tier = self.capacity, self.tier
-        with capacity.lock:
-            own, floors = capacity.out[tier], capacity.floors
-            taken = sum(max(out, floors[each]) for each, out in capacity.out.items())
-            if own >= floors[tier] and (own >= self.most or taken >= capacity.capacity):
-                raise IndexError
-            capacity.out[tier] += 1
-
-    def append(self, permit: None) -> None:
-        with self.capacity.lock:
-            self.capacity.out[self.tier] -= 1
-
-    def __len__(self) -> int:
-        return self.most - self.capacity.out[self.tier]
 
 
 class Bulkhead:
@@ -182,25 +161,23 @@ class Bulkhead:
         self.timeout = check_timeout(size.timeout if timeout is None else timeout)
         self.rejected = self.shed = 0
         self.queue: deque[_Waiter] = deque()
-        self.permits: deque[None] | _Lent = deque([None] * self.max_concurrent)  # pop() and append() need no lock
-        self._overdrawn = 0  # calls that run beyond max_concurrent
         if capacity is None:
             capacity = SharedCapacity(self.max_concurrent, {tier: self.max_concurrent}, clock=clock)
-        else:
-            if tier not in capacity.floors:
-                raise ValueError(f"tier={tier!r} has no floor in this capacity; it has {list(capacity.floors)}")
-            if any(each.tier is tier for each in capacity.lanes):
-                raise ValueError(f"tier={tier!r} of this capacity has a bulkhead: use that one for all its calls")
-            if self.max_concurrent < capacity.floors[tier]:
-                raise ValueError(f"max_concurrent={max_concurrent!r} is below the floor, {capacity.floors[tier]!r}")
-            self.permits = _Lent(capacity, tier, self.max_concurrent)
-        self._capacity, self._lock = capacity, capacity.lock
+        elif tier not in capacity.floors:
+            raise ValueError(f"tier={tier!r} has no floor in this capacity; it has {list(capacity.floors)}")
+        elif any(each.tier is tier for each in capacity.lanes):
+            raise ValueError(f"tier={tier!r} of this capacity has a bulkhead: use that one for all its calls")
+        elif self.max_concurrent < capacity.floors[tier]:
+            raise ValueError(f"max_concurrent={max_concurrent!r} is below the floor, {capacity.floors[tier]!r}")
+        self._capacity, self._lock, self._floor = capacity, capacity.lock, capacity.floors[tier]
+        self.permits = deque([None] * self._floor)  # its own, that are free; pop() and append() need no lock
+        self._borrowed = 0  # what runs beyond its own; CALLER_RUNS also beyond max_concurrent
         self._interval, self._handed_on = 0.0, 0.0  # seconds between permits handed on while calls waited
         capacity.add(self)
 
     @property
     def running(self) -> int:
-        return self.max_concurrent - len(self.permits) + self._overdrawn
+        return self._floor - len(self.permits) + self._borrowed
 
     @property
     def depth(self) -> int:
@@ -222,27 +199,41 @@ class Bulkhead:
         try:
             self.permits.pop()
         except IndexError:
-            return False
+            return self._borrow()
         return True
 
     def leave(self) -> None:
         """Gives the permit back, to the next who waits."""
-        if self._overdrawn:
-            with self._lock:
-                if self._overdrawn:
-                    self._overdrawn -= 1
-                    return
         self.permits.append(None)
+        if self._borrowed:
+            self._pay_back()
         if self._capacity.waiting:  # looked at after the permit is back, as who queues up looks for it afterwards
             self._capacity.hand_on()
 
-    async def wait(self) -> None:
-        """For a permit, after try_enter() had none."""
+    def _borrow(self, anyway: bool = False) -> bool:
+        """A permit beyond its own: one that no floor needs, or `anyway`."""
+        with self._lock:
+            if not anyway and (self._capacity.spare < 1 or self.running >= self.max_concurrent):
+                return False
+            self._borrowed += 1
+            self._capacity.spare -= 1
+            self._pay_back()  # one of its own may have come back since it was looked for
+            return True
+
+    def _pay_back(self) -> None:
+        """What runs beyond its own permits is given back first: nothing is borrowed while one of them is free."""
+        with self._lock, suppress(IndexError):
+            while self._borrowed:
+                self.permits.pop()
+                self._borrowed -= 1
+                self._capacity.spare += 1
+
+    async def wait(self, discard: bool = False) -> bool:
+        """For a permit, after try_enter() had none. BulkheadFull if it gets none; with `discard`, False."""
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
 
         def wake() -> bool:
-            """False if its loop is gone, and with it the waiter."""
             if asyncio._get_running_loop() is loop:
                 _done(woken)
                 return True
@@ -252,19 +243,12 @@ class Bulkhead:
                 return False
             return True
 
-        if (waiter := self._queue_up(wake)) is None:
-            return
-        try:
+        with self._in_queue(waiter := _Waiter(wake)):
             async with asyncio.timeout(self.timeout):
                 await woken
-        except TimeoutError:
-            self._withdraw(waiter, timed_out=True)
-        except BaseException:
-            self._withdraw(waiter)
-            raise
-        self._look(waiter)
+        return self._may_run(waiter, discard)
 
-    def wait_sync(self) -> None:
+    def wait_sync(self, discard: bool = False) -> bool:
         """The same, for threads."""
         woken = threading.Event()
 
@@ -272,32 +256,43 @@ class Bulkhead:
             woken.set()
             return True
 
-        if (waiter := self._queue_up(wake)) is None:
-            return
-        try:
+        with self._in_queue(waiter := _Waiter(wake)):
             if not woken.wait(None if self.timeout is None else min(self.timeout, threading.TIMEOUT_MAX)):
-                self._withdraw(waiter, timed_out=True)
+                raise TimeoutError
+        return self._may_run(waiter, discard)
+
+    @contextmanager
+    def _in_queue(self, waiter: _Waiter) -> Iterator[None]:
+        """Until it is woken, times out or is cancelled. Who need not or may not wait is woken at once."""
+        self._queue_up(waiter)
+        try:
+            yield
+        except TimeoutError:
+            self._withdraw(waiter, timed_out=True)
         except BaseException:
             self._withdraw(waiter)
             raise
-        self._look(waiter)
 
-    def _queue_up(self, wake: Callable[[], bool]) -> _Waiter | None:
-        """None: it may run at once after all."""
+    def _queue_up(self, waiter: _Waiter) -> None:
         with self._lock:
-            if self.try_enter():
-                return None
-            if self.policy is not OnFull.ABORT and self._capacity.make_room(self):
+            if self.try_enter():  # a permit came back meanwhile
+                waiter.granted = True
+            elif self.policy is OnFull.ABORT:
+                waiter.refused = "no permit is free"
+            elif not self._capacity.make_room(self):
+                waiter.refused = "the queue is full"
+            else:
                 if not self.queue:
                     self._handed_on = self._capacity.clock()
-                self.queue.append(waiter := _Waiter(wake))
+                self.queue.append(waiter)
                 self._capacity.waiting += 1
-                self._capacity.hand_on()  # a permit that came back meanwhile saw nobody waiting
-                return waiter
-            if self.policy is OnFull.CALLER_RUNS:
-                self._overdrawn += 1
-                return None
-        raise self._refusal("no permit is free" if self.policy is OnFull.ABORT else "the queue is full")
+                return
+        waiter.wake()
+
+    def next_waiter(self) -> _Waiter:
+        """Under the lock: out of the queue."""
+        self._capacity.waiting -= 1
+        return self.queue.popleft()
 
     def _withdraw(self, waiter: _Waiter, timed_out: bool = False) -> None:
         """Out of the queue; or, if the permit came at the same moment, keeps it on a timeout, else passes it on."""
@@ -305,34 +300,30 @@ class Bulkhead:
             if waiter.granted:
                 if not timed_out:
                     self.leave()
-            elif not waiter.shed:
+            elif not waiter.refused:
                 self.queue.remove(waiter)
                 self._capacity.waiting -= 1
+                waiter.refused = f"no permit came free within {self.timeout:g} s"
 
-    def _look(self, waiter: _Waiter) -> None:
+    def _may_run(self, waiter: _Waiter, discard: bool) -> bool:
         if waiter.granted:
-            return
+            return True
         if self.policy is OnFull.CALLER_RUNS:
-            with self._lock:
-                self._overdrawn += 1
-            return
-        if waiter.shed:
-            raise self._refusal("a call of a higher tier took its place", "shed")
-        raise self._refusal(f"no permit came free within {self.timeout:g} s")
+            return self._borrow(anyway=True)
+        with self._lock:
+            self.rejected += 1
+            depth, running, why = self.depth, self.running, waiter.refused
+        wait, kind = (depth + 1) * self._interval, "shed" if why is SHED else "rejected"
+        emit("bulkhead", self.name, kind, tier=self.tier.name, depth=depth, running=running, reason=why)
+        if discard:
+            return False
+        text = f"{self.name or self.tier.name.lower()}: {why} ({running} running, {depth} waiting)"
+        raise BulkheadFull(text, name=self.name, depth=depth, expected_wait=wait, retry_after=wait or 1.0)
 
     def _time_the_queue(self) -> None:
         now = self._capacity.clock()
         passed, self._handed_on = now - self._handed_on, now
         self._interval = passed if not self._interval else 0.8 * self._interval + 0.2 * passed
-
-    def _refusal(self, why: str, kind: str = "rejected") -> BulkheadFull:
-        with self._lock:
-            self.rejected += 1
-            depth = self.depth
-        wait = (depth + 1) * self._interval
-        emit("bulkhead", self.name, kind, tier=self.tier.name, depth=depth, running=self.running, reason=why)
-        text = f"{self.name or self.tier.name.lower()}: {why} ({self.running} running, {depth} waiting)"
-        return BulkheadFull(text, name=self.name, depth=depth, expected_wait=wait, retry_after=wait or 1.0)
 
     # ---- around functions and blocks
 
@@ -345,14 +336,11 @@ class Bulkhead:
         return result
 
     def for_async(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        discard = self.policy is OnFull.DISCARD
+
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.try_enter():
-                try:
-                    await self.wait()
-                except BulkheadFull:
-                    if self.policy is OnFull.DISCARD:
-                        return None
-                    raise
+            if not self.try_enter() and not await self.wait(discard):
+                return None
             try:
                 return await fn(*args, **kwargs)
             finally:
@@ -361,14 +349,11 @@ class Bulkhead:
         return call
 
     def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        discard = self.policy is OnFull.DISCARD
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.try_enter():
-                try:
-                    self.wait_sync()
-                except BulkheadFull:
-                    if self.policy is OnFull.DISCARD:
-                        return None
-                    raise
+            if not self.try_enter() and not self.wait_sync(discard):
+                return None
             try:
                 return fn(*args, **kwargs)
             finally:

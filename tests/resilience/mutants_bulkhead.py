@@ -10,13 +10,13 @@ import pytest
 
 from distsys.errors import BulkheadFull
 from distsys.resilience import composed
-from distsys.resilience.bulkhead import Bulkhead, OnFull, SharedCapacity, _Lent
+from distsys.resilience.bulkhead import Bulkhead, OnFull, SharedCapacity
 from tests.resilience import test_bulkhead as promises
 from tests.resilience import test_composed as whole
 from tests.survival import lives
 
 queue_up, withdraw, leave, make_room = Bulkhead._queue_up, Bulkhead._withdraw, Bulkhead.leave, SharedCapacity.make_room
-pop, init = _Lent.pop, Bulkhead.__init__
+borrow, init, init_shared = Bulkhead._borrow, Bulkhead.__init__, SharedCapacity.__init__
 ENDED = promises.test_ended_at_every_await_a_call_leaves_all_as_it_was
 RANDOM = promises.test_ten_thousand_random_schedules_lose_no_permit
 IN_ORDER = promises.test_those_who_wait_are_served_in_order_and_nobody_overtakes
@@ -52,11 +52,10 @@ def passed_on_when_timed_out(self: Any, waiter: Any, timed_out: bool = False) ->
         withdraw(self, waiter, timed_out)
 
 
-def last_come_first_served(self: Any, wake: Any) -> Any:
-    waiter = queue_up(self, wake)
+def last_come_first_served(self: Any, waiter: Any) -> None:
+    queue_up(self, waiter)
     if self.queue and self.queue[-1] is waiter:
         self.queue.rotate(1)
-    return waiter
 
 
 def overtakes(self: Any) -> bool:
@@ -67,8 +66,7 @@ def twice(self: Any) -> None:
     with self.lock:
         for lane in self.lanes:
             while lane.queue and lane.take():
-                waiter = lane.queue.popleft()
-                self.waiting -= 1
+                waiter = lane.next_waiter()
                 lane._time_the_queue()
                 waiter.granted = True
                 if not waiter.wake():
@@ -93,18 +91,13 @@ def sheds_the_newest(self: Any, lane: Any) -> bool:
             each.queue.reverse()
 
 
-def no_floor(self: Any) -> None:
-    with self.capacity.lock:
-        if sum(self.capacity.out.values()) >= self.capacity.capacity:
-            raise IndexError
-        self.capacity.out[self.tier] += 1
+def no_floor(self: Any, capacity: int, floors: Any, **options: Any) -> None:
+    init_shared(self, capacity, floors, **options)
+    self.spare = capacity
 
 
-def nothing_lent(self: Any) -> None:
-    with self.capacity.lock:
-        if self.capacity.out[self.tier] >= self.capacity.floors[self.tier]:
-            raise IndexError
-        self.capacity.out[self.tier] += 1
+def nothing_lent(self: Any, anyway: bool = False) -> bool:
+    return anyway and borrow(self, anyway)
 
 
 def lowest_first(self: Any, lane: Any) -> None:
@@ -202,12 +195,12 @@ MUTANTS: list[tuple[str, Any, str, Any, Callable[[], object]]] = [
     ),
     (
         "floors are not kept free",
-        _Lent,
-        "pop",
+        SharedCapacity,
+        "__init__",
         no_floor,
         promises.test_a_floor_is_kept_free_before_its_bulkhead_is_made,
     ),
-    ("nothing is lent", _Lent, "pop", nothing_lent, TIERS),
+    ("nothing is lent", Bulkhead, "_borrow", nothing_lent, TIERS),
     (
         "the lowest tier is served first",
         SharedCapacity,
