@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 from distsys.clock import Clock
@@ -131,12 +131,9 @@ class Retry:
         return decorate("retry", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        result: T = await self.for_async(fn)(*args, **kwargs)
-        return result
+        return await self.for_async(fn)(*args, **kwargs)
 
-    # ---- the first attempt costs next to nothing: what can wait until it failed, waits
-
-    def for_async(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         budget = self.budget
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -144,97 +141,64 @@ class Retry:
                 budget.pay_in()
             try:
                 return await fn(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001  judged by _delay
-                return await self._again(_Call(), error, fn, args, kwargs)
+            except Exception as error:  # until here it cost next to nothing: what can wait for a failure, waits
+                if not self._goes_on(attempts := Attempts(self, time.monotonic), error):
+                    raise
+            while True:
+                with await anext(attempts):
+                    return await fn(*args, **kwargs)
 
-        return call if self.timeout is None else self._until_deadline(fn)
-
-    def _until_deadline(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        budget, seconds = self.budget, self.timeout
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            assert seconds is not None
-            if budget is not None:
-                budget.pay_in()
-            attempts = _Call(seconds, asyncio.get_running_loop().time)
-            limit = asyncio.timeout(seconds)
+        async def until_deadline(*args: Any, **kwargs: Any) -> Any:
+            attempts, limit = aiter(self), asyncio.timeout(self.timeout)
             try:
                 async with limit:
-                    try:
-                        return await fn(*args, **kwargs)
-                    except Exception as error:  # noqa: BLE001  judged by _delay
-                        return await self._again(attempts, error, fn, args, kwargs)
+                    while True:
+                        with await anext(attempts):
+                            return await fn(*args, **kwargs)
             except TimeoutError as error:
                 if limit.expired():
-                    attempts.note(error, f"ended by the deadline: all attempts together had {seconds:g} s")
+                    attempts.note(error, f"ended by the deadline: all attempts together had {self.timeout:g} s")
                     emit("retry", self.name, "gave_up", attempts=attempts.number, error=error)
                 raise
 
-        return call
+        return call if self.timeout is None else until_deadline
 
     def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        budget, seconds = self.budget, self.timeout
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            if budget is not None:
-                budget.pay_in()
-            attempts = None if seconds is None else _Call(seconds, time.monotonic)
+            attempts = iter(self)
             try:
                 return fn(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001  judged by _delay
-                return self._again_sync(attempts or _Call(), error, fn, args, kwargs)
+            except Exception as error:
+                if not self._goes_on(attempts, error):
+                    raise
+            while True:
+                with next(attempts):
+                    return fn(*args, **kwargs)
 
         return call
 
-    async def _again(
-        self, attempts: _Call, error: Exception, fn: Callable[..., Awaitable[Any]], args: Any, kwargs: Any
-    ) -> Any:
-        nested = self._nest()
-        try:
-            while (delay := self._delay(attempts, error)) is not None:
-                await (self._sleep or asyncio.sleep)(delay)
-                try:
-                    return await fn(*args, **kwargs)
-                except Exception as again:  # noqa: BLE001
-                    error = again
-            raise error
-        finally:
-            _unnest(nested)
-            del error  # or its traceback, which holds this frame, would hold itself
-
-    def _again_sync(self, attempts: _Call, error: Exception, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        nested = self._nest()
-        try:
-            while (delay := self._delay(attempts, error)) is not None:
-                (self._sleep or time.sleep)(delay)
-                try:
-                    return fn(*args, **kwargs)
-                except Exception as again:  # noqa: BLE001
-                    error = again
-            raise error
-        finally:
-            _unnest(nested)
-            del error
-
-    # ---- blocks
-
     def __iter__(self) -> Attempts:
-        return Attempts(self, time.monotonic)
+        return self._attempts(time.monotonic)
 
     def __aiter__(self) -> Attempts:
-        return Attempts(self, asyncio.get_running_loop().time)
+        return self._attempts(asyncio.get_running_loop().time)
+
+    def _attempts(self, now: Clock) -> Attempts:
+        if self.budget is not None:
+            self.budget.pay_in()
+        return Attempts(self, now)
 
     # ---- the decision
 
-    def _delay(self, attempts: _Call, error: Exception) -> float | None:
-        """Seconds until the next attempt; None when there is none, and then the error says why."""
+    def _goes_on(self, attempts: Attempts, error: Exception) -> bool:
+        """Whether there is a next attempt, and when; if there is none, the error says why."""
         if why := self._hopeless(error):
             attempts.note(error, why)
-            return None
+            return False
         if attempts.number >= self.max_attempts:
             attempts.note(error, "no attempts left")
             emit("retry", self.name, "gave_up", attempts=attempts.number, error=error)
-            return None
+            return False
         delay = self._backoff(attempts)
         if (asked := retry_after(error)) is not None:
             delay += min(asked, self.max_delay)  # the jitter on top, or all who were told the same come together
@@ -245,11 +209,12 @@ class Retry:
         if why:
             attempts.note(error, why)
             emit("retry", self.name, "suppressed", attempts=attempts.number, error=error, reason=why)
-            return None
+            return False
         emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
-        attempts.failed.append((repr(error), delay))
+        attempts.failed += ((repr(error), delay),)
         attempts.number += 1
-        return delay
+        attempts.wait = delay
+        return True
 
     def _hopeless(self, error: Exception) -> str:
         """Why such an error is not worth another attempt; "" if it is."""
@@ -267,7 +232,7 @@ class Retry:
             return f"not retried: {outcome.value}, and idempotent=False"
         return ""
 
-    def _backoff(self, attempts: _Call) -> float:
+    def _backoff(self, attempts: Attempts) -> float:
         most = min(self.max_delay, self.base_delay * 2.0 ** min(attempts.number - 1, 1_000))
         if self.jitter == "full":
             return most * self._rng()
@@ -278,18 +243,6 @@ class Retry:
             attempts.slept = min(self.max_delay, self.base_delay + span * self._rng())
             return attempts.slept
         return most
-
-    def _nest(self) -> Token[tuple[int, ...]]:
-        """From here on this layer is around what is called. Layers multiply: all run while the innermost fails.
-
-        Only layers that have seen a failure are known, so success costs nothing, and the warning comes when it hurts.
-        """
-        around = _around.get()
-        every = (*around, self.max_attempts)
-        if around and (product := math.prod(every)) > max(every):
-            text = f"{' x '.join(map(str, every))} = {product} attempts on {self.name!r}: retry in one layer only"
-            warnings.warn(text, RetryAmplification, stacklevel=4)
-        return _around.set(every)
 
 
 def _check_on(on: Any) -> None:
@@ -305,71 +258,63 @@ def _check_on(on: Any) -> None:
             raise TypeError(f"on={on!r}: classes of Exception, a function of the error, or None")
 
 
-def _unnest(token: Token[tuple[int, ...]]) -> None:
-    with suppress(ValueError):  # a coroutine that is closed in another context has nothing to take back there
-        _around.reset(token)
+class Attempts:
+    """Of one call or block, one after the other: `with attempt: ...` runs it; what it raises is the policy's to judge.
 
+    It holds no exception, whose traceback would hold it.
+    """
 
-class _Call:
-    """A call that failed at least once; or has a deadline. It holds no exception, whose traceback would hold it."""
+    deadline: float | None = None
+    slept, number = 0.0, 1  # of this attempt
+    failed: tuple[tuple[str, float], ...] = ()  # what the attempts before this one raised, and the waits after them
+    wait: float | None = 0.0  # before the next attempt; None: there is none
+    _outside: tuple[int, ...] = ()  # the layers around the attempt that runs
+    _inside: tuple[int, ...] | None = None  # and this one
 
-    def __init__(self, seconds: float | None = None, now: Clock = time.monotonic) -> None:
-        self.now, self.deadline = now, None if seconds is None else now() + seconds
-        self.slept, self.number = 0.0, 1  # of this attempt
-        self.failed: list[tuple[str, float]] = []  # what the attempts before this one raised, and the waits after them
+    def __init__(self, policy: Retry, now: Clock) -> None:
+        self._policy, self.now = policy, now
+        if policy.timeout is not None:
+            self.deadline = now() + policy.timeout
 
     def note(self, error: Exception, why: str) -> None:
         with suppress(Exception):  # frozen ones take no notes, and must pass as they are
             before = [f"attempt {n}: {what}, {delay:.3g} s" for n, (what, delay) in enumerate(self.failed, 1)]
             error.add_note("retry: " + "; ".join([*before, f"attempt {self.number}: {why}"]))
 
-
-class Attempts:
-    """Of a block, one after the other: `with attempt: ...` runs it; what it raises is the policy's to judge."""
-
-    def __init__(self, policy: Retry, now: Clock) -> None:
-        self._policy, self._call = policy, _Call(policy.timeout, now)
-        self._wait: float | None = 0.0  # before the next attempt; None: there is none
-        self._nested: Token[tuple[int, ...]] | None = None
-        if policy.budget is not None:
-            policy.budget.pay_in()
-
-    @property
-    def number(self) -> int:
-        return self._call.number
-
-    def __iter__(self) -> Attempts:
-        return self
-
     def __next__(self) -> Attempts:
-        wait, self._wait = self._wait, None  # unless the block fails
-        if wait is None:
+        if self.wait is None:
             raise StopIteration
-        if self._call.failed:
-            (self._policy._sleep or time.sleep)(wait)
-        return self
-
-    def __aiter__(self) -> Attempts:
+        if self.failed:
+            (self._policy._sleep or time.sleep)(self.wait)
+        self.wait = None  # unless the block fails
         return self
 
     async def __anext__(self) -> Attempts:
-        wait, self._wait = self._wait, None
-        if wait is None:
+        if self.wait is None:
             raise StopAsyncIteration
-        if self._call.failed:
-            await (self._policy._sleep or asyncio.sleep)(wait)
+        if self.failed:
+            await (self._policy._sleep or asyncio.sleep)(self.wait)
+        self.wait = None
         return self
 
     def __enter__(self) -> Attempts:
-        self._nested = self._policy._nest() if self._call.failed else None
+        """From here on this layer is around what is called. Layers multiply: all run while the innermost fails.
+
+        Only layers that have seen a failure are known, so success costs nothing, and the warning comes when it hurts.
+        """
+        if self.failed:
+            policy, self._outside = self._policy, _around.get()
+            self._inside = every = (*self._outside, policy.max_attempts)
+            if self._outside and (product := math.prod(every)) > max(every):
+                text = f"{' x '.join(map(str, every))} = {product} attempts on {policy.name!r}: retry in one layer only"
+                warnings.warn(text, RetryAmplification, stacklevel=3)
+            _around.set(every)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if self._nested is not None:
-            _unnest(self._nested)
-        if isinstance(error, Exception):
-            self._wait = self._policy._delay(self._call, error)
-        return self._wait is not None
+        if _around.get() is self._inside:  # else it is closed in another context, where there is nothing to take back
+            _around.set(self._outside)
+        return isinstance(error, Exception) and self._policy._goes_on(self, error)
 
     async def __aenter__(self) -> Attempts:
         return self.__enter__()

@@ -13,13 +13,13 @@ from distsys.errors import BulkheadFull, CircuitOpen
 from distsys.resilience import outcomes
 from distsys.resilience import retry as module
 from distsys.resilience.outcomes import UNKNOWN
-from distsys.resilience.retry import Attempts, Retry, RetryBudget, _Call
+from distsys.resilience.retry import Attempts, Retry, RetryBudget
 from tests.resilience import test_outcomes as tables
 from tests.resilience import test_retry as promises
 from tests.survival import lives
 
-init, delay, hopeless, for_async, call = Retry.__init__, Retry._delay, Retry._hopeless, Retry.for_async, _Call.__init__
-set_budget, note = RetryBudget.__init__, _Call.note
+init, goes_on, hopeless, for_async = Retry.__init__, Retry._goes_on, Retry._hopeless, Retry.for_async
+begin, leave = Attempts.__init__, Attempts.__exit__
 
 
 def without(**forced: Any) -> Callable[..., None]:
@@ -32,8 +32,9 @@ def retries_only(self: Any, *args: Any, **options: Any) -> None:
     self.max_attempts += 1
 
 
-def no_deadline(self: Any, seconds: Any = None, now: Any = None) -> None:
-    call(self)
+def no_deadline(self: Any, policy: Any, now: Any) -> None:
+    begin(self, policy, now)
+    self.deadline = None
 
 
 class Least(float):
@@ -80,11 +81,13 @@ def error_of_its_own(self: Any, fn: Any) -> Any:
 
 def holds_the_errors(self: Any, attempts: Any, error: Exception) -> Any:
     attempts.errors = [*getattr(attempts, "errors", ()), error]
-    return delay(self, attempts, error)
+    return goes_on(self, attempts, error)
 
 
-def sets_the_old(token: Any) -> None:
-    module._around.set(() if token.old_value is token.MISSING else token.old_value)
+def sets_the_old(self: Any, *error: Any) -> bool:
+    if self._inside is not None:
+        module._around.set(self._outside)
+    return leave(self, *error)
 
 
 class Alone:
@@ -94,8 +97,6 @@ class Alone:
         return ()
 
     def set(self, every: tuple[int, ...]) -> None: ...
-
-    def reset(self, token: None) -> None: ...
 
 
 def free(self: Any) -> bool:
@@ -153,10 +154,10 @@ MUTANTS: list[tuple[str, Any, str, Any, Callable[[], object]]] = [
         error_of_its_own,
         partial(OFTEN, promises.called_async),
     ),
-    ("no notes", _Call, "note", lambda self, error, why: None, partial(OFTEN, promises.as_a_block)),
+    ("no notes", Attempts, "note", lambda self, error, why: None, partial(OFTEN, promises.as_a_block)),
     (
         "a wait passes the deadline",
-        _Call,
+        Attempts,
         "__init__",
         no_deadline,
         partial(promises.test_a_wait_that_would_pass_the_deadline_is_not_begun, promises.called),
@@ -218,8 +219,8 @@ MUTANTS: list[tuple[str, Any, str, Any, Callable[[], object]]] = [
     ),
     (
         "a coroutine closed elsewhere changes that context",
-        module,
-        "_unnest",
+        Attempts,
+        "__exit__",
         sets_the_old,
         promises.test_a_coroutine_that_is_closed_elsewhere_leaves_that_context_alone,
     ),
@@ -240,7 +241,7 @@ MUTANTS: list[tuple[str, Any, str, Any, Callable[[], object]]] = [
     (
         "the errors are kept",
         Retry,
-        "_delay",
+        "_goes_on",
         holds_the_errors,
         partial(promises.test_no_exception_outlives_its_call, promises.called, 3),
     ),
