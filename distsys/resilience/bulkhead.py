@@ -332,10 +332,9 @@ class Bulkhead:
         return decorate("bulkhead", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        result: T = await self.for_async(fn)(*args, **kwargs)
-        return result
+        return await self.for_async(fn)(*args, **kwargs)
 
-    def for_async(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         discard = self.policy is OnFull.DISCARD
 
         async def call(*args: Any, **kwargs: Any) -> Any:

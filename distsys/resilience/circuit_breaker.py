@@ -222,15 +222,15 @@ class CircuitBreaker:
         else:
             ticket.success()
 
-    def failed(self, ticket: Ticket, error: Exception) -> None:
+    def failed(self, ticket: Ticket, error: BaseException) -> None:
         try:
-            counts = self.is_failure(error)
+            counts = isinstance(error, Exception) and self.is_failure(error)
         except BaseException:
             self.abandoned(ticket)
             raise
         if counts:
             self._failed(ticket, repr(error), retry_after(error))
-        elif isinstance(error, Rejected):  # it never got to the dependency
+        elif isinstance(error, Rejected) or not isinstance(error, Exception):  # it never got there, or was cancelled
             self.abandoned(ticket)
         else:
             ticket.success()
@@ -288,10 +288,9 @@ class CircuitBreaker:
         return decorate("circuit_breaker", fn, self.for_async, self.for_sync)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        result: T = await self.for_async(fn)(*args, **kwargs)
-        return result
+        return await self.for_async(fn)(*args, **kwargs)
 
-    def for_async(self, fn: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         timed, clock = self.slow_call_threshold is not None, self._clock
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -307,11 +306,8 @@ class CircuitBreaker:
             started = clock() if timed else 0.0
             try:
                 result = await fn(*args, **kwargs)
-            except Exception as error:
+            except BaseException as error:
                 self.failed(ticket, error)
-                raise
-            except BaseException:
-                self.abandoned(ticket)
                 raise
             if timed:
                 self.succeeded(ticket, clock() - started)
@@ -322,51 +318,28 @@ class CircuitBreaker:
         return call
 
     def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        timed, clock = self.slow_call_threshold is not None, self._clock
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            ticket: Ticket | None = self.closed
-            if ticket is None:
-                try:
-                    ticket = self.admit()
-                except CircuitOpen:
-                    if self.fallback is None:
-                        raise
-                    return self.fallback(*args, **kwargs)
-            started = clock() if timed else 0.0
             try:
-                result = fn(*args, **kwargs)
-            except Exception as error:
-                self.failed(ticket, error)
-                raise
-            except BaseException:
-                self.abandoned(ticket)
-                raise
-            if timed:
-                self.succeeded(ticket, clock() - started)
-            else:
-                ticket.success()
-            return result
+                block = Block(self)
+            except CircuitOpen:
+                if self.fallback is None:
+                    raise
+                return self.fallback(*args, **kwargs)
+            with block:
+                return fn(*args, **kwargs)
 
         return call
 
     def __enter__(self) -> CircuitBreaker:
-        _open_blocks.set((*_open_blocks.get(), (self, self.admit(), self._clock())))
+        _open_blocks.set((*_open_blocks.get(), Block(self)))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         blocks = _open_blocks.get()
-        mine = next((block for block in reversed(blocks) if block[0] is self), None)
-        if mine is None:  # entered in another task or context: its outcome is lost
-            return
-        _open_blocks.set(tuple(block for block in blocks if block is not mine))
-        _, ticket, started = mine
-        if error is None:
-            self.succeeded(ticket, self._clock() - started)
-        elif isinstance(error, Exception):
-            self.failed(ticket, error)
-        else:
-            self.abandoned(ticket)
+        mine = next((block for block in reversed(blocks) if block.breaker is self), None)
+        if mine is not None:  # else it was entered in another task or context, and its outcome is lost
+            _open_blocks.set(tuple(block for block in blocks if block is not mine))
+            mine.__exit__(kind, error, traceback)
 
     async def __aenter__(self) -> CircuitBreaker:
         return self.__enter__()
@@ -375,8 +348,23 @@ class CircuitBreaker:
         self.__exit__(kind, error, traceback)
 
 
-_Block = tuple[CircuitBreaker, Ticket, float]
-_open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("distsys_breaker_blocks", default=())
+class Block:
+    """A call that was admitted, until its outcome is known. CircuitOpen when it is not admitted."""
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self.breaker, self.ticket = breaker, breaker.closed or breaker.admit()
+        self.started = breaker._clock()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None:
+            self.breaker.succeeded(self.ticket, self.breaker._clock() - self.started)
+        else:
+            self.breaker.failed(self.ticket, error)
+
+
+_open_blocks: ContextVar[tuple[Block, ...]] = ContextVar("distsys_breaker_blocks", default=())
 
 
 class CircuitBreakers:

@@ -76,11 +76,8 @@ class Resilient:
                 return await stacked(*args, **kwargs)
             try:
                 result = await inside(*args, **kwargs)
-            except Exception as error:
+            except BaseException as error:
                 breaker.failed(ticket, error)
-                raise
-            except BaseException:
-                breaker.abandoned(ticket)
                 raise
             else:
                 ticket.success()
