@@ -86,7 +86,8 @@ class CircuitBreaker:
     recovery_timeout     seconds it stays open at first; each failed probe doubles them, a Retry-After counts if it is
                          longer, both up to max_recovery_timeout (8 times the first), and up to a tenth more is added by
                          chance, so that processes do not come back together
-    window               the last so many calls; seconds(60): those of a minute; None: failures in a row
+    window               the last so many calls; seconds(60): those of a minute; None: failures in a row, so as
+                         many calls as failure_threshold
     failure_rate         instead of failure_threshold: the share of calls in the window, from minimum_calls on
     minimum_calls        calls in the window before failure_rate means anything; the window's own length, or 10
     slow_call_threshold  seconds from which a call counts as failed although it returned
@@ -149,12 +150,13 @@ class CircuitBreaker:
         self.max_recovery_timeout = check_number(
             "max_recovery_timeout", longest, recovery_timeout, 8 * YEAR, "seconds, not below recovery_timeout"
         )
-        self.window, self.failure_rate, self.slow_call_threshold = window, failure_rate, slow_call_threshold
+        self.window = failure_threshold if window is None else window
+        self.failure_rate, self.slow_call_threshold = failure_rate, slow_call_threshold
         self.is_failure, self.name, self.fallback = is_failure, name, fallback
         self.on_state_change, self.metrics_only = on_state_change, metrics_only
         self._clock, self._rng, self._lock = clock, rng, threading.RLock()
         self._state: State = "closed"
-        self._period: Ticket = window_of(window, clock)
+        self._period: Ticket = window_of(self.window, clock)
         self.closed: Window | None = self._period  # the same, while closed: one look admits nearly every call
         self._failed_probes = 0  # in a row
         self._until = 0.0  # open: when to probe

@@ -69,61 +69,46 @@ SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
     "XX": BROKEN,  # internal errors, corrupted data
 }
 
-EXCEPTION: dict[str, Outcome] = {  # package.name, of the class or of the next of its bases that is here
-    "builtins.ConnectionRefusedError": NOT_DONE,
-    "builtins.ConnectionError": UNKNOWN,
-    "builtins.TimeoutError": UNKNOWN,
-    "builtins.EOFError": UNKNOWN,
-    **dict.fromkeys(
-        [f"builtins.{name}" for name in ("ArithmeticError", "AssertionError", "AttributeError", "ImportError")], FATAL
-    ),
-    **dict.fromkeys(
-        [f"builtins.{name}" for name in ("LookupError", "NameError", "SyntaxError", "TypeError", "ValueError")], FATAL
-    ),
-    "builtins.NotImplementedError": FATAL,
-    "builtins.RecursionError": FATAL,
-    "socket.gaierror": NOT_DONE,  # the name was not resolved
-    "ssl.SSLCertVerificationError": BROKEN,
-    "ssl.SSLError": UNKNOWN,
-    "http.HTTPException": UNKNOWN,
-    "http.InvalidURL": FATAL,
-    "httpx.ConnectError": NOT_DONE,
-    "httpx.ConnectTimeout": NOT_DONE,
-    "httpx.PoolTimeout": NOT_DONE,
-    "httpx.LocalProtocolError": FATAL,
-    "httpx.UnsupportedProtocol": FATAL,
-    "httpx.TransportError": UNKNOWN,
-    "httpx.RequestError": FATAL,
-    "requests.ConnectTimeout": NOT_DONE,
-    "requests.SSLError": BROKEN,
-    "requests.Timeout": UNKNOWN,
-    "requests.ConnectionError": UNKNOWN,
-    "requests.ChunkedEncodingError": UNKNOWN,
-    "urllib3.NewConnectionError": NOT_DONE,
-    "urllib3.ConnectTimeoutError": NOT_DONE,
-    "urllib3.ProtocolError": UNKNOWN,
-    "urllib3.ReadTimeoutError": UNKNOWN,
-    "aiohttp.ClientConnectorCertificateError": BROKEN,
-    "aiohttp.ClientConnectorError": NOT_DONE,
-    "aiohttp.ConnectionTimeoutError": NOT_DONE,
-    "aiohttp.ClientConnectionError": UNKNOWN,
-    "aiohttp.ClientPayloadError": UNKNOWN,
-    "redis.AuthenticationError": FATAL,
-    "redis.AuthorizationError": FATAL,
-    "redis.BusyLoadingError": NOT_DONE,
-    "redis.MaxConnectionsError": NOT_DONE,
-    "redis.ConnectionError": UNKNOWN,
-    "redis.TimeoutError": UNKNOWN,
-    "redis.ReadOnlyError": NOT_DONE,
-    "redis.OutOfMemoryError": NOT_DONE,
-    "redis.TryAgainError": NOT_DONE,
-    "redis.ClusterDownError": NOT_DONE,
-    "redis.MasterDownError": NOT_DONE,
-    "redis.ResponseError": FATAL,
-    "psycopg.ConnectionTimeout": NOT_DONE,
-    "psycopg.OperationalError": UNKNOWN,
-    "psycopg_pool.PoolTimeout": NOT_DONE,
-    "psycopg_pool.TooManyRequests": NOT_DONE,
+_CLASSES: dict[str, dict[Outcome, str]] = {  # by package
+    "builtins": {
+        NOT_DONE: "ConnectionRefusedError",
+        UNKNOWN: "ConnectionError TimeoutError EOFError",
+        FATAL: "ArithmeticError AssertionError AttributeError ImportError LookupError NameError SyntaxError TypeError "
+        "ValueError NotImplementedError RecursionError",
+    },
+    "socket": {NOT_DONE: "gaierror"},  # the name was not resolved
+    "ssl": {BROKEN: "SSLCertVerificationError", UNKNOWN: "SSLError"},
+    "http": {UNKNOWN: "HTTPException", FATAL: "InvalidURL"},
+    "httpx": {
+        NOT_DONE: "ConnectError ConnectTimeout PoolTimeout",
+        UNKNOWN: "TransportError",
+        FATAL: "LocalProtocolError UnsupportedProtocol RequestError",
+    },
+    "requests": {
+        NOT_DONE: "ConnectTimeout",
+        UNKNOWN: "Timeout ConnectionError ChunkedEncodingError",
+        BROKEN: "SSLError",
+    },
+    "urllib3": {NOT_DONE: "NewConnectionError ConnectTimeoutError", UNKNOWN: "ProtocolError ReadTimeoutError"},
+    "aiohttp": {
+        NOT_DONE: "ClientConnectorError ConnectionTimeoutError",
+        UNKNOWN: "ClientConnectionError ClientPayloadError",
+        BROKEN: "ClientConnectorCertificateError",
+    },
+    "redis": {
+        NOT_DONE: "BusyLoadingError MaxConnectionsError ReadOnlyError OutOfMemoryError TryAgainError ClusterDownError "
+        "MasterDownError",
+        UNKNOWN: "ConnectionError TimeoutError",
+        FATAL: "AuthenticationError AuthorizationError ResponseError",
+    },
+    "psycopg": {NOT_DONE: "ConnectionTimeout", UNKNOWN: "OperationalError"},
+    "psycopg_pool": {NOT_DONE: "PoolTimeout TooManyRequests"},
+}
+EXCEPTION = {  # package.name, of the class or of the next of its bases that is here
+    f"{package}.{name}": outcome
+    for package, row in _CLASSES.items()
+    for outcome, names in row.items()
+    for name in names.split()
 }
 
 ERRNO: dict[int, Outcome] = {

@@ -1,4 +1,4 @@
-"""What a circuit breaker looks at while it is closed: the last so many calls, those of so many seconds, or a row.
+"""What a circuit breaker looks at while it is closed: the last so many calls, or those of so many seconds.
 
 A success must cost next to nothing: it is a number drawn from a counter, which threads can do at once without a lock;
 how many were drawn is looked at when a call fails. Only a window of time, which needs the time of each, takes a lock.
@@ -43,24 +43,6 @@ class LastCalls:
         self._ring.extend([False] * min(fresh, self._ring.maxlen or 0))
 
 
-class InARow:
-    """Failures since the last success."""
-
-    def __init__(self) -> None:
-        self._failures, self._drawn, counter = 0, 0, count()
-        self.success = counter.__next__
-
-    def failure(self) -> None:
-        self._failures = self.counts()[1] + 1
-
-    def counts(self) -> tuple[int, int]:
-        number = self.success()
-        if number != self._drawn:
-            self._failures = 0
-        self._drawn = number + 1
-        return self._failures, self._failures
-
-
 class LastSeconds:
     """Calls of the last `length` seconds, forgotten a tenth of the window at a time: between 0.9 and 1 of it count."""
 
@@ -95,10 +77,8 @@ class LastSeconds:
         return self._buckets[-1]
 
 
-Window = LastCalls | InARow | LastSeconds
+Window = LastCalls | LastSeconds
 
 
-def window_of(length: int | seconds | None, clock: Clock) -> Window:
-    if length is None:
-        return InARow()
+def window_of(length: int | seconds, clock: Clock) -> Window:
     return LastSeconds(length, clock) if isinstance(length, seconds) else LastCalls(length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from distsys.errors import CircuitOpen
 from distsys.resilience import circuit_breaker as module
 from distsys.resilience.circuit_breaker import CircuitBreaker, Probes
-from distsys.resilience.windows import InARow, LastSeconds
+from distsys.resilience.windows import LastCalls, LastSeconds
 from tests.resilience import test_circuit_breaker as promises
 from tests.survival import lives
 
@@ -108,6 +109,15 @@ def oldest_entry(self: Any, *error: Any) -> None:
     last.__exit__(None, None, None)
 
 
+class InARow(LastCalls):
+    """Failures since the last success."""
+
+    def counts(self) -> tuple[int, int]:
+        self._look()
+        row = len(list(takewhile(bool, reversed(self._ring))))
+        return row, row
+
+
 def jumping_clock() -> None:
     with pytest.MonkeyPatch.context() as patch:
         promises.test_only_a_clock_that_never_jumps_is_asked(patch)
@@ -152,7 +162,7 @@ MUTANTS: list[tuple[str, Any, str, Any, Callable[[], object]]] = [
         "a success forgets the failures, although a window is asked for",
         module,
         "window_of",
-        lambda length, clock: InARow(),
+        lambda length, clock: InARow(length),
         promises.test_failures_in_the_window_open_it_and_successes_between_them_do_not_help,
     ),
     (

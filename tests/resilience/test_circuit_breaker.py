@@ -134,13 +134,10 @@ class Machine(RuleBasedStateMachine):
 
     def counts(self) -> tuple[int, int]:
         failures = [failed for _, failed in self.counted]
-        if self.window is None:
-            row = failures[::-1].index(False) if False in failures else len(failures)
-            return row, row
         if isinstance(self.window, seconds):
             recent = [failed for at, failed in self.counted if int(at) > int(self.clock.now) - 10]
         else:
-            recent = failures[-self.window :]
+            recent = failures[-(self.window or self.threshold) :]
         return len(recent), sum(recent)
 
     @rule(target=calls)
