@@ -211,7 +211,7 @@ class Retry:
             emit("retry", self.name, "suppressed", attempts=attempts.number, error=error, reason=why)
             return False
         emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
-        attempts.failed += ((repr(error), delay),)
+        attempts.failed.append((repr(error), delay))
         attempts.number += 1
         attempts.wait = delay
         return True
@@ -266,13 +266,13 @@ class Attempts:
 
     deadline: float | None = None
     slept, number = 0.0, 1  # of this attempt
-    failed: tuple[tuple[str, float], ...] = ()  # what the attempts before this one raised, and the waits after them
     wait: float | None = 0.0  # before the next attempt; None: there is none
     _outside: tuple[int, ...] = ()  # the layers around the attempt that runs
     _inside: tuple[int, ...] | None = None  # and this one
 
     def __init__(self, policy: Retry, now: Clock) -> None:
         self._policy, self.now = policy, now
+        self.failed: list[tuple[str, float]] = []  # what the attempts before this one raised, and the waits after them
         if policy.timeout is not None:
             self.deadline = now() + policy.timeout
 
