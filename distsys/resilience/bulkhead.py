@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from distsys.clock import Clock, check_timeout
 from distsys.errors import BulkheadFull
-from distsys.resilience.layers import Function, check_count, decorate, name_of
+from distsys.resilience.layers import Function, check_count, decorate
 from distsys.resilience.listeners import emit
 
 T = TypeVar("T")
@@ -52,6 +52,10 @@ class OnFull(StrEnum):
     QUEUE = "queue"  # it waits; BulkheadFull when the queue is full or the timeout is over
     CALLER_RUNS = "caller_runs"  # as QUEUE, but where that refuses the call runs, beyond max_concurrent
     DISCARD = "discard"  # as QUEUE, but where that refuses nothing is called and None is returned; a block still raises
+
+    @classmethod
+    def _missing_(cls, value: object) -> OnFull:
+        raise ValueError(f"policy={value!r}: one of {', '.join(cls)}")
 
 
 class _Waiter:
@@ -151,7 +155,7 @@ class Bulkhead:
             raise TypeError(f"capacity={capacity!r} is a {type(capacity).__name__}; give a SharedCapacity")
         size = tier.value
         least = size.max_concurrent if capacity is None else capacity.capacity
-        self.tier, self.name, self.policy = tier, name, _policy(policy)
+        self.tier, self.name, self.policy = tier, name, OnFull(policy)
         self.max_concurrent = check_count(
             "max_concurrent", least if max_concurrent is None else max_concurrent, 1, "calls"
         )
@@ -328,8 +332,7 @@ class Bulkhead:
     # ---- around functions and blocks
 
     def __call__(self, fn: Function) -> Function:
-        self.name = self.name or name_of(fn)
-        return decorate("bulkhead", fn, self.for_async, self.for_sync)
+        return decorate("bulkhead", self, fn)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
         return await self.for_async(fn)(*args, **kwargs)
@@ -380,13 +383,6 @@ class Bulkhead:
 def _done(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _policy(policy: OnFull | str) -> OnFull:
-    try:
-        return OnFull(policy)
-    except ValueError:
-        raise ValueError(f"policy={policy!r}: one of {', '.join(OnFull)}") from None
 
 
 bulkhead = Bulkhead

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from distsys.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
-from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate, name_of
+from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import Window, window_of
@@ -286,8 +286,7 @@ class CircuitBreaker:
     # ---- around functions and blocks
 
     def __call__(self, fn: Function) -> Function:
-        self.name = self.name or name_of(fn)
-        return decorate("circuit_breaker", fn, self.for_async, self.for_sync)
+        return decorate("circuit_breaker", self, fn)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
         return await self.for_async(fn)(*args, **kwargs)
@@ -391,9 +390,6 @@ class CircuitBreakers:
                 found = self._breakers[key] = CircuitBreaker(**{"name": key, **self._options})
             self._breakers.move_to_end(key)
             return found
-
-    def __len__(self) -> int:
-        return len(self._breakers)
 
     def states(self) -> dict[str, State]:
         with self._lock:

@@ -44,32 +44,29 @@ class Resilient:
         if timeout is not None:
             check_number("timeout", timeout, 1e-6, YEAR, "seconds for one attempt")
         self.bulkhead, self.circuit_breaker, self.retry, self.timeout = bulkhead, circuit_breaker, retry, timeout
+        self._parts = [part for part in (retry, circuit_breaker, bulkhead) if part is not None]  # inside out
 
     def __call__(self, fn: Function) -> Function:
         if self.timeout is not None and not is_async(fn):
             raise TypeError(f"timeout={self.timeout!r} can't end {name_of(fn)}, which is not async: use its own")
-        wrapped: Any = self._timed(fn) if self.timeout is not None else fn
-        for part in (self.retry, self.circuit_breaker, self.bulkhead):
-            if part is not None:
-                wrapped = part(wrapped)
+        wrapped: Function = self._timed(fn)
+        for part in self._parts:
+            wrapped = part(wrapped)
         if is_async(fn) and self.circuit_breaker and self.bulkhead and self.circuit_breaker.slow_call_threshold is None:
-            merged = self._merged(self.circuit_breaker, self.bulkhead, wrapped)
-            wrapped = functools.update_wrapper(merged, wrapped)
-        result: Function = wrapped
-        return result
+            wrapped = self._merged(self.circuit_breaker, self.bulkhead, wrapped)
+        return wrapped
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        wrapped: Callable[..., Awaitable[Any]] = fn if self.timeout is None else self._timed(fn)
-        for part in (self.retry, self.circuit_breaker, self.bulkhead):
-            if part is not None:
-                wrapped = part.for_async(wrapped)
-        result: T = await wrapped(*args, **kwargs)
-        return result
+        wrapped: Callable[..., Awaitable[T]] = self._timed(fn)
+        for part in self._parts:
+            wrapped = part.for_async(wrapped)
+        return await wrapped(*args, **kwargs)
 
-    def _merged(self, breaker: CircuitBreaker, gate: Bulkhead, stacked: Any) -> Callable[..., Awaitable[Any]]:
+    def _merged(self, breaker: CircuitBreaker, gate: Bulkhead, stacked: Any) -> Any:
         """The usual case, closed and with permits left, as one layer instead of two; any other as they are stacked."""
         inside = stacked.__wrapped__.__wrapped__
 
+        @functools.wraps(stacked)
         async def call(*args: Any, **kwargs: Any) -> Any:
             ticket = breaker.closed
             if ticket is None or not gate.try_enter():
@@ -88,6 +85,9 @@ class Resilient:
         return call
 
     def _timed(self, fn: Any) -> Any:
+        if self.timeout is None:
+            return fn
+
         @functools.wraps(fn)
         async def call(*args: Any, **kwargs: Any) -> Any:
             async with asyncio.timeout(self.timeout):

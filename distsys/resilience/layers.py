@@ -5,23 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 YEAR = 366 * 86_400.0  # seconds: longer is a slip of the keyboard
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def decorate(rule: str, fn: Function, for_async: Callable[..., Any], for_sync: Callable[..., Any]) -> Function:
-    """`for_async(fn)` or `for_sync(fn)`, dressed as fn, with the names of the layers it has now, outermost first."""
+def decorate(rule: str, policy: Any, fn: Function) -> Function:
+    """fn, guarded by the policy and dressed as before; it knows its layers, outermost first. Names the policy."""
     if isinstance(fn, staticmethod) or not callable(fn):
         raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
     if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _ways_to_call(fn)):
         raise TypeError(f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")
-    wrapper: Any = (for_async if is_async(fn) else for_sync)(fn)
-    functools.update_wrapper(wrapper, fn)
+    policy.name = policy.name or name_of(fn)
+    wrapper: Any = functools.update_wrapper((policy.for_async if is_async(fn) else policy.for_sync)(fn), fn)
     wrapper.__distsys__ = (rule, *layers(fn))
-    wrapped: Function = wrapper
-    return wrapped
+    return cast(Function, wrapper)
 
 
 def layers(fn: Any) -> tuple[str, ...]:

@@ -127,8 +127,7 @@ class Retry:
                 f"retry outside of circuit_breaker on {name_of(fn)}: an open breaker is there to be left alone, "
                 "and each attempt counts as a call: put @circuit_breaker above @retry, or allow_outside_breaker=True"
             )
-        self.name = self.name or name_of(fn)
-        return decorate("retry", fn, self.for_async, self.for_sync)
+        return decorate("retry", self, fn)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
         return await self.for_async(fn)(*args, **kwargs)

@@ -758,7 +758,7 @@ def test_each_key_has_a_breaker_and_the_registry_is_bounded() -> None:
     for key in "bd":
         fail(breakers[key])
     _ = breakers["e"]
-    assert (len(breakers), "a" in breakers.states()) == (3, False)
+    assert (len(breakers.states()), "a" in breakers.states()) == (3, False)
 
 
 # ---- bad input
