@@ -248,8 +248,9 @@ class Bulkhead:
             return True
 
         with self._in_queue(waiter := _Waiter(wake)):
-            async with asyncio.timeout(self.timeout):
-                await woken
+            if not woken.done():
+                async with asyncio.timeout(self.timeout):
+                    await woken
         return self._may_run(waiter, discard)
 
     def wait_sync(self, discard: bool = False) -> bool:
@@ -290,6 +291,7 @@ class Bulkhead:
                     self._handed_on = self._capacity.clock()
                 self.queue.append(waiter)
                 self._capacity.waiting += 1
+                self._capacity.hand_on()  # a permit that came back meanwhile saw nobody waiting
                 return
         waiter.wake()
 

@@ -408,6 +408,39 @@ def test_a_thread_waits_its_turn_and_any_time_it_likes() -> None:
     untouched(gate)
 
 
+def test_a_permit_that_comes_back_while_a_call_queues_up_is_not_overlooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who leaves has looked for waiters before there was one, the one who waits for a permit before it came."""
+    gate = bulkhead(max_concurrent=1)
+    assert gate.try_enter()
+    make_room = gate._capacity.make_room
+
+    def meanwhile(lane: Bulkhead) -> bool:
+        gate.leave()
+        return make_room(lane)
+
+    monkeypatch.setattr(gate._capacity, "make_room", meanwhile)
+    assert run(gate.wait())
+    gate.leave()
+    untouched(gate)
+
+
+def test_threads_that_borrow_from_each_other_leave_all_floors_and_spares_as_they_were() -> None:
+    """Two tiers, one that runs beyond its limit: what was lent and owed is back."""
+    shared = SharedCapacity(3, {Tier.CRITICAL: 1, Tier.OPTIONAL: 1}, max_waiting=2)
+    gates = [bulkhead(Tier.CRITICAL, capacity=shared), bulkhead(Tier.OPTIONAL, capacity=shared, policy="caller_runs")]
+    turn = iter(range(6))
+
+    def task() -> None:
+        gate = gates[next(turn) % 2]
+        for _ in range(500):
+            with suppress(BulkheadFull):
+                gate(sum)(range(100))
+
+    in_threads(6, task)
+    assert [gate.running for gate in gates] + [shared.waiting, shared.spare] == [0, 0, 0, 1]
+    assert [len(gate.permits) for gate in gates] == [1, 1]
+
+
 # ---- tiers that share a capacity
 
 
