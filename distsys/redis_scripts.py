@@ -31,26 +31,23 @@ UNAVAILABLE = (
     exceptions.TryAgainError,
 )
 
+from distsys.tasks import heard
+
 
 class Script:
     """A Lua script: one atomic step at the server. Sent by its digest, in full when the server does not know it."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.sha = text, sha1(text)
+        self.text, self.sha = text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     async def run(self, redis: Any, keys: Sequence[str], *args: Any) -> Any:
-        task = asyncio.current_task()
-        before = task.cancelling() if task else 0
         try:
-            answer = await redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
+            return await heard(redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args))
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
-            answer = await redis.eval(self.text, len(keys), *keys, *args)
+            return await heard(redis.eval(self.text, len(keys), *keys, *args))
         except NoPermissionError as error:
             error.add_note("distsys decides in scripts: give the user  +evalsha +eval +@read +@write +time ~distsys:*")
             raise
-        if task and task.cancelling() > before:  # as distsys.tasks.cancellations tells, without two calls
-            raise asyncio.CancelledError
-        return answer
 
 
 class Timed:
@@ -138,11 +135,6 @@ def hash_tag(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is a {type(name).__name__}; a name is a str")
     return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
-
-
-def sha1(script: str) -> str:
-    """How Redis names a script in EVALSHA."""
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def milliseconds(seconds: float) -> int:

@@ -7,19 +7,24 @@ import logging
 import sys
 from collections.abc import Awaitable
 from inspect import CORO_CREATED, getcoroutinestate
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 logger = logging.getLogger("distsys.tasks")
 _background: set[asyncio.Future[Any]] = set()  # asyncio keeps only weak references to tasks
 
 
-def cancellations() -> int:
-    """How often the running task was asked to cancel; asyncio.timeout() counts while it does.
+async def heard(work: Awaitable[T]) -> T:
+    """Awaits `work`, and raises the cancellation (of a timeout, too) which `work` may have swallowed.
 
-    wait_for of Python 3.11, by which redis-py sends, can swallow a cancellation: counted, it is not lost.
+    wait_for of Python 3.11, by which redis-py sends, does so when its work is done in the same moment.
     """
     task = asyncio.current_task()
-    return task.cancelling() if task else 0
+    before = task.cancelling() if task else 0
+    answer = await work
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return answer
 
 
 def try_cancel(body: asyncio.Task[Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from distsys.clock import Clock, elapsed
 from distsys.errors import LockLost
-from distsys.tasks import cancellations, in_background, try_cancel
+from distsys.tasks import heard, in_background, try_cancel
 
 logger = logging.getLogger("distsys.locks")
 OnLost = Literal["cancel", "flag"]
@@ -99,11 +99,7 @@ class Lease:
         Raises LockLost when the lease is no longer ours.
         """
         self.check()
-        before = cancellations()
-        ours = await self._ask_again(self.ttl if ttl is None else check_ttl(ttl))
-        if cancellations() > before:
-            raise asyncio.CancelledError
-        if not ours:
+        if not await self._ask_again(self.ttl if ttl is None else check_ttl(ttl)):
             raise self._loss()
 
     async def release(self) -> bool:
@@ -115,9 +111,8 @@ class Lease:
         if self._ended not in ("", UNRELEASED):
             return self._ended == RELEASED
         self._end(RELEASED)
-        before = cancellations()
         try:
-            ours = await self._release(self)
+            ours = await heard(self._release(self))
         except asyncio.CancelledError:
             in_background(self._release(self), f"release of {self.name!r} after cancellation")
             raise
@@ -126,8 +121,6 @@ class Lease:
             raise
         if not ours:
             self._ended = "was no longer ours when it was released"
-        if cancellations() > before:
-            raise asyncio.CancelledError
         return ours
 
     # ---- the body of `async with`
@@ -196,7 +189,7 @@ class Lease:
 
     async def _ask_again(self, ttl: float) -> bool:
         asked_at = self._clock()
-        ours = await self._extend(self, ttl)
+        ours = await heard(self._extend(self, ttl))
         if self._ended:
             return False
         if ours:

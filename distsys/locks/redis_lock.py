@@ -23,8 +23,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from redis.exceptions import NoScriptError
-
 from distsys.clock import Clock, check_timeout, elapsed
 from distsys.errors import LockNotAcquired
 from distsys.locks.lease import (
@@ -38,8 +36,8 @@ from distsys.locks.lease import (
     local_deadline,
     refuse_reentry,
 )
-from distsys.redis_scripts import async_client, hash_tag, milliseconds, sha1
-from distsys.tasks import cancellations, in_background
+from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
+from distsys.tasks import heard, in_background
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -82,7 +80,7 @@ end
 # Returns the token when granted (alone, for a table costs the server as much as three commands), else {0, ms until the
 # present lease ends, holder}. To ask again is always safe: the owner decides, so a client that retries after a lost
 # reply is still the one that was granted.
-_ASK = (
+_ASK = Script(
     _SHARED
     + """
 local known = redis.call('MGET', lock, fence, lock .. ':gone:' .. me)
@@ -112,7 +110,7 @@ return {0, redis.call('PTTL', lock), holder}
 
 # ARGV[2] - the lease's token    ARGV[3] - "1" when the reply to an ask was never seen: that ask may still be on its way
 # Returns 1: was ours, handed on or removed. 2: not there any more, but nobody was granted it after us. 0: lost.
-_LEAVE = (
+_LEAVE = Script(
     _SHARED
     + """
 if ARGV[3] == '1' then redis.call('SET', lock .. ':gone:' .. me, 1, 'PX', 60000) end
@@ -128,20 +126,19 @@ return redis.call('GET', fence) == ARGV[2] and 2 or 0
 )
 
 # ARGV[2] - ttl in ms
-_EXTEND = """
+EXTEND = Script("""
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 1
-"""
+""")
 
 # Returns {owner, ms left, newest token, waiters, now}
-_EXPLAIN = """
+_EXPLAIN = Script("""
 local t = redis.call('TIME')
 return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('GET', KEYS[1] .. ':fence'),
   redis.call('LLEN', KEYS[1] .. ':queue'), t[1] * 1000000 + t[2]}
-"""
+""")
 
-_SHA = {script: sha1(script) for script in (_ASK, _LEAVE, _EXTEND, _EXPLAIN)}
 _HOST = socket.gethostname().replace("|", "_")
 _waiting_slots: WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
 
@@ -151,7 +148,6 @@ class _Attempt:
     """One acquisition on its way."""
 
     owner: str
-    cancellations: int  # that the task had been asked for before
     token: int = 0
     stamp: int = 0  # the token this server drew, which is the lease's unless `tokens` drew another
     asked_at: float = 0.0
@@ -260,7 +256,7 @@ class RedisLock:
 
     async def _acquire(self, timeout: float | None) -> Lease:
         refuse_reentry(self._key, self.name)
-        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}", cancellations())
+        attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}")
         try:
             if timeout:
                 async with asyncio.timeout(timeout):
@@ -313,12 +309,10 @@ class RedisLock:
         answer = await self._ask(attempt.owner, queue, block)
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
         attempt.stamp, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
-        if cancellations() > attempt.cancellations:
-            raise asyncio.CancelledError
         if token and self.tokens is not None:
             # Drawn after the grant it may come too late. If the lease still stands now, every later holder draws later.
             drawn = await self.tokens()
-            token = drawn if await self._run(_EXTEND, attempt.owner, milliseconds(self.ttl)) == 1 else 0
+            token = drawn if await self._run(EXTEND, attempt.owner, milliseconds(self.ttl)) == 1 else 0
         if token and self.clock() < local_deadline(attempt.asked_at, self.ttl):
             attempt.token = token
         return attempt.token > 0
@@ -331,10 +325,10 @@ class RedisLock:
         async with self.redis.pipeline(transaction=False) as pipe:
             if block:
                 pipe.blpop([f"{self._key}:wake:{owner}"], timeout=block)
-            pipe.eval(_ASK, 1, self._key, *args)
+            pipe.eval(_ASK.text, 1, self._key, *args)
             if self.min_replicas:  # WAIT speaks for the writes of its own connection
                 pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
-            replies = await pipe.execute()
+            replies = await heard(pipe.execute())
         answer, confirmed = replies[-2:] if self.min_replicas else (replies[-1], 0)
         if not isinstance(answer, list) and confirmed < self.min_replicas:
             raise LockNotAcquired(
@@ -365,18 +359,15 @@ class RedisLock:
     # ---- the lease's calls
 
     async def _extend(self, lease: Lease, ttl: float) -> bool:
-        return bool(await self._run(_EXTEND, lease.owner, milliseconds(ttl)) == 1)
+        return bool(await self._run(EXTEND, lease.owner, milliseconds(ttl)) == 1)
 
     async def _leave(self, lease: Lease, stamp: int) -> bool:
         answer = await self._run(_LEAVE, lease.owner, stamp)
         # 2 inside the lease's own time: the client retried a release whose reply was lost. Nobody came between.
         return answer == 1 or (answer == 2 and lease.covered)
 
-    async def _run(self, script: str, *args: Any) -> Any:
-        try:
-            return await self.redis.execute_command("EVALSHA", _SHA[script], 1, self._key, *args)
-        except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
-            return await self.redis.eval(script, 1, self._key, *args)
+    async def _run(self, script: Script, *args: Any) -> Any:
+        return await script.run(self.redis, [self._key], *args)
 
 
 def _text(reply: bytes | str | None) -> str:

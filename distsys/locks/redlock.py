@@ -21,8 +21,6 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from redis.exceptions import NoScriptError
-
 from distsys.clock import Clock, check_timeout, elapsed
 from distsys.errors import LockNotAcquired
 from distsys.locks.lease import (
@@ -36,7 +34,8 @@ from distsys.locks.lease import (
     local_deadline,
     refuse_reentry,
 )
-from distsys.redis_scripts import async_client, hash_tag, milliseconds, sha1
+from distsys.locks.redis_lock import EXTEND
+from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
 from distsys.tasks import in_background
 
 if TYPE_CHECKING:
@@ -45,24 +44,18 @@ if TYPE_CHECKING:
 # KEYS[1] - the lock's key on one node      ARGV[1] - owner
 # ARGV[2] - ttl in ms; of _FREE "1" when a grant may still be on its way, which is then refused when it arrives
 # Each returns 1 for yes and 0 for no. To ask again is safe: the owner decides.
-_GRANT = """
+_GRANT = Script("""
 if redis.call('EXISTS', KEYS[1] .. ':gone:' .. ARGV[1]) == 1 then return 0 end
 local holder = redis.call('GET', KEYS[1])
 if holder then return holder == ARGV[1] and 1 or 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
-"""
-_EXTEND = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
-return 1
-"""
-_FREE = """
+""")
+_FREE = Script("""
 if ARGV[2] == '1' then redis.call('SET', KEYS[1] .. ':gone:' .. ARGV[1], 1, 'PX', 60000) end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
-"""
-_SHA = {script: sha1(script) for script in (_GRANT, _EXTEND, _FREE)}
+""")
 
 
 class Redlock:
@@ -183,7 +176,7 @@ class Redlock:
             token=None,
             ttl=self.ttl,
             asked_at=asked_at,
-            extend=lambda _, ttl: self._ours(self._run, _EXTEND, owner, milliseconds(ttl)),
+            extend=lambda _, ttl: self._ours(self._run, EXTEND, owner, milliseconds(ttl)),
             release=lambda _: self._ours(self._free, owner, grants),
             renew=self.renew,
             on_lost=self.on_lost,
@@ -201,12 +194,8 @@ class Redlock:
     def _ask(self, ask: Callable[..., Coroutine[Any, Any, bool]], *args: Any) -> _Votes:
         return _Votes((ask(node, *args) for node in self._nodes), quorum=self.quorum, timeout=self.node_timeout)
 
-    async def _run(self, node: int, script: str, *args: Any) -> bool:
-        client = self.clients[node]
-        try:
-            return bool(await client.evalsha(_SHA[script], 1, self._key, *args))
-        except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
-            return bool(await client.eval(script, 1, self._key, *args))
+    async def _run(self, node: int, script: Script, *args: Any) -> bool:
+        return bool(await script.run(self.clients[node], [self._key], *args))
 
 
 class _Votes:

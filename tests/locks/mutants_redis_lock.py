@@ -11,13 +11,14 @@ import redis.asyncio
 from distsys.lab.servers import Server
 from distsys.locks import lease as lease_module
 from distsys.locks import redis_lock
-from distsys.locks.redis_lock import _ASK, _EXTEND, _LEAVE, RedisLock
+from distsys.locks.redis_lock import _ASK, _LEAVE, EXTEND, RedisLock
+from distsys.redis_scripts import Script
 from tests.locks import test_redis_lock as promises
 from tests.survival import survived
 
 Test = Callable[[redis.asyncio.Redis], Awaitable[None]]
 
-SCRIPTS: list[tuple[str, str, str, str, Test]] = [
+SCRIPTS: list[tuple[str, Script, str, str, Test]] = [
     (
         "no owner check on release",
         _LEAVE,
@@ -27,7 +28,7 @@ SCRIPTS: list[tuple[str, str, str, str, Test]] = [
     ),
     (
         "no owner check on renewal",
-        _EXTEND,
+        EXTEND,
         "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end",
         "",
         promises.test_a_lock_that_somebody_else_holds_by_now_is_not_extended,
@@ -124,19 +125,16 @@ async def test_a_bug_in_a_script_is_caught(
     redis_server: Server,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    script: str,
+    script: Script,
     old: str,
     new: str,
     killer: Test,
 ) -> None:
     """Each mutant by the test that is named beside it."""
-    assert old in script, f"{name}: the script no longer has the line to break"
-    broken = script.replace(old, new)
-
-    async def run(lock: RedisLock, wanted: str, *args: Any) -> Any:
-        return await lock.redis.eval(broken if wanted == script else wanted, 1, lock._key, *args)
-
-    monkeypatch.setattr(RedisLock, "_run", run)
+    assert old in script.text, f"{name}: the script no longer has the line to break"
+    broken = Script(script.text.replace(old, new))
+    monkeypatch.setattr(script, "text", broken.text)
+    monkeypatch.setattr(script, "sha", broken.sha)
     assert not await survived(killer, redis_server)
 
 
@@ -196,8 +194,8 @@ CODE: list[tuple[str, Any, str, Any, Test]] = [
     (
         "a swallowed cancellation is forgotten",
         redis_lock,
-        "cancellations",
-        lambda: 0,
+        "heard",
+        lambda work: work,
         promises.test_a_cancellation_that_the_client_swallowed_still_counts,
     ),
 ]

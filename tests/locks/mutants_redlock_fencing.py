@@ -18,7 +18,8 @@ from distsys.lab.servers import Server
 from distsys.locks import fencing, redlock
 from distsys.locks import lease as leases
 from distsys.locks.lease import Holders, Lease, held_leases
-from distsys.locks.redlock import _EXTEND, _FREE, _GRANT, Redlock, _Votes
+from distsys.locks.redlock import _FREE, _GRANT, EXTEND, Redlock, _Votes
+from distsys.redis_scripts import Script
 from tests.locks import test_fencing as fences
 from tests.locks import test_lease as told
 from tests.locks import test_redlock as votes
@@ -77,7 +78,7 @@ SCRIPTS = [
     ),
     planted(
         "no owner check on extension",
-        *(_EXTEND, OURS, ""),
+        *(EXTEND, OURS, ""),
         caught_by=votes.test_extension_takes_a_majority,
     ),
     planted(
@@ -117,7 +118,7 @@ SCRIPTS = [
     ),
     planted(
         "a slow extension shortens a longer one",
-        *(_EXTEND, "if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then", "if true then"),
+        *(EXTEND, "if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then", "if true then"),
         caught_by=votes.test_an_extension_never_shortens_what_a_node_has_promised,
     ),
 ]
@@ -129,19 +130,16 @@ async def test_a_bug_in_a_script_of_redlock_is_caught(
     nodes: list[Redis],
     three: list[Redis],
     monkeypatch: pytest.MonkeyPatch,
-    script: str,
+    script: Script,
     old: str,
     new: str,
     killer: Test,
 ) -> None:
     """Each mutant by the test that is named beside it."""
-    assert old in script, "the script no longer has the line to break"
-    broken = script.replace(old, new)
-
-    async def run(lock: Redlock, node: int, wanted: str, *args: Any) -> bool:
-        return bool(await lock.clients[node].eval(broken if wanted == script else wanted, 1, lock._key, *args))
-
-    monkeypatch.setattr(Redlock, "_run", run)
+    assert old in script.text, "the script no longer has the line to break"
+    broken = Script(script.text.replace(old, new))
+    monkeypatch.setattr(script, "text", broken.text)
+    monkeypatch.setattr(script, "sha", broken.sha)
     assert await dies(killer, servers_5=servers_5, nodes=nodes, three=three)
     await all_well(servers_5)
 
@@ -451,7 +449,7 @@ LEASE = [
     ),
     planted(
         "a cancellation swallowed by the client is forgotten",
-        *(leases, "cancellations", lambda: 0),
+        *(leases, "heard", lambda work: work),
         caught_by=partial(told.test_a_cancellation_that_the_stores_client_swallows_still_counts, call="release"),
     ),
     planted(
