@@ -11,10 +11,10 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from distsys.clock import Clock, elapsed
-from distsys.errors import LockLost
+from distsys.clock import Clock, check_timeout
+from distsys.errors import LockLost, LockNotAcquired
 from distsys.tasks import heard, in_background, try_cancel
 
 logger = logging.getLogger("distsys.locks")
@@ -27,41 +27,156 @@ held_leases: ContextVar[tuple[Lease, ...]] = ContextVar("distsys_held_leases", d
 """The leases of this context, outermost first: nested code finds its fencing token here."""
 
 
-class Lease:
+class Held:
+    """One hold of a lock, by the running task; the loss of one with a `body` of `async with` cancels the task."""
+
+    def __init__(self, *, body: bool) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self._body, self._cancelling = task, body, task.cancelling()
+        self._cancelled = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody asks for it any more: it was released, and there is no body whose end will."""
+        raise NotImplementedError
+
+    async def release(self) -> bool:
+        raise NotImplementedError
+
+    async def leave(self, error: BaseException | None) -> bool | None:
+        raise NotImplementedError
+
+    def _cancel(self) -> None:
+        """Cancels the body once; not when it has ended, nor when it found out by itself."""
+        if self._body and not self._cancelled and not self.task.done() and self.task is not asyncio.current_task():
+            self._cancelled = try_cancel(self.task)
+            if not self._cancelled:
+                asyncio.get_running_loop().call_soon(self._cancel)
+
+    def _end_body(self, error: BaseException | None) -> BaseException | None:
+        """The body's own error. Our cancellation is none, and is taken back; one from outside stays."""
+        self._body = False
+        ours = self._cancelled and self.task.uncancel() <= self._cancelling
+        return None if ours and isinstance(error, asyncio.CancelledError) else error
+
+
+H = TypeVar("H", bound=Held)
+
+
+class Lock(Generic[H]):
+    """What tasks do with any lock. They may share the object: each acquisition is a hold of its own."""
+
+    def __init__(self, name: Any, timeout: float | None) -> None:
+        self.name, self.timeout = name, self._checked(timeout)
+        self._held: list[H] = []
+
+    def __str__(self) -> str:
+        return repr(self.name)
+
+    async def __aenter__(self) -> H:
+        return await self._acquire(self.timeout, body=True)
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool | None:
+        return await self._take().leave(error)
+
+    async def acquire(self, timeout: float | Literal["default"] | None = "default") -> H:
+        """Waits for the lock, for `timeout` seconds if given (None: for ever, 0: one try) in place of its own.
+
+        End it with release(), of what this returns or of the lock.
+        """
+        return await self._acquire(self.timeout if timeout == "default" else self._checked(timeout), body=False)
+
+    async def try_acquire(self) -> H | None:
+        """One try: the hold, or None when it is not to be had at once."""
+        try:
+            return await self.acquire(0)
+        except LockNotAcquired:
+            return None
+
+    async def release(self) -> bool:
+        """Releases what this task holds. False: it was no longer ours, so the work may not have been alone."""
+        return await self._take().release()
+
+    async def _acquire(self, timeout: float | None, *, body: bool) -> H:
+        """The rule's own way to a hold."""
+        raise NotImplementedError
+
+    def _checked(self, timeout: float | None) -> float | None:
+        return check_timeout(timeout)
+
+    def _keep(self, hold: H) -> H:
+        # What was ended by its own release() would stay for ever; a body's end still asks for its hold.
+        self._held = [*(held for held in self._held if not held.over), hold]
+        return hold
+
+    def _take(self) -> H:
+        """The newest hold of this task; else the only one, for a fixture or exit stack closed by another task."""
+        mine = [hold for hold in self._held if hold.task is asyncio.current_task()]
+        if not mine and len(self._held) != 1:
+            raise RuntimeError(f"this task does not hold {self}: acquire it first, or release what acquire() gave")
+        hold = (mine or self._held)[-1]
+        self._held.remove(hold)
+        return hold
+
+
+class LeasedLock(Lock["Lease"]):
+    """A lock that is held by leases, and what is the same for all of them."""
+
+    def __init__(
+        self,
+        name: str,
+        key: str,
+        *,
+        ttl: float,
+        timeout: float | None,
+        renew: bool,
+        on_lost: OnLost,
+        clock: Clock,
+    ) -> None:
+        if on_lost not in ("cancel", "flag"):
+            raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
+        super().__init__(name, timeout)
+        self._key, self.ttl, self.renew, self.on_lost, self.clock = key, check_ttl(ttl), renew, on_lost, clock
+
+    def _refuse_reentry(self) -> None:
+        """A task that waits for a lock it holds itself would wait for ever: say so at once."""
+        mine = [lease for lease in held_leases.get() if lease.task is asyncio.current_task()]
+        if any(lease.key == self._key and lease.held for lease in mine):
+            raise RuntimeError(f"this task already holds {self}: the lock is not re-entrant; pass the lease on instead")
+
+
+class Lease(Held):
     """One grant of a lock, from its acquisition to its end.
 
     `extend(ttl)` and `release()` are the lock's own calls to its store; each answers whether the lease was still ours.
     `extend` never shortens what the store has promised, so that calls may overtake each other.
     `asked_at` is the local time *before* the request that granted the lease was sent: the server's TTL starts later
     than that, so `asked_at + ttl - drift` is never after the server's end of the lease.
+    With a `body` the lease is tied to the running task: lost, it cancels that, unless the lock says on_lost="flag".
     """
 
     def __init__(
         self,
-        name: str,
+        lock: LeasedLock,
         *,
-        key: object,
         owner: str,
         token: int | None,
-        ttl: float,
         asked_at: float,
         extend: Callable[[Lease, float], Awaitable[bool]],
         release: Callable[[Lease], Awaitable[bool]],
-        renew: bool,
-        on_lost: OnLost,
-        clock: Clock = elapsed,
+        body: bool,
     ) -> None:
-        self.name, self.key, self.owner, self.token, self.ttl = name, key, owner, token, ttl
-        self._extend, self._release, self._renew, self._on_lost, self._clock = extend, release, renew, on_lost, clock
-        self._task = asyncio.current_task()
-        self._body: asyncio.Task[Any] | None = None  # the task to cancel; only `async with` has a body
-        self._cancelled = False
+        super().__init__(body=body)
+        self.name, self.key, self.owner, self.token, self.ttl = lock.name, lock._key, owner, token, lock.ttl
+        self._extend, self._release, self._clock, self._renew = extend, release, lock.clock, lock.renew
+        self._on_lost = lock.on_lost
         self._ended = ""  # why; "" while held
         self._cause: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._deadline = -math.inf
-        self._granted(asked_at, ttl)
+        self._granted(asked_at, lock.ttl)
         held_leases.set((*[lease for lease in held_leases.get() if lease._ended != RELEASED], self))
 
     def __repr__(self) -> str:
@@ -123,26 +238,21 @@ class Lease:
             self._ended = "was no longer ours when it was released"
         return ours
 
-    # ---- the body of `async with`
+    # ---- the end of the body of `async with`
 
-    def guard(self) -> Lease:
-        """Ties the lease to the running task: when the lease is lost, its body is cancelled and LockLost raised."""
-        self._body = self._task
-        assert self._body is not None
-        self._cancelling = self._body.cancelling()
-        return self
+    @property
+    def over(self) -> bool:
+        return self._ended == RELEASED and not self._body
 
     async def leave(self, error: BaseException | None) -> None:
-        """The end of the body. The body's own error is never masked: a loss beside it becomes a note."""
-        body, self._body = self._body, None
-        ours_to_take_back = False
-        if self._cancelled and body is not None:
-            ours_to_take_back = body.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError)
-        lost = not await self._released_by_leaving()
-        if lost and (error is None or ours_to_take_back):
+        """The body's own error is never masked: a loss beside it becomes a note."""
+        own = self._end_body(error)
+        if await self._released_by_leaving():
+            return
+        if own is None:
             raise self._loss() from self._cause
-        if lost and not isinstance(error, (LockLost, type(None))):
-            error.add_note(str(self._loss()))
+        if not isinstance(own, LockLost):
+            own.add_note(str(self._loss()))
 
     async def _released_by_leaving(self) -> bool:
         covered = self.covered
@@ -205,14 +315,8 @@ class Lease:
             return
         self._end(why)
         in_background(self._release(self), f"release of {self.name!r} after its loss")
-        if self._on_lost == "cancel" and self._body is not asyncio.current_task():
-            self._cancel_body()
-
-    def _cancel_body(self) -> None:
-        if self._body is not None and not self._body.done():
-            self._cancelled = try_cancel(self._body)
-            if not self._cancelled:
-                asyncio.get_running_loop().call_soon(self._cancel_body)
+        if self._on_lost == "cancel":
+            self._cancel()
 
     def _end(self, why: str) -> None:
         self._ended = why
@@ -236,35 +340,6 @@ def local_deadline(asked_at: float, ttl: float) -> float:
     return asked_at + ttl * 0.99 - 0.002
 
 
-def refuse_reentry(key: object, name: str) -> None:
-    """A task that waits for a lock it holds itself would wait for ever: say so at once."""
-    if any(lease.key == key and lease.held and lease._task is asyncio.current_task() for lease in held_leases.get()):
-        raise RuntimeError(f"this task already holds {name!r}: the lock is not re-entrant; pass the lease on instead")
-
-
-class Holders:
-    """Which task holds which lease of one lock object: tasks may share it, each acquisition is its own lease."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._leases: list[Lease] = []
-
-    def add(self, lease: Lease) -> Lease:
-        # What was ended by lease.release() would stay for ever; a body's end still asks for its lease.
-        self._leases = [held for held in self._leases if held._body is not None or held._ended != RELEASED]
-        self._leases.append(lease)
-        return lease
-
-    def take(self) -> Lease:
-        """The newest lease of this task; else the only one, for a fixture or exit stack closed by another task."""
-        mine = [lease for lease in self._leases if lease._task is asyncio.current_task()]
-        if not mine and len(self._leases) != 1:
-            raise RuntimeError(f"this task holds no lease of {self._name!r}: acquire it first, or call lease.release()")
-        lease = (mine or self._leases)[-1]
-        self._leases.remove(lease)
-        return lease
-
-
 def check_ttl(ttl: float) -> float:
     """A TTL in seconds, above 0 and at most a day."""
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
@@ -278,12 +353,6 @@ def check_ttl(ttl: float) -> float:
             f"ttl={ttl!r} is longer than a day; it is in seconds, and renewal keeps a long job's lease alive"
         )
     return float(ttl)
-
-
-def check_on_lost(on_lost: OnLost) -> OnLost:
-    if on_lost not in ("cancel", "flag"):
-        raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
-    return on_lost
 
 
 def check_name(name: str) -> str:

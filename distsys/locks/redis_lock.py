@@ -19,23 +19,12 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from distsys.clock import Clock, check_timeout, elapsed
+from distsys.clock import Clock, elapsed
 from distsys.errors import LockNotAcquired
-from distsys.locks.lease import (
-    UNDO_WAIT,
-    Holders,
-    Lease,
-    OnLost,
-    check_name,
-    check_on_lost,
-    check_ttl,
-    local_deadline,
-    refuse_reentry,
-)
+from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
 from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
 from distsys.tasks import heard, in_background
 
@@ -169,7 +158,7 @@ class LockState:
     waiting: int
 
 
-class RedisLock:
+class RedisLock(LeasedLock):
     """`async with RedisLock(redis, "payment:order-123") as lease: ...`
 
     ttl           seconds a lease lasts without renewal; 2-3 times the expected operation, at most a day
@@ -197,36 +186,9 @@ class RedisLock:
     ) -> None:
         if min_replicas < 0:
             raise ValueError(f"min_replicas={min_replicas}: 0 asks for no confirmation")
-        self.redis, self.name = async_client(redis), check_name(name)
-        self.ttl, self.timeout = check_ttl(ttl), check_timeout(timeout)
-        self.renew, self.on_lost, self.clock = renew, check_on_lost(on_lost), clock
-        self.min_replicas, self.tokens = min_replicas, tokens
-        self._key = f"distsys:lock:{{{hash_tag(name)}}}"
-        self._holders = Holders(name)
-
-    async def __aenter__(self) -> Lease:
-        return self._holders.add((await self._acquire(self.timeout)).guard())
-
-    async def __aexit__(
-        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
-    ) -> None:
-        await self._holders.take().leave(error)
-
-    async def acquire(self, timeout: float | Literal["default"] | None = "default") -> Lease:
-        """Waits for the lock; `timeout` overrides the lock's own. End it with lease.release() or lock.release()."""
-        wait = self.timeout if timeout == "default" else check_timeout(timeout)
-        return self._holders.add(await self._acquire(wait))
-
-    async def try_acquire(self) -> Lease | None:
-        """One try: the lease, or None when somebody else holds the lock or waits for it."""
-        try:
-            return await self.acquire(0)
-        except LockNotAcquired:
-            return None
-
-    async def release(self) -> bool:
-        """Releases this task's lease. False: it was no longer ours, so the work may not have been alone."""
-        return await self._holders.take().release()
+        key = f"distsys:lock:{{{hash_tag(check_name(name))}}}"
+        super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
+        self.redis, self.min_replicas, self.tokens = async_client(redis), min_replicas, tokens
 
     async def explain(self) -> LockState:
         """Who holds the lock, from where, for how long, and how many wait."""
@@ -254,8 +216,8 @@ class RedisLock:
 
     # ---- acquire: ask; if it is taken, queue, sleep until woken, ask again
 
-    async def _acquire(self, timeout: float | None) -> Lease:
-        refuse_reentry(self._key, self.name)
+    async def _acquire(self, timeout: float | None, *, body: bool) -> Lease:
+        self._refuse_reentry()
         attempt = _Attempt(f"{_HOST}|{os.getpid()}|{os.urandom(12).hex()}")
         try:
             if timeout:
@@ -272,19 +234,16 @@ class RedisLock:
             raise
         if not attempt.token:
             raise self._refused(attempt, 0.0)
-        return Lease(
-            self.name,
-            key=self._key,
+        lease = Lease(
+            self,
             owner=attempt.owner,
             token=attempt.token,
-            ttl=self.ttl,
             asked_at=attempt.asked_at,
             extend=self._extend,
             release=lambda lease: self._leave(lease, attempt.stamp),
-            renew=self.renew,
-            on_lost=self.on_lost,
-            clock=self.clock,
+            body=body,
         )
+        return self._keep(lease)
 
     async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
         """Fills in the attempt's token; without `wait` it may come back without one."""

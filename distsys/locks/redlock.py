@@ -18,22 +18,11 @@ import asyncio
 import os
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from distsys.clock import Clock, check_timeout, elapsed
+from distsys.clock import Clock, elapsed
 from distsys.errors import LockNotAcquired
-from distsys.locks.lease import (
-    UNDO_WAIT,
-    Holders,
-    Lease,
-    OnLost,
-    check_name,
-    check_on_lost,
-    check_ttl,
-    local_deadline,
-    refuse_reentry,
-)
+from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
 from distsys.locks.redis_lock import EXTEND
 from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
 from distsys.tasks import in_background
@@ -58,7 +47,7 @@ return redis.call('DEL', KEYS[1])
 """)
 
 
-class Redlock:
+class Redlock(LeasedLock):
     """`async with Redlock([node1, node2, node3], "report:daily", ttl=10) as lease: ...`
 
     clients       at least 3 clients of independent nodes (no replicas of each other); an odd number is best
@@ -87,7 +76,8 @@ class Redlock:
             raise ValueError(f"{len(self.clients)} client(s): a majority that survives a loss needs at least 3 nodes")
         if len({_node(client) for client in self.clients}) < len(self.clients):
             raise ValueError("the same node stands twice in clients: its vote would count twice")
-        self.name, self.ttl, self.timeout = check_name(name), check_ttl(ttl), check_timeout(timeout)
+        key = f"distsys:redlock:{{{hash_tag(check_name(name))}}}"
+        super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
         self.node_timeout = min(0.5, max(0.05, ttl / 50)) if node_timeout is None else node_timeout
         if not 0 < self.node_timeout < ttl / 2:
             raise ValueError(
@@ -96,36 +86,10 @@ class Redlock:
         self.quorum, self._nodes = len(self.clients) // 2 + 1, range(len(self.clients))
         if not retry_delay >= 0:
             raise ValueError(f"retry_delay={retry_delay}: a pause is not negative")
-        self.retry_delay, self.renew, self.on_lost = retry_delay, renew, check_on_lost(on_lost)
-        self.clock, self.rng = clock, rng or random.Random()
-        self._key = f"distsys:redlock:{{{hash_tag(name)}}}"
-        self._holders = Holders(name)
+        self.retry_delay, self.rng = retry_delay, rng or random.Random()
 
-    async def __aenter__(self) -> Lease:
-        return self._holders.add((await self._acquire(self.timeout)).guard())
-
-    async def __aexit__(
-        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
-    ) -> None:
-        await self._holders.take().leave(error)
-
-    async def acquire(self, timeout: float | Literal["default"] | None = "default") -> Lease:
-        """Tries for `timeout` seconds (None: for ever, 0: one round). End it with lease.release() or lock.release()."""
-        return self._holders.add(await self._acquire(self.timeout if timeout == "default" else check_timeout(timeout)))
-
-    async def try_acquire(self) -> Lease | None:
-        """One round: the lease, or None."""
-        try:
-            return await self.acquire(0)
-        except LockNotAcquired:
-            return None
-
-    async def release(self) -> bool:
-        """Releases this task's lease. False: a majority no longer held it for us."""
-        return await self._holders.take().release()
-
-    async def _acquire(self, timeout: float | None) -> Lease:
-        refuse_reentry(self._key, self.name)
+    async def _acquire(self, timeout: float | None, *, body: bool) -> Lease:
+        self._refuse_reentry()
         give_up = None if timeout is None else self.clock() + timeout
         while True:
             owner, asked_at = os.urandom(16).hex(), self.clock()
@@ -137,7 +101,7 @@ class Redlock:
                 raise
             too_late = self.clock() >= local_deadline(asked_at, self.ttl)
             if votes.yes >= self.quorum and not too_late:
-                return self._lease(owner, votes, asked_at)
+                return self._lease(owner, votes, asked_at, body=body)
             await self._take_back(owner, votes)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
@@ -168,20 +132,17 @@ class Redlock:
         await grants.answered(node)  # or the grant might come after its release
         return await self._run(node, _FREE, owner, "" if isinstance(grants.answers[node], bool) else "1")
 
-    def _lease(self, owner: str, grants: _Votes, asked_at: float) -> Lease:
-        return Lease(
-            self.name,
-            key=self._key,
+    def _lease(self, owner: str, grants: _Votes, asked_at: float, *, body: bool) -> Lease:
+        lease = Lease(
+            self,
             owner=owner,
             token=None,
-            ttl=self.ttl,
             asked_at=asked_at,
             extend=lambda _, ttl: self._ours(self._run, EXTEND, owner, milliseconds(ttl)),
             release=lambda _: self._ours(self._free, owner, grants),
-            renew=self.renew,
-            on_lost=self.on_lost,
-            clock=self.clock,
+            body=body,
         )
+        return self._keep(lease)
 
     async def _ours(self, *question: Any) -> bool:
         """Whether a majority held it for us. Silent nodes may: then it is an error, and the lease's time decides."""

@@ -186,9 +186,9 @@ CODE: list[tuple[str, Any, str, Any, Test]] = [
     ),
     (
         "a lock acquired twice by one task waits for itself",
-        redis_lock,
-        "refuse_reentry",
-        lambda *_: None,
+        RedisLock,
+        "_refuse_reentry",
+        lambda _: None,
         promises.test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking,
     ),
     (

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from distsys.lab.servers import Server
 from distsys.locks import fencing, redlock
 from distsys.locks import lease as leases
-from distsys.locks.lease import Holders, Lease, held_leases
+from distsys.locks.lease import Lease, LeasedLock, held_leases
 from distsys.locks.redlock import _FREE, _GRANT, EXTEND, Redlock, _Votes
 from distsys.redis_scripts import Script
 from tests.locks import test_fencing as fences
@@ -211,7 +211,7 @@ CODE = [
     ),
     planted(
         "a lock acquired twice by one task waits for itself",
-        *(redlock, "refuse_reentry", lambda *_: None),
+        *(Redlock, "_refuse_reentry", lambda _: None),
         caught_by=votes.test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking,
     ),
 ]
@@ -431,8 +431,8 @@ def shortened(lease: Lease, asked_at: float, ttl: float) -> None:
     lease.ttl, lease._deadline = ttl, leases.local_deadline(asked_at, ttl)
 
 
-def kept(holders: Holders, lease: Lease) -> Lease:
-    holders._leases.append(lease)
+def kept(lock: LeasedLock, lease: Lease) -> Lease:
+    lock._held.append(lease)
     return lease
 
 
@@ -454,7 +454,7 @@ LEASE = [
     ),
     planted(
         "a released lease is remembered for ever",
-        *(Holders, "add", kept),
+        *(LeasedLock, "_keep", kept),
         caught_by=told.test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them,
     ),
     planted(

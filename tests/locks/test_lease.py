@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from distsys.clock import elapsed
 from distsys.errors import LockLost, LockNotAcquired
 from distsys.locks.lease import (
     MAX_TTL,
-    Holders,
     Lease,
+    LeasedLock,
     check_ttl,
     held_leases,
     local_deadline,
@@ -49,17 +50,18 @@ class Store:
         self.released += 1
         return await self.release_answer()
 
-    def lease(self, name: str = "n", **options: Any) -> Lease:
-        options = {"ttl": 3600.0, "renew": True, "on_lost": "cancel", "token": 7, "asked_at": None, **options}
-        clock = options.setdefault("clock", asyncio.get_running_loop().time)
-        if options["asked_at"] is None:
-            options["asked_at"] = clock()
-        return Lease(name, key=name, owner="me", extend=self.extend, release=self.release, **options)
+    def lease(self, name: str = "n", *, body: bool = False, **options: Any) -> Lease:
+        options = {"ttl": 3600.0, "clock": asyncio.get_running_loop().time, **options}
+        return self.of(a_lock(name, **options), body=body)
+
+    def of(self, lock: LeasedLock, *, body: bool = False) -> Lease:
+        asked_at = lock.clock()
+        return Lease(lock, owner="me", token=7, asked_at=asked_at, extend=self.extend, release=self.release, body=body)
 
     @contextlib.asynccontextmanager
     async def body(self, **options: Any) -> AsyncIterator[Lease]:
         """`async with` a lock."""
-        lease = self.lease(**options).guard()
+        lease = self.lease(body=True, **options)
         try:
             yield lease
         except BaseException as error:
@@ -67,6 +69,11 @@ class Store:
             raise
         else:
             await lease.leave(None)
+
+
+def a_lock(name: str = "n", **options: Any) -> LeasedLock:
+    options = {"ttl": 3600.0, "timeout": None, "renew": True, "on_lost": "cancel", "clock": elapsed, **options}
+    return LeasedLock(name, name, **options)
 
 
 async def yes() -> bool:
@@ -706,10 +713,10 @@ async def test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them(
 
     The event loop itself keeps a hundred timers that were cancelled, and with them what they knew.
     """
-    holders, before = Holders("n"), len(held_leases.get())
+    lock, before = a_lock(), len(held_leases.get())
     seen = []
     for _ in range(500):
-        lease = holders.add(Store().lease())
+        lease = lock._keep(Store().lease())
         seen.append(weakref.ref(lease))
         await asyncio.create_task(lease.release())
         del lease
@@ -723,37 +730,37 @@ async def test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them(
 
 async def test_each_task_takes_its_own_lease() -> None:
     """The newest of several; one that has none may take the only one there is, else it is told."""
-    holders, entered, leave = Holders("n"), asyncio.Event(), asyncio.Event()
+    lock, entered, leave = a_lock(), asyncio.Event(), asyncio.Event()
 
     async def other() -> bool:
-        lease = holders.add(Store().lease("other"))
+        lease = lock._keep(Store().lease("other"))
         entered.set()
         await leave.wait()
-        return holders.take() is lease
+        return lock._take() is lease
 
     task = asyncio.create_task(other())
     await entered.wait()
-    outer, inner = holders.add(Store().lease("outer")), holders.add(Store().lease("inner"))
-    assert (holders.take(), holders.take()) == (inner, outer)
+    outer, inner = lock._keep(Store().lease("outer")), lock._keep(Store().lease("inner"))
+    assert (lock._take(), lock._take()) == (inner, outer)
     leave.set()
     assert await task
-    with pytest.raises(RuntimeError, match="holds no lease of 'n': acquire it first"):
-        holders.take()
+    with pytest.raises(RuntimeError, match="this task does not hold 'n': acquire it first"):
+        lock._take()
 
 
 async def test_a_task_without_a_lease_may_take_the_only_one() -> None:
     """An exit stack closed elsewhere; of two it could be the wrong one."""
-    holders = Holders("n")
+    lock = a_lock()
 
     async def acquire() -> Lease:
-        return holders.add(Store().lease())
+        return lock._keep(Store().lease())
 
     only = await asyncio.create_task(acquire())
-    assert holders.take() is only
+    assert lock._take() is only
     for _ in range(2):
         await asyncio.create_task(acquire())
-    with pytest.raises(RuntimeError, match="this task holds no lease"):
-        holders.take()
+    with pytest.raises(RuntimeError, match="this task does not hold"):
+        lock._take()
 
 
 async def test_a_lost_lease_is_left_in_order_when_its_task_acquired_again(redis: Redis) -> None:
