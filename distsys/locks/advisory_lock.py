@@ -16,8 +16,8 @@ import asyncio
 import itertools
 import math
 import os
-from contextlib import AbstractAsyncContextManager
-from types import EllipsisType
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -28,10 +28,10 @@ from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from distsys.clock import check_timeout, elapsed
+from distsys.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
-from distsys.tasks import try_cancel
+from distsys.locks.lease import Held, Lock
 
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
@@ -43,18 +43,23 @@ _prepared: WeakKeyDictionary[AsyncConnection[Any], dict[str, bytes]] = WeakKeyDi
 _numbers = itertools.count()
 
 
-class Hold:
+class Hold(Held):
     """One hold of a lock, on `connection`."""
 
-    def __init__(self, lock: AdvisoryLock, connection: AsyncConnection[Any]) -> None:
-        self.lock, self.connection = lock, connection
-        self._transaction: AbstractAsyncContextManager[Any] | None = None  # begun by us, on a pool's connection
+    def __init__(
+        self,
+        lock: AdvisoryLock,
+        connection: AsyncConnection[Any],
+        taken: AbstractAsyncContextManager[Any],
+        *,
+        body: bool,
+    ) -> None:
+        super().__init__(body=body)
+        self.lock, self.connection, self._taken = lock, connection, taken
         self._backend_pid = 0  # of the session that holds the lock
-        self._task: asyncio.Task[Any] | None = None
-        self._body = self._cancelled = self._ended = False  # is there a body to cancel; did we
-        self._fd, self._reading = -1, False  # of the watch
+        self._loop, self._fd = asyncio.get_running_loop(), -1  # of the watch
         self._look: asyncio.Handle | None = None
-        self._lost = ""  # why
+        self._ended, self._lost = False, ""  # why
         self._cause: BaseException | None = None
 
     @property
@@ -62,40 +67,39 @@ class Hold:
         """True once the connection has died. Not watched: a transaction without a block, which fails by itself then."""
         return bool(self._lost)
 
-    async def release(self) -> None:
+    @property
+    def over(self) -> bool:
+        return self._ended and not self._body
+
+    async def release(self) -> bool:
         """Unlocks a session hold from acquire(); what is not committed is rolled back. LockLost if it was lost."""
         if self.lock.scope == "transaction":
             raise RuntimeError(f"{self.lock} ends with its transaction: commit or roll back, or use scope='session'")
-        self.lock._holds.pop(self._task, None)
-        await self._leave(None)
+        await self.leave(None)
+        return True
 
     # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
 
-    def _watch(self, *, body: bool) -> None:
-        self._loop, self._task, self._body = asyncio.get_running_loop(), asyncio.current_task(), body
-        self._cancelling = self._task.cancelling() if self._task else 0
+    def _watch(self) -> None:
         self._look = self._loop.call_soon(self._read)  # a body that never waits is over before
-        self.lock._holds[self._task] = self
 
     def _unwatch(self) -> None:
         if self._look is not None:
             self._look.cancel()
-        if self._reading:
-            self._loop.remove_reader(self._fd)
         if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
             os.close(self._fd)
-        self._look, self._reading, self._fd = None, False, -1
+        self._look, self._fd = None, -1
 
     def _read(self) -> None:
         self._loop.add_reader(self._fd, self._readable)
-        self._reading = True
 
     def _readable(self) -> None:
         pgconn = self.connection.pgconn
         if self.connection.lock.locked() or pgconn.pipeline_status != PipelineStatus.OFF:
             # psycopg reads, and will meet the end by itself. A slow COPY leaves data unread for long: don't spin on it.
             self._loop.remove_reader(self._fd)
-            self._look, self._reading = self._loop.call_later(BUSY, self._read), False
+            self._look = self._loop.call_later(BUSY, self._read)
             return
         try:
             pgconn.consume_input()
@@ -105,24 +109,16 @@ class Hold:
         except psycopg.OperationalError as error:
             self._lost, self._cause = "its connection died", error
             self._unwatch()
-            self._cancel_body()
-
-    def _cancel_body(self) -> None:
-        if self._body and self._task and not self._task.done() and not self._ended:
-            self._cancelled = try_cancel(self._task)
-            if not self._cancelled:
-                self._loop.call_soon(self._cancel_body)
+            self._cancel()
 
     # ---- the end
 
-    async def _leave(self, error: BaseException | None) -> bool:
+    async def leave(self, error: BaseException | None) -> bool:
         """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
         if self._ended:
             return False
         self._unwatch()
-        own, handled, self._ended = error, False, True
-        if self._cancelled and self._task and self._task.uncancel() <= self._cancelling:
-            own = None if isinstance(error, asyncio.CancelledError) else error
+        own, handled, self._ended = self._end_body(error), False, True
         try:
             try:
                 if self.lock.scope == "session":
@@ -142,17 +138,11 @@ class Hold:
 
     async def _give_back(self, error: BaseException | None) -> bool:
         """The connection goes back where it came from. True when that settles `error`, as it does psycopg.Rollback."""
-        source, handled = self.lock.source, False
-        try:
-            if self._transaction is not None:
-                details = (type(error), error, error.__traceback__) if error else (None, None, None)
-                handled = bool(await self._transaction.__aexit__(*details))
-        finally:
-            if isinstance(source, AsyncConnectionPool):
-                await source.putconn(self.connection)
-            elif self.lock.scope == "session":
-                _session_keys[source].discard(self.lock.keys[0])
-        return handled
+        self._unwatch()
+        if self.lock.scope == "session":
+            _session_keys.get(self.connection, set()).discard(self.lock.keys[0])
+        details = (type(error), error, error.__traceback__) if error else (None, None, None)
+        return bool(await self._taken.__aexit__(*details))
 
     async def _unlock(self, error: BaseException | None) -> None:
         """The end of a session hold. What is not proved unlocked is closed, which unlocks it: no pool ever gets it."""
@@ -173,7 +163,7 @@ class Hold:
                 conn.pgconn.finish()
 
 
-class AdvisoryLock:
+class AdvisoryLock(Lock[Hold]):
     """`async with AdvisoryLock(pool, "invoice:42") as hold: await hold.connection.execute(...)`
 
     conn_or_pool  a psycopg AsyncConnection; or an AsyncConnectionPool, of which each hold and each waiter takes one
@@ -210,89 +200,67 @@ class AdvisoryLock:
             raise ValueError(f"scope={scope!r}: 'transaction' or 'session'")
         if proxy not in (None, "session"):
             raise ValueError(f"proxy={proxy!r}: 'session' if it pools sessions, else None and scope='transaction'")
+        super().__init__(name, timeout)
         self.keys: tuple[Key, ...] = (lock_key(name),)
-        self.name: object = name
         self.source, self.scope, self.shared, self.proxy = conn_or_pool, scope, shared, proxy
-        self.timeout = _check_timeout(timeout)
-        self._holds: dict[asyncio.Task[Any] | None, Hold] = {}
 
     def __str__(self) -> str:
         shown = repr(self.name)
         return f"advisory lock {shown if len(shown) <= 100 else shown[:100] + '...'}"
 
-    async def __aenter__(self) -> Hold:
-        return await self._take(self.timeout, body=True)
-
-    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool | None:
-        hold = self._held()
-        self._holds.pop(hold._task, None)
-        return await hold._leave(error)
-
-    async def acquire(self, timeout: float | EllipsisType | None = ...) -> Hold:
-        """Waits for the lock; `timeout` instead of the lock's own. A session hold has to be released."""
-        if self.scope == "transaction" and isinstance(self.source, AsyncConnectionPool):
-            raise RuntimeError(f"{self}: with a pool the block is the transaction, so use `async with`")
-        wait = self.timeout if isinstance(timeout, EllipsisType) else _check_timeout(timeout)
-        return await self._take(wait, body=False)
-
-    async def try_acquire(self) -> Hold | None:
-        """One try: the hold, or None when others hold the lock."""
-        try:
-            return await self.acquire(0)
-        except LockNotAcquired:
-            return None
-
-    async def release(self) -> None:
-        """Releases the session hold of this task, see Hold.release."""
-        await self._held().release()
-
-    def _held(self) -> Hold:
-        """The hold of this task; else the only one there is, for a fixture or exit stack that another task closes."""
-        holds = self._holds
-        hold = holds.get(asyncio.current_task()) or (next(iter(holds.values())) if len(holds) == 1 else None)
-        if hold is None:
-            raise RuntimeError(f"this task does not hold {self}: acquire it first")
-        return hold
+    def _checked(self, timeout: float | None) -> float | None:
+        seconds = super()._checked(timeout)
+        if seconds is not None and seconds > MAX_TIMEOUT:
+            raise ValueError(
+                f"timeout={timeout!r}: Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days; None waits for ever"
+            )
+        return seconds
 
     # ---- acquire
 
-    async def _take(self, timeout: float | None, *, body: bool) -> Hold:
-        if asyncio.current_task() in self._holds:
+    async def _acquire(self, timeout: float | None, *, body: bool) -> Hold:
+        if self.scope == "transaction" and not body and isinstance(self.source, AsyncConnectionPool):
+            raise RuntimeError(f"{self}: with a pool the block is the transaction, so use `async with`")
+        if any(hold.task is asyncio.current_task() and not hold._ended for hold in self._held):
             raise RuntimeError(f"this task already holds {self}: it is not re-entrant, pass the hold on instead")
-        started = elapsed()
-        hold = Hold(self, await self._connection(timeout))
-        watched = body or self.scope == "session"
+        started, watched = elapsed(), body or self.scope == "session"
+        taken = self._connection(timeout)
         try:
-            if watched:
-                hold._fd = os.dup(hold.connection.pgconn.socket)  # before the lock is ours, for this may fail
-            if not await self._lock(hold, timeout and max(0.001, started + timeout - elapsed())):
-                raise self._refusal(started)  # noqa: TRY301  the way out is the same as for the errors below
-            if watched:
-                hold._watch(body=body)
-        except BaseException as error:
-            hold._unwatch()
-            await hold._give_back(error)
-            if isinstance(error, (LockNotAvailable, QueryCanceled, DeadlockDetected)):
-                raise self._refusal(started, error) from error
-            raise
+            hold = Hold(self, await taken.__aenter__(), taken, body=body)
+            try:
+                if watched:
+                    hold._fd = os.dup(hold.connection.pgconn.socket)  # before the lock is ours, for this may fail
+                if not await self._lock(hold, timeout and max(0.001, started + timeout - elapsed())):
+                    raise self._refusal(started)  # noqa: TRY301  the way out is the same as for any error
+            except BaseException as error:
+                await hold._give_back(error)
+                raise
+        except (PoolTimeout, LockNotAvailable, QueryCanceled, DeadlockDetected) as error:
+            raise self._refusal(started, error) from error
+        if watched:
+            hold._watch()
+            self._keep(hold)
         return hold
 
-    async def _connection(self, timeout: float | None) -> AsyncConnection[Any]:
+    def _connection(self, timeout: float | None) -> AbstractAsyncContextManager[AsyncConnection[Any]]:
         source, key = self.source, self.keys[0]
         if isinstance(source, AsyncConnectionPool):
-            try:
-                conn: AsyncConnection[Any] = await source.getconn(timeout or None)
-            except PoolTimeout as error:
-                raise LockNotAcquired(
-                    f"{self}: the pool has no connection free ({error}); raise its max_size"
-                ) from error
-            return conn
+            return self._from(source, timeout)
         if self.scope == "session":
             keys = _session_keys.setdefault(source, set())
             if key in keys:
                 raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
             keys.add(key)
-        return source
+        return nullcontext(source)
+
+    @asynccontextmanager
+    async def _from(self, pool: AsyncConnectionPool[Any], timeout: float | None) -> AsyncIterator[AsyncConnection[Any]]:
+        async with pool.connection(timeout or None) as conn:
+            if self.scope == "session":
+                yield conn
+            else:
+                async with conn.transaction():
+                    yield conn
 
     async def _lock(self, hold: Hold, timeout: float | None) -> bool:
         conn = hold.connection
@@ -300,10 +268,6 @@ class AdvisoryLock:
             raise RuntimeError(f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`")
         if self.scope == "session":
             return await self._lock_session(hold, timeout)
-        if isinstance(self.source, AsyncConnectionPool):
-            transaction = conn.transaction()
-            await transaction.__aenter__()
-            hold._transaction = transaction
         return await self._lock_transaction(conn, timeout)
 
     async def _lock_session(self, hold: Hold, timeout: float | None) -> bool:
@@ -401,6 +365,8 @@ class AdvisoryLock:
             return LockDeadlock(f"{self}: {error}; take locks in one order, as advisory_locks() does", name=self.name)
         waited, said = elapsed() - started, f" ({error.diag.message_primary})" if error else ""
         message = f"{self} was not obtained in {waited:.3g} s{said}; held_advisory_locks() shows who holds it"
+        if isinstance(error, PoolTimeout):
+            message = f"{self}: the pool has no connection free ({error}); raise its max_size"
         return LockNotAcquired(message, name=self.name, waited=waited)
 
 
@@ -449,10 +415,3 @@ async def _run(conn: AsyncConnection[Any], sql: str, *args: object) -> list[byte
         names.clear()
         return await _run(conn, sql, *args)
     return [result.get_value(0, column) for column in range(result.nfields)] if result.ntuples else None
-
-
-def _check_timeout(timeout: float | None) -> float | None:
-    seconds = check_timeout(timeout)
-    if seconds is not None and seconds > MAX_TIMEOUT:
-        raise ValueError(f"timeout={timeout!r}: Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days; None waits for ever")
-    return seconds

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from distsys.clock import Clock, check_timeout
 from distsys.errors import LockLost, LockNotAcquired
-from distsys.tasks import heard, in_background, try_cancel
+from distsys.tasks import in_background, try_cancel
 
 logger = logging.getLogger("distsys.locks")
 OnLost = Literal["cancel", "flag"]
@@ -34,7 +34,7 @@ class Held:
         task = asyncio.current_task()
         assert task is not None
         self.task, self._body, self._cancelling = task, body, task.cancelling()
-        self._cancelled = False
+        self._cancelled = self._left = False
 
     @property
     def over(self) -> bool:
@@ -49,14 +49,15 @@ class Held:
 
     def _cancel(self) -> None:
         """Cancels the body once; not when it has ended, nor when it found out by itself."""
-        if self._body and not self._cancelled and not self.task.done() and self.task is not asyncio.current_task():
+        ended = not self._body or self._left or self.task.done()
+        if not self._cancelled and not ended and self.task is not asyncio.current_task():
             self._cancelled = try_cancel(self.task)
             if not self._cancelled:
                 asyncio.get_running_loop().call_soon(self._cancel)
 
     def _end_body(self, error: BaseException | None) -> BaseException | None:
         """The body's own error. Our cancellation is none, and is taken back; one from outside stays."""
-        self._body = False
+        self._left = True
         ours = self._cancelled and self.task.uncancel() <= self._cancelling
         return None if ours and isinstance(error, asyncio.CancelledError) else error
 
@@ -141,8 +142,8 @@ class LeasedLock(Lock["Lease"]):
 
     def _refuse_reentry(self) -> None:
         """A task that waits for a lock it holds itself would wait for ever: say so at once."""
-        mine = [lease for lease in held_leases.get() if lease.task is asyncio.current_task()]
-        if any(lease.key == self._key and lease.held for lease in mine):
+        task = asyncio.current_task()
+        if any(lease.key == self._key and lease.held and lease.task is task for lease in held_leases.get()):
             raise RuntimeError(f"this task already holds {self}: the lock is not re-entrant; pass the lease on instead")
 
 
@@ -227,7 +228,7 @@ class Lease(Held):
             return self._ended == RELEASED
         self._end(RELEASED)
         try:
-            ours = await heard(self._release(self))
+            ours = await self._release(self)
         except asyncio.CancelledError:
             in_background(self._release(self), f"release of {self.name!r} after cancellation")
             raise
@@ -299,7 +300,7 @@ class Lease(Held):
 
     async def _ask_again(self, ttl: float) -> bool:
         asked_at = self._clock()
-        ours = await heard(self._extend(self, ttl))
+        ours = await self._extend(self, ttl)
         if self._ended:
             return False
         if ours:

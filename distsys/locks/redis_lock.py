@@ -325,8 +325,8 @@ class RedisLock(LeasedLock):
         # 2 inside the lease's own time: the client retried a release whose reply was lost. Nobody came between.
         return answer == 1 or (answer == 2 and lease.covered)
 
-    async def _run(self, script: Script, *args: Any) -> Any:
-        return await script.run(self.redis, [self._key], *args)
+    def _run(self, script: Script, *args: Any) -> Awaitable[Any]:
+        return script.run(self.redis, [self._key], *args)
 
 
 def _text(reply: bytes | str | None) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import redis.asyncio
 
+from distsys import redis_scripts
 from distsys.lab.servers import Server
 from distsys.locks import lease as lease_module
 from distsys.locks import redis_lock
@@ -197,6 +199,16 @@ CODE: list[tuple[str, Any, str, Any, Test]] = [
         "heard",
         lambda work: work,
         promises.test_a_cancellation_that_the_client_swallowed_still_counts,
+    ),
+    *(
+        (
+            f"a cancellation swallowed by {call} is forgotten",
+            redis_scripts,
+            "heard",
+            lambda work: work,
+            partial(promises.test_a_cancellation_that_the_client_swallowed_still_counts_for_a_lease, call=call),
+        )
+        for call in ("release", "extend")
     ),
 ]
 

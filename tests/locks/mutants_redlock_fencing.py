@@ -448,11 +448,6 @@ LEASE = [
         caught_by=told.test_extensions_that_overtake_each_other_keep_the_longer_one,
     ),
     planted(
-        "a cancellation swallowed by the client is forgotten",
-        *(leases, "heard", lambda work: work),
-        caught_by=partial(told.test_a_cancellation_that_the_stores_client_swallows_still_counts, call="release"),
-    ),
-    planted(
         "a released lease is remembered for ever",
         *(LeasedLock, "_keep", kept),
         caught_by=told.test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them,

@@ -852,6 +852,18 @@ async def test_releasing_what_is_not_held_says_so(connect: Connect) -> None:
         await AdvisoryLock(await connect(), "x", scope="session").release()
 
 
+async def test_a_block_may_release_its_hold_early_and_take_another(connect: Connect) -> None:
+    """Its end has nothing left to do; each end finds its own hold."""
+    conn, admin = await connect(), await connect()
+    lock = AdvisoryLock(conn, "x", scope="session")
+    async with lock as hold:
+        assert await hold.release()
+        assert await states(admin) == []
+        async with lock:
+            assert len(await states(admin)) == 1
+    assert await states(admin) == []
+
+
 async def test_another_task_may_close_the_only_hold(connect: Connect) -> None:
     """Fixtures and exit stacks are often closed by another task than the one that entered them."""
     conn = await connect()

@@ -271,6 +271,31 @@ async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redi
         assert (await lock.explain()).waiting == 0
 
 
+@pytest.mark.parametrize("call", ["release", "extend"])
+async def test_a_cancellation_that_the_client_swallowed_still_counts_for_a_lease(redis: Redis, call: str) -> None:
+    """The work is done, and the task is cancelled all the same."""
+
+    class Swallowing(Redis):
+        async def execute_command(self, *args: Any, **options: Any) -> Any:
+            answer = await super().execute_command(*args, **options)
+            if tell:
+                tell.pop().set()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+            return answer
+
+    answered, tell = asyncio.Event(), list[asyncio.Event]()
+    async with Swallowing(connection_pool=redis.connection_pool) as client:
+        lease = await RedisLock(client, "swallowed").acquire()
+        tell.append(answered)
+        task = asyncio.create_task(getattr(lease, call)())
+        await answered.wait()
+        task.cancel()
+        await asyncio.wait({task}, timeout=5)
+        assert task.cancelled()
+        await lease.release()
+
+
 async def test_a_lease_that_was_waited_for_counts_from_before_the_wait(
     redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
