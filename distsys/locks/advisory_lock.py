@@ -31,7 +31,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from distsys.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
-from distsys.locks.lease import Held, Lock
+from distsys.locks.lease import RELEASED, Held, Lock
 
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
@@ -59,23 +59,20 @@ class Hold(Held):
         self._backend_pid = 0  # of the session that holds the lock
         self._loop, self._fd = asyncio.get_running_loop(), -1  # of the watch
         self._look: asyncio.Handle | None = None
-        self._ended, self._lost = False, ""  # why
-        self._cause: BaseException | None = None
+        self._lost = ""  # why
 
     @property
     def lost(self) -> bool:
         """True once the connection has died. Not watched: a transaction without a block, which fails by itself then."""
         return bool(self._lost)
 
-    @property
-    def over(self) -> bool:
-        return self._ended and not self._body
-
     async def release(self) -> bool:
         """Unlocks a session hold from acquire(); what is not committed is rolled back. LockLost if it was lost."""
         if self.lock.scope == "transaction":
             raise RuntimeError(f"{self.lock} ends with its transaction: commit or roll back, or use scope='session'")
-        await self.leave(None)
+        _, loss = await self._let_go(None)
+        if loss is not None:
+            raise loss from self._cause
         return True
 
     # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
@@ -113,28 +110,23 @@ class Hold(Held):
 
     # ---- the end
 
-    async def leave(self, error: BaseException | None) -> bool:
-        """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
-        if self._ended:
-            return False
-        self._unwatch()
-        own, handled, self._ended = self._end_body(error), False, True
-        try:
+    async def _let_go(self, error: BaseException | None) -> tuple[bool, LockLost | None]:
+        handled = False
+        if not self._ended:
+            self._ended = RELEASED
+            self._unwatch()
             try:
-                if self.lock.scope == "session":
-                    await self._unlock(error)
-            finally:
-                handled = await self._give_back(error)
-        except psycopg.OperationalError as failure:
-            if not self.connection.closed:
-                raise
-            self._lost, self._cause = self._lost or "its connection died", self._cause or failure
-        if self._lost:
-            loss = LockLost(f"{self.lock} was lost, and may be another's since: {self._lost}", name=self.lock.name)
-            if own is None:
-                raise loss from self._cause
-            own.add_note(str(loss))
-        return handled
+                try:
+                    if self.lock.scope == "session":
+                        await self._unlock(error)
+                finally:
+                    handled = await self._give_back(error)
+            except psycopg.OperationalError as failure:
+                if not self.connection.closed:
+                    raise
+                self._lost, self._cause = self._lost or "its connection died", self._cause or failure
+        why = f"{self.lock} was lost, and may be another's since: {self._lost}"
+        return handled, LockLost(why, name=self.lock.name) if self._lost else None
 
     async def _give_back(self, error: BaseException | None) -> bool:
         """The connection goes back where it came from. True when that settles `error`, as it does psycopg.Rollback."""

@@ -35,16 +35,31 @@ class Held:
         assert task is not None
         self.task, self._body, self._cancelling = task, body, task.cancelling()
         self._cancelled = self._left = False
+        self._ended = ""  # why; "" while held
+        self._cause: BaseException | None = None  # of its loss
 
     @property
     def over(self) -> bool:
         """Whether nobody asks for it any more: it was released, and there is no body whose end will."""
-        raise NotImplementedError
+        return self._ended == RELEASED and not self._body
 
     async def release(self) -> bool:
         raise NotImplementedError
 
-    async def leave(self, error: BaseException | None) -> bool | None:
+    async def leave(self, error: BaseException | None) -> bool:
+        """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
+        self._left = True
+        ours = self._cancelled and self.task.uncancel() <= self._cancelling  # a cancellation from outside stays
+        own = None if ours and isinstance(error, asyncio.CancelledError) else error
+        handled, loss = await self._let_go(error)
+        if loss is not None and own is None:
+            raise loss from self._cause
+        if loss is not None and own is not None and not (isinstance(own, LockLost) and own.facts == loss.facts):
+            own.add_note(str(loss))
+        return handled
+
+    async def _let_go(self, error: BaseException | None) -> tuple[bool, LockLost | None]:
+        """Gives the lock back; whether that settles the body's `error`, and the loss, if it was lost before."""
         raise NotImplementedError
 
     def _cancel(self) -> None:
@@ -54,12 +69,6 @@ class Held:
             self._cancelled = try_cancel(self.task)
             if not self._cancelled:
                 asyncio.get_running_loop().call_soon(self._cancel)
-
-    def _end_body(self, error: BaseException | None) -> BaseException | None:
-        """The body's own error. Our cancellation is none, and is taken back; one from outside stays."""
-        self._left = True
-        ours = self._cancelled and self.task.uncancel() <= self._cancelling
-        return None if ours and isinstance(error, asyncio.CancelledError) else error
 
 
 H = TypeVar("H", bound=Held)
@@ -172,8 +181,6 @@ class Lease(Held):
         self.name, self.key, self.owner, self.token, self.ttl = lock.name, lock._key, owner, token, lock.ttl
         self._extend, self._release, self._clock, self._renew = extend, release, lock.clock, lock.renew
         self._on_lost = lock.on_lost
-        self._ended = ""  # why; "" while held
-        self._cause: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._deadline = -math.inf
@@ -239,31 +246,16 @@ class Lease(Held):
             self._ended = "was no longer ours when it was released"
         return ours
 
-    # ---- the end of the body of `async with`
-
-    @property
-    def over(self) -> bool:
-        return self._ended == RELEASED and not self._body
-
-    async def leave(self, error: BaseException | None) -> None:
-        """The body's own error is never masked: a loss beside it becomes a note."""
-        own = self._end_body(error)
-        if await self._released_by_leaving():
-            return
-        if own is None:
-            raise self._loss() from self._cause
-        if not isinstance(own, LockLost):
-            own.add_note(str(self._loss()))
-
-    async def _released_by_leaving(self) -> bool:
+    async def _let_go(self, _: BaseException | None) -> tuple[bool, LockLost | None]:
         covered = self.covered
         try:
-            return await self.release()
+            ours = await self.release()
         except Exception as error:  # noqa: BLE001  logged, or the cause of LockLost
             self._cause = error
             if covered:  # the whole body ran inside the lease; what could not be given back ends by its TTL
                 logger.warning("%r could not be released and ends by its TTL: %r", self.name, error)
-            return covered
+            ours = covered
+        return False, None if ours else self._loss()
 
     # ---- renewal and loss
 

@@ -864,6 +864,22 @@ async def test_a_block_may_release_its_hold_early_and_take_another(connect: Conn
     assert await states(admin) == []
 
 
+async def test_a_lost_hold_that_its_block_releases_is_lost_at_the_end_too(connect: Connect) -> None:
+    """Whoever ignores it once is told again, and the task is as uncancelled as before."""
+    conn, admin = await connect(), await connect()
+    with pytest.raises(LockLost, match="its connection died") as lost:
+        async with AdvisoryLock(conn, "x", scope="session") as hold:
+            try:
+                await until_cancelled(terminate(admin, conn))
+            finally:
+                with pytest.raises(LockLost):
+                    await hold.release()
+    assert not hasattr(lost.value, "__notes__")
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
 async def test_another_task_may_close_the_only_hold(connect: Connect) -> None:
     """Fixtures and exit stacks are often closed by another task than the one that entered them."""
     conn = await connect()
