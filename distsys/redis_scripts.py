@@ -130,6 +130,12 @@ def unavailable(error: Exception) -> bool:
     return isinstance(error, UNAVAILABLE) and not isinstance(error, (AuthenticationError, AuthorizationError))
 
 
+def options(client: Any) -> dict[str, Any]:
+    """What the client connects with, as far as it tells: a cluster's does not."""
+    pool = getattr(client, "connection_pool", None)
+    return getattr(pool, "connection_kwargs", {})
+
+
 def hash_tag(name: str) -> str:
     """The name as it stands inside `{...}` of a key: braces of its own would end the tag early."""
     if not isinstance(name, str):

@@ -56,13 +56,13 @@ async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | 
     labels = {lock_key(name): name for name in names}
 
     def state(high: int, low: int, space: int, **facts: Any) -> AdvisoryLockState:
-        key: Key = (_signed(high, 32), _signed(low, 32)) if space == 2 else _signed(high << 32 | low, 64)
+        key: Key = (high, low) if space == 2 else high << 32 | low & 0xFFFFFFFF
         return AdvisoryLockState(key=key, name=labels.get(key), **facts)
 
     async with conn.transaction(), conn.cursor(row_factory=kwargs_row(state)) as cursor:
         await cursor.execute(
             """
-            SELECT classid::bigint AS high, objid::bigint AS low, objsubid AS space, pid, granted,
+            SELECT classid::int AS high, objid::int AS low, objsubid AS space, pid, granted,
               waitstart AS waiting_since, coalesce(application_name, '') AS application_name,
               CASE mode WHEN 'ShareLock' THEN 'shared' ELSE 'exclusive' END AS mode,
               CASE WHEN granted THEN '{}' ELSE pg_blocking_pids(pid) END AS blocked_by
@@ -82,7 +82,3 @@ def oids(key: Key) -> tuple[int, int, int]:
     """The key as pg_locks shows it: classid, objid, objsubid."""
     high, low = key if isinstance(key, tuple) else (key >> 32, key)
     return high & 0xFFFFFFFF, low & 0xFFFFFFFF, 2 if isinstance(key, tuple) else 1
-
-
-def _signed(number: int, bits: int) -> int:
-    return number - (number >> bits - 1 << bits)

@@ -291,13 +291,12 @@ class AdvisoryLock(Lock[Hold]):
 
         Each key has at most one hold on a connection, so what pg_locks shows of ours can only be that grant.
         """
-        high, low, space = oids(self.keys[0])
         mode, undone = "ShareLock" if self.shared else "ExclusiveLock", False
         try:
             if conn.pgconn.status == ConnStatus.OK:
                 ours = f"pid = pg_backend_pid() AND granted AND locktype = 'advisory' AND mode = '{mode}'"
-                key = f"(classid, objid, objsubid) = ({high}, {low}, {space})"
-                await self._ask(conn, "advisory_unlock", f"EXISTS (SELECT FROM pg_locks WHERE {ours} AND {key})")
+                granted = f"EXISTS (SELECT FROM pg_locks WHERE {ours} AND (classid, objid, objsubid) = ($1, $2, $3))"
+                await self._ask(conn, "advisory_unlock", granted, *oids(self.keys[0]))
             undone = True
         except psycopg.Error as failure:
             error.add_note(f"the connection is closed: it could not say whether {self} was granted ({failure})")

@@ -1,7 +1,7 @@
-"""A lease: exclusive for a while, and its holder is told before the while is over.
+"""What tasks do with a lock; and a lease: exclusive for a while, whose holder is told before the while is over.
 
-RedisLock and Redlock grant leases for different reasons; how a holder keeps one is the same for both, and stands here
-once: the local deadline, the renewal, the news of the loss, and the end of the body that ran under it.
+The rules grant locks for different reasons. What is the same for all of them stands here once: which task holds what,
+and how a body is told of its loss and ends; for RedisLock and Redlock also a lease's local deadline and its renewal.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class Lease(Held):
 
         Cancelled midway, it goes on in the background; after an error it may be called again.
         """
-        self._forget()
+        held_leases.set(tuple(lease for lease in held_leases.get() if lease is not self))
         if self._ended not in ("", UNRELEASED):
             return self._ended == RELEASED
         self._end(RELEASED)
@@ -318,10 +318,6 @@ class Lease(Held):
             self._timer = None  # its context knows the leases before this one, and theirs the ones before
         if self._renewal is not None and self._renewal is not asyncio.current_task():
             self._renewal.cancel()
-
-    def _forget(self) -> None:
-        others = [lease for lease in held_leases.get() if lease is not self]
-        held_leases.set(tuple(others))
 
     def _loss(self) -> LockLost:
         why = self._ended or "ended while the event loop was busy"

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 from distsys.clock import Clock, elapsed
 from distsys.errors import LockNotAcquired
 from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
-from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
+from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds, options
 from distsys.tasks import heard, in_background
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class RedisLock(LeasedLock):
             owner=attempt.owner,
             token=attempt.token,
             asked_at=attempt.asked_at,
-            extend=self._extend,
+            extend=lambda lease, ttl: self._run(EXTEND, lease.owner, milliseconds(ttl)),
             release=lambda lease: self._leave(lease, attempt.stamp),
             body=body,
         )
@@ -259,7 +259,7 @@ class RedisLock(LeasedLock):
             granted = False
             while not granted:
                 # Until the lock is handed to us, the present lease ends, or it is time for a sign of life.
-                longest = min(SLICE, self.ttl / 3, (_option(self.redis, "socket_timeout") or math.inf) / 2)
+                longest = min(SLICE, self.ttl / 3, (options(self.redis).get("socket_timeout") or math.inf) / 2)
                 block = max(0.01, min(longest, attempt.left + 0.001)) if queued else 0.0
                 granted, queued = await self._granted(attempt, queue=True, block=block), True
 
@@ -315,10 +315,7 @@ class RedisLock(LeasedLock):
         message = f"{self.name!r} was not obtained in {waited:g} s{by}"
         return LockNotAcquired(message, name=self.name, waited=waited, holder=attempt.holder)
 
-    # ---- the lease's calls
-
-    async def _extend(self, lease: Lease, ttl: float) -> bool:
-        return bool(await self._run(EXTEND, lease.owner, milliseconds(ttl)) == 1)
+    # ---- what is said to the server
 
     async def _leave(self, lease: Lease, stamp: int) -> bool:
         answer = await self._run(_LEAVE, lease.owner, stamp)
@@ -331,8 +328,3 @@ class RedisLock(LeasedLock):
 
 def _text(reply: bytes | str | None) -> str:
     return reply.decode() if isinstance(reply, bytes) else reply or ""
-
-
-def _option(redis: Any, option: str) -> Any:
-    pool = getattr(redis, "connection_pool", None)
-    return getattr(pool, "connection_kwargs", {}).get(option) if pool is not None else None

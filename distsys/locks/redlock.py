@@ -24,7 +24,7 @@ from distsys.clock import Clock, elapsed
 from distsys.errors import LockNotAcquired
 from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
 from distsys.locks.redis_lock import EXTEND
-from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds
+from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds, options
 from distsys.tasks import in_background
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Redlock(LeasedLock):
                 raise
             too_late = self.clock() >= local_deadline(asked_at, self.ttl)
             if votes.yes >= self.quorum and not too_late:
-                return self._lease(owner, votes, asked_at, body=body)
+                return self._keep(self._lease(owner, votes, asked_at, body=body))
             await self._take_back(owner, votes)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
@@ -133,7 +133,7 @@ class Redlock(LeasedLock):
         return await self._run(node, _FREE, owner, "" if isinstance(grants.answers[node], bool) else "1")
 
     def _lease(self, owner: str, grants: _Votes, asked_at: float, *, body: bool) -> Lease:
-        lease = Lease(
+        return Lease(
             self,
             owner=owner,
             token=None,
@@ -142,7 +142,6 @@ class Redlock(LeasedLock):
             release=lambda _: self._ours(self._free, owner, grants),
             body=body,
         )
-        return self._keep(lease)
 
     async def _ours(self, *question: Any) -> bool:
         """Whether a majority held it for us. Silent nodes may: then it is an error, and the lease's time decides."""
@@ -211,6 +210,5 @@ class _Votes:
 
 def _node(client: Redis) -> object:
     """Where a client's node is, as far as the client tells."""
-    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
-    where = tuple(map(options.get, ("path", "host", "port")))
+    where = tuple(map(options(client).get, ("path", "host", "port")))
     return where if any(where) else id(client)
