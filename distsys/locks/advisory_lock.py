@@ -83,12 +83,14 @@ class Hold(Held):
     def _unwatch(self) -> None:
         if self._look is not None:
             self._look.cancel()
-        if self._fd >= 0:
+        elif self._fd >= 0:
             self._loop.remove_reader(self._fd)
+        if self._fd >= 0:
             os.close(self._fd)
         self._look, self._fd = None, -1
 
     def _read(self) -> None:
+        self._look = None
         self._loop.add_reader(self._fd, self._readable)
 
     def _readable(self) -> None:
@@ -125,8 +127,9 @@ class Hold(Held):
                 if not self.connection.closed:
                     raise
                 self._lost, self._cause = self._lost or "its connection died", self._cause or failure
-        why = f"{self.lock} was lost, and may be another's since: {self._lost}"
-        return handled, LockLost(why, name=self.lock.name) if self._lost else None
+        if not self._lost:
+            return handled, None
+        return handled, LockLost(f"{self.lock} was lost, and may be another's since: {self._lost}", name=self.lock.name)
 
     async def _give_back(self, error: BaseException | None) -> bool:
         """The connection goes back where it came from. True when that settles `error`, as it does psycopg.Rollback."""
