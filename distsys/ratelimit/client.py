@@ -18,14 +18,14 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from distsys.ratelimit.http import web
 
 if TYPE_CHECKING:
-    from httpx import AsyncBaseTransport, Headers, Request, Response
+    import httpx
 else:
-    AsyncBaseTransport = object  # httpx asks for the methods only; so this imports without it
+    httpx = web("httpx")
 
 PARTITIONS = 1_000  # held back at a time; beyond, the oldest is forgotten
 IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"}
@@ -37,7 +37,7 @@ _ITEM = re.compile(rf"(?:{_STRING}|{_WORD})((?:{_PARAMETER})*)(?:[ \t]*,[ \t]*(?
 _PARAMETERS = re.compile(_PARAMETER)
 
 
-class RateLimitTransport(AsyncBaseTransport):
+class RateLimitTransport(httpx.AsyncBaseTransport):
     """`httpx.AsyncClient(transport=RateLimitTransport(budget=30))`
 
     transport  that sends; httpx.AsyncHTTPTransport() if none is given
@@ -49,10 +49,10 @@ class RateLimitTransport(AsyncBaseTransport):
 
     def __init__(
         self,
-        transport: AsyncBaseTransport | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
         *,
         budget: float,
-        partition: Callable[[Request], Hashable] | None = None,
+        partition: Callable[[httpx.Request], Hashable] | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -60,15 +60,14 @@ class RateLimitTransport(AsyncBaseTransport):
     ) -> None:
         if not 0 <= budget < float("inf"):
             raise ValueError(f"budget={budget!r}: seconds that one request may wait, 0 or more")
-        self._httpx = web("httpx")
-        self._transport: AsyncBaseTransport = transport or self._httpx.AsyncHTTPTransport()
+        self._transport = transport or httpx.AsyncHTTPTransport()
         self._budget, self._partition = budget, partition or _server_and_credentials
         self._sleep, self._clock, self._wall_clock, self._rng = sleep, clock, wall_clock, rng
         self._until: dict[Hashable, float] = {}
 
-    async def handle_async_request(self, request: Request) -> Response:
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         partition, left = self._partition(request), self._budget
-        again = isinstance(request.stream, self._httpx.ByteStream)  # a body that can be sent twice
+        again = isinstance(request.stream, httpx.ByteStream)  # a body that can be sent twice
         while True:
             # What is held back longer than the budget is sent: the server decides, and its refusal says more.
             while 0 < (wait := self._until.get(partition, 0.0) - self._clock()) <= left:
@@ -82,13 +81,6 @@ class RateLimitTransport(AsyncBaseTransport):
             await response.aclose()  # without reading: a refusal may be of any length
             left -= await self._wait(after, left)
 
-    async def __aenter__(self) -> Self:
-        await self._transport.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._transport.__aexit__(*error)
-
     async def aclose(self) -> None:
         await self._transport.aclose()
 
@@ -97,7 +89,7 @@ class RateLimitTransport(AsyncBaseTransport):
         await self._sleep(seconds)
         return seconds
 
-    def _note(self, partition: Hashable, headers: Headers, after: float | None) -> None:
+    def _note(self, partition: Hashable, headers: httpx.Headers, after: float | None) -> None:
         """Until when nothing is sent. Retry-After comes first; what a cache kept says nothing about now."""
         items = parse(", ".join(headers.get_list("RateLimit"))) if headers.get("Age", "0") == "0" else []
         wait: float = max((t for r, t in items if r == 0), default=0)
@@ -110,7 +102,7 @@ class RateLimitTransport(AsyncBaseTransport):
                 del self._until[next(iter(self._until))]
             self._until[partition] = self._clock() + wait
 
-    def _retry_after(self, headers: Headers) -> float | None:
+    def _retry_after(self, headers: httpx.Headers) -> float | None:
         """At least a second, so that the budget is a bound on the tries as well."""
         text = headers.get("Retry-After", "").strip()
         if re.fullmatch(r"[0-9]{1,15}", text):
@@ -135,6 +127,6 @@ def parse(field: str) -> list[tuple[int, int]]:
     return found
 
 
-def _server_and_credentials(request: Request) -> Hashable:
+def _server_and_credentials(request: httpx.Request) -> Hashable:
     headers = request.headers
     return request.url.scheme, request.url.netloc, headers.get("Authorization"), headers.get("X-API-Key")
