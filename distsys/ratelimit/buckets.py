@@ -12,11 +12,11 @@ import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis.asyncio import RedisCluster
 
-from distsys.ratelimit.decision import MICRO, Limit
+from distsys.ratelimit.decision import MICRO, Decision, Limit, Request
 from distsys.redis_scripts import Script, Timed
 
 SCRIPT = Script(files(__package__).joinpath("token_bucket.lua").read_text())
@@ -24,17 +24,8 @@ BATCH = 1_000  # requests in one call: the server does nothing else meanwhile
 Clock = Callable[[], float]
 
 
-class Request(NamedTuple):
-    """`cost` microtokens from each of the buckets, together or not at all; `times` such requests in a row."""
-
-    keys: tuple[str, ...]
-    limits: tuple[Limit, ...]
-    cost: int
-    times: int = 1
-
-
-Answer = tuple[int, list[int], int]
-"""How many of the times were granted; the microtokens used in each bucket before the call; those taken in it before."""
+Answer = list[int]
+"""The microtokens used in each bucket before the request: whether it was granted follows, as the script decides."""
 
 
 class _Run:
@@ -47,10 +38,9 @@ class _Run:
     def answer(self, granted: int, used: list[int]) -> None:
         times, cost, taken = self.request.times, self.request.cost, 0
         for future in self.futures:
-            mine = min(times, granted - taken)
             if not future.done():
-                future.set_result((mine, used, taken * cost))
-            taken += mine
+                future.set_result([before + taken * cost for before in used])
+            taken = min(taken + times, granted)
 
 
 class _Batch:
@@ -99,7 +89,7 @@ class Buckets:
     def __init__(self, redis: Any, *, timeout: float | None = None, clock: Clock | None = None) -> None:
         self._scripts = Timed(redis, timeout)
         self.redis, self.timeout, self.clock = self._scripts.redis, timeout, clock
-        self.slot: Callable[[str], int] | None = redis.keyslot if isinstance(redis, RedisCluster) else None
+        self.slot: Callable[[str], int] = redis.keyslot if isinstance(redis, RedisCluster) else lambda key: 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next: dict[int, _Batch] | None = None  # by slot, to be sent next; None: no call is under way
         self._later: list[tuple[Request, asyncio.Future[Answer]]] = []  # those that do not fit into it
@@ -117,15 +107,18 @@ class Buckets:
             self._later.append((request, future))
         return future if self.timeout is None else asyncio.wait_for(future, self.timeout)
 
+    async def decide(self, request: Request) -> list[Decision]:
+        return request.decisions(await self.ask(request))
+
     async def _ask_alone(self, request: Request) -> Answer:
         try:
-            granted, *used = await self._call(request.keys, request.limits, (_pack(request.times, request.cost),))
-            return granted, used, 0
+            answer: list[int] = await self._call(request.keys, request.limits, (_pack(request.times, request.cost),))
+            return answer[1:]
         finally:
             self._send()
 
     def _join(self, batches: dict[int, _Batch], request: Request, future: asyncio.Future[Answer]) -> bool:
-        slot = self.slot(request.keys[0]) if self.slot else 0
+        slot = self.slot(request.keys[0])
         if (batch := batches.get(slot)) is None:
             batch = batches[slot] = _Batch()
         self._room -= 1

@@ -7,7 +7,6 @@ import logging
 import math
 import struct
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -62,6 +61,8 @@ class Decision(NamedTuple):
 class Limit:
     """A capacity in tokens and a refill rate in tokens per second, as the scripts count them: in whole numbers."""
 
+    den: float
+
     def __init__(self, capacity: float, refill_rate: float) -> None:
         self.full, self.capacity = micro("capacity", capacity), capacity
         self.refill_rate = check_positive("refill_rate", refill_rate, MAX_TOKENS, "tokens per second")
@@ -73,23 +74,39 @@ class Limit:
         self.num, self.den = rate.numerator, rate.denominator
         self.packed = struct.pack("<ddd", self.full, self.num, self.den)
 
-    def seconds(self, microtokens: int) -> float:
+    def seconds(self, microtokens: float) -> float:
         """How long the refill of so much takes, to the next microsecond."""
         return -(-microtokens * self.den // self.num) / MICRO if microtokens > 0 else 0.0
 
-    def decision(self, allowed: bool, used: int, cost: int, source: Source = "redis") -> Decision:
+    def decision(self, allowed: bool, used: float, cost: int, source: Source = "redis") -> Decision:
         """`used` microtokens after the decision on `cost` microtokens."""
+        left = max(0, int((self.full - used) // MICRO))
         wait = 0.0 if allowed else self.seconds(used + cost - self.full)
-        return Decision(allowed, self.capacity, max(0, (self.full - used) // MICRO), wait, self.seconds(used), source)
+        return Decision(allowed, self.capacity, left, wait, self.seconds(used), source)
 
     def cost(self, cost: float) -> int:
         """In millionths; one that could never pass is refused."""
         wanted = MICRO if type(cost) is int and cost == 1 else micro("cost", cost)
         if wanted > self.full:
-            raise ValueError(
-                f"cost={cost!r} could never pass capacity={self.capacity!r}: raise it, or split the request"
-            )
+            raise never_passes(cost, f"capacity={self.capacity!r}")
         return wanted
+
+
+class Request(NamedTuple):
+    """`cost` microtokens from each of the buckets, together or not at all; `times` such requests in a row."""
+
+    keys: tuple[str, ...]
+    limits: tuple[Limit, ...]
+    cost: int  # 0 only looks, whether one token would pass; a negative one gives back
+    times: int = 1
+
+    def decisions(self, used: Sequence[float], source: Source = "redis") -> list[Decision]:
+        """On the first one, `used` microtokens before it: of each limit, and all of them have to let it pass."""
+        wanted = self.cost or MICRO
+        fits = [before + wanted <= limit.full for before, limit in zip(used, self.limits, strict=True)]
+        taken = self.cost if all(fits) else 0
+        answers = zip(self.limits, fits, used, strict=True)
+        return [limit.decision(passes, before + taken, wanted, source) for limit, passes, before in answers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,92 +124,96 @@ class OnFailure:
     def __post_init__(self) -> None:
         if self.policy not in ("open", "closed", "local"):
             raise ValueError(f"policy={self.policy!r}: 'open', 'closed' or 'local'")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout={self.timeout!r}: seconds above 0")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction!r} of the limit: above 0, at most 1")
+        check_positive("timeout", self.timeout, MAX_TOKENS, "seconds")
+        check_positive("fraction", self.fraction, 1, "a share of the limit")
 
 
 class Fallback:
     """Applies a failure policy: what a limiter answers in the place of Redis."""
 
-    def __init__(self, name: str, on_failure: OnFailure | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name, self.on_failure, self._clock = name, on_failure, clock
+    def __init__(self, name: str, on_failure: OnFailure | None) -> None:
+        self.name, self.on_failure = name, on_failure
         self.timeout = on_failure.timeout if on_failure else None
-        self.failing = False
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key -> microtokens used, and when
+        self._failing = False
+        self._used: dict[str, tuple[float, float]] = {}  # key -> microtokens used, and when
+
+    async def guard(self, asked: Awaitable[list[Decision]], request: Request) -> list[Decision]:
+        """What was asked for, or what the policy says instead."""
+        try:
+            answer = await asked
+        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
+            return self.decide(error, request)
+        self.worked()
+        return answer
 
     def worked(self) -> None:
-        if self.failing:
-            self.failing = False
+        if self._failing:
+            self._failing = False
             logger.warning("limiter %r: Redis decides again", self.name)
 
-    def decide(self, error: Exception, keys: Sequence[str], limits: Sequence[Limit], cost: int) -> list[Decision]:
+    def decide(self, error: Exception, request: Request) -> list[Decision]:
         """One decision for each of the limits, all alike; without a policy for such an error, the error."""
         if self.on_failure is None or not unavailable(error):
             raise error
         policy = self.on_failure.policy
-        if not self.failing:
-            self.failing = True
+        if not self._failing:
+            self._failing = True
             logger.warning("limiter %r is %s while Redis does not decide: %r", self.name, policy, error)
         if policy == "local":
-            return self._decide_here(keys, limits, cost)
+            return self._decide_here(request, self.on_failure.fraction)
         passes = policy == "open"
-        return [Decision(passes, limit.capacity, 0, 0.0 if passes else ASK_AGAIN, 0.0, policy) for limit in limits]
+        wait = 0.0 if passes else ASK_AGAIN
+        return [Decision(passes, limit.capacity, 0, wait, 0.0, policy) for limit in request.limits]
 
-    def _decide_here(self, keys: Sequence[str], limits: Sequence[Limit], cost: int) -> list[Decision]:
-        assert self.on_failure is not None
-        now, share = self._clock(), self.on_failure.fraction
-        used = []
-        for key, limit in zip(keys, limits, strict=True):
-            before, at = self._buckets.get(key, (0.0, now))
-            used.append(max(0.0, before - (now - at) * limit.refill_rate * share * MICRO))
-        fits = [before + cost <= limit.full * share for before, limit in zip(used, limits, strict=True)]
-        answers = []
-        for key, limit, before, passes in zip(keys, limits, used, fits, strict=True):
-            after = before + cost if all(fits) else before
-            self._buckets[key] = after, now
-            self._buckets.move_to_end(key)
-            full, rate = limit.full * share, limit.refill_rate * share * MICRO
-            wait = 0.0 if passes else (before + cost - full) / rate
-            left = max(0, math.floor((full - after) / MICRO))
-            answers.append(Decision(passes, limit.capacity * share, left, wait, after / rate, "local"))
-        while len(self._buckets) > LOCAL_KEYS:
-            self._buckets.popitem(last=False)
-        return answers
+    def _decide_here(self, request: Request, share: float) -> list[Decision]:
+        """To a share of a limit: in a bucket of full size each request costs as many times more."""
+        now, used = time.monotonic(), []
+        for key, limit in zip(request.keys, request.limits, strict=True):
+            before, at = self._used.pop(key, (0.0, now))
+            used.append(max(0.0, before - (now - at) * MICRO * limit.num / limit.den))
+        request = request._replace(cost=round(request.cost / share))
+        answers = request.decisions(used, "local")
+        taken = request.cost if all(answers) else 0
+        self._used.update((key, (before + taken, now)) for key, before in zip(request.keys, used, strict=True))
+        while len(self._used) > LOCAL_KEYS:
+            del self._used[next(iter(self._used))]
+        return [one._replace(limit=one.limit * share, remaining=int(one.remaining * share)) for one in answers]
 
 
-Queues = WeakValueDictionary[str, asyncio.Lock]
-"""One for each key that somebody waits for."""
+class Queues(WeakValueDictionary[str, asyncio.Lock]):
+    """Those who wait in acquire(): in this process first come, first served, for each key."""
 
+    def __init__(self, limit: float, left: str) -> None:
+        super().__init__()
+        self._limit, self._left = limit, left
 
-async def wait_in_turn(
-    queues: Queues,
-    key: str,
-    ask: Callable[[], Awaitable[Decision]],
-    timeout: float | None,
-    refusal: Callable[[float | None], RateLimited],
-) -> Decision:
-    """Asks again and again, each time when the answer before said so: in this process first come, first served.
+    async def wait(
+        self, key: str, ask: Callable[[], Awaitable[Decision]], timeout: float | None, longest: float
+    ) -> Decision:
+        """Asks again and again, each time when the answer before said so.
 
-    Raises the refusal, which is told the seconds to wait if they are known, when `timeout` can't be enough.
-    """
-    now = asyncio.get_running_loop().time
-    deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
-    queue = queues.setdefault(check_key(key), asyncio.Lock())
-    try:
-        async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been granted
-            await queue.acquire()
-    except TimeoutError:
-        raise refusal(None) from None
-    try:
-        while not (decision := await ask()):
-            if now() + decision.retry_after > deadline:
-                raise refusal(decision.retry_after)
-            await asyncio.sleep(decision.retry_after)
-    finally:
-        queue.release()
-    return decision
+        RateLimited when `timeout` can't be enough; `longest` seconds are said while nobody knows how many.
+        """
+        now = asyncio.get_running_loop().time
+        deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
+        queue = self.setdefault(check_key(key), asyncio.Lock())
+        try:
+            async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been granted
+                await queue.acquire()
+        except TimeoutError:
+            raise self._refusal(key, longest) from None
+        try:
+            while not (decision := await ask()):
+                if now() + decision.retry_after > deadline:
+                    raise self._refusal(key, decision.retry_after)
+                await asyncio.sleep(decision.retry_after)
+        finally:
+            queue.release()
+        return decision
+
+    def _refusal(self, key: str, wait: float) -> RateLimited:
+        message = f"{key!r} has no {self._left}; the next try can pass in {wait:.3g} s"
+        return RateLimited(message, key=key, limit=self._limit, retry_after=wait)
 
 
 def unavailable(error: Exception) -> bool:
@@ -218,6 +239,10 @@ def check_positive(name: str, value: float, most: float, unit: str) -> float:
 def micro(name: str, tokens: float) -> int:
     """Tokens in millionths."""
     return max(1, round(check_positive(name, tokens, MAX_TOKENS, "tokens") * MICRO))
+
+
+def never_passes(cost: float, limit: str) -> ValueError:
+    return ValueError(f"cost={cost!r} could never pass {limit}: raise it, or split the request")
 
 
 def check_key(key: str) -> str:

@@ -12,12 +12,12 @@ Source   Turner 1986; RFC 3290, appendix A; two-phase reservation as in Bernstei
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from distsys.ratelimit.buckets import Buckets, Clock, Request
-from distsys.ratelimit.decision import Decision, Fallback, Limit, OnFailure, check_key
+from distsys.ratelimit.buckets import Buckets, Clock
+from distsys.ratelimit.decision import Decision, Fallback, Limit, OnFailure, Request, check_key
 from distsys.redis_scripts import hash_tag
 from distsys.tasks import in_background
 
@@ -115,66 +115,54 @@ class TieredLimiter:
         self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1
     ) -> TieredDecision:
         """Takes `cost` tokens from every quota of the tier, or from none. `subjects` says who: {"user": "42"}."""
-        quotas = self._quotas(tier)
-        limits, keys = tuple(quota.limit for quota in quotas), tuple(self._key(tier, q, subjects or {}) for q in quotas)
-        wanted = max(limit.cost(cost) for limit in limits)  # the same for each; every quota has to be able to grant it
-        try:
-            granted, used = await self._take(keys, limits, wanted)
-        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
-            decisions = self._fallback.decide(error, keys, limits, wanted)
-        else:
-            self._fallback.worked()
-            decisions = [
-                limit.decision(granted or one + wanted <= limit.full, one + wanted if granted else one, wanted)
-                for limit, one in zip(limits, used, strict=True)
-            ]
-        refused = tuple(quota.name for quota, one in zip(quotas, decisions, strict=True) if not one)
-        return TieredDecision(not refused, refused, {q.name: one for q, one in zip(quotas, decisions, strict=True)})
+        parts = self._parts(tier, subjects or {}, cost)
+        answers = await self._fallback.guard(self._take(list(parts.values())), _together(parts.values()))
+        decisions = dict(zip(parts, answers, strict=True))
+        refused = tuple(name for name, one in decisions.items() if not one)
+        return TieredDecision(not refused, refused, decisions)
 
     async def refund(self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1) -> None:
         """Gives back what a request took that then did not use it."""
-        quotas = self._quotas(tier)
-        for quota in quotas:
-            key = self._key(tier, quota, subjects or {})
-            await self._buckets.ask(Request((key,), (quota.limit,), -quota.limit.cost(cost)))
+        await self._give_back(self._parts(tier, subjects or {}, cost).values())
 
     # ---- one slot after the other
 
-    async def _take(self, keys: tuple[str, ...], limits: tuple[Limit, ...], cost: int) -> tuple[bool, list[int]]:
-        """Whether all was granted, and what was used in each bucket before."""
-        slots: dict[int, list[int]] = {}
-        for place, key in enumerate(keys):
-            slots.setdefault(self._buckets.slot(key) if self._buckets.slot else 0, []).append(place)
-        used, reserved, passes = [0] * len(keys), list[Request](), True
+    async def _take(self, parts: Sequence[Request]) -> list[Decision]:
+        slots: dict[int, list[Request]] = {}
+        for part in parts:
+            slots.setdefault(self._buckets.slot(part.keys[0]), []).append(part)
+        used, reserved, passes = dict[str, int](), list[Request](), True
         try:
-            for places in slots.values():
-                request = Request(
-                    tuple(keys[i] for i in places), tuple(limits[i] for i in places), cost if passes else 0
-                )
-                granted, before, more = await self._buckets.ask(request)
-                for place, one in zip(places, before, strict=True):
-                    used[place] = one + more
-                passes = passes and granted > 0
+            for group in slots.values():
+                request = _together(group)
+                before = await self._buckets.ask(request if passes else request._replace(cost=0))
+                used |= zip(request.keys, before, strict=True)
+                passes = passes and all(request.decisions(before))
                 if passes:
                     reserved.append(request)
         except BaseException:
-            in_background(self._give_back(reserved), f"giving back {keys!r} after an error")
+            in_background(self._give_back(reserved), f"giving back {reserved!r} after an error")
             raise
         if not passes and reserved:
-            await asyncio.wait([in_background(self._give_back(reserved), f"giving back {keys!r}")])
-        return passes, used
+            await asyncio.wait([in_background(self._give_back(reserved), f"giving back {reserved!r}")])
+        whole = _together(parts)
+        return whole.decisions([used[key] for key in whole.keys])
 
-    async def _give_back(self, reserved: list[Request]) -> None:
+    async def _give_back(self, requests: Iterable[Request]) -> None:
         """What can't be given back comes back by the refill."""
-        for request in reserved:
+        for request in requests:
             await self._buckets.ask(request._replace(cost=-request.cost))
 
     # ---- input
 
-    def _quotas(self, tier: str) -> tuple[Quota, ...]:
+    def _parts(self, tier: str, subjects: Mapping[str, str], cost: float) -> dict[str, Request]:
+        """What is asked of each quota, by its name."""
         if tier not in self.tiers:
             raise ValueError(f"tier={tier!r} is unknown; there are {', '.join(map(repr, self.tiers))}")
-        return self.tiers[tier]
+        return {
+            quota.name: Request((self._key(tier, quota, subjects),), (quota.limit,), quota.limit.cost(cost))
+            for quota in self.tiers[tier]
+        }
 
     def _key(self, tier: str, quota: Quota, subjects: Mapping[str, str]) -> str:
         if quota.per != EVERYBODY and quota.per not in subjects:
@@ -184,3 +172,9 @@ class TieredLimiter:
         if self.one_slot:
             return f"distsys:quota:1:{{:{name}}}:{kind}:{{{subject}}}"  # a hash tag must not be empty
         return f"distsys:quota:1:{name}:{kind}:{{{subject or kind}}}"
+
+
+def _together(parts: Iterable[Request]) -> Request:
+    """They ask for the same of each."""
+    keys, limits, costs, _ = zip(*parts, strict=True)
+    return Request(tuple(key for (key,) in keys), tuple(limit for (limit,) in limits), costs[0])

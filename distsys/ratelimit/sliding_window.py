@@ -19,7 +19,6 @@ import struct
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
-from distsys.errors import RateLimited
 from distsys.ratelimit.buckets import Clock
 from distsys.ratelimit.decision import (
     MAX_TOKENS,
@@ -29,9 +28,10 @@ from distsys.ratelimit.decision import (
     Limit,
     OnFailure,
     Queues,
+    Request,
     check_key,
     check_positive,
-    wait_in_turn,
+    never_passes,
 )
 from distsys.redis_scripts import Script, Timed, async_client, hash_tag
 
@@ -53,7 +53,7 @@ class _LocalLimit(Limit):
     """What the failure policy `local` limits a process to: a bucket of `limit`, which a window refills once."""
 
     def __init__(self, limit: int, window: float) -> None:
-        self.full, self.capacity, self.refill_rate = limit * MICRO, limit, limit / window
+        self.full, self.capacity, self.num, self.den = limit * MICRO, limit, limit, window
 
 
 class SlidingWindowLimiter:
@@ -90,7 +90,7 @@ class SlidingWindowLimiter:
         self._script, self._prefix = SCRIPTS[precision], f"{KEYS[precision]}:{hash_tag(name)}:"
         self._fallback, self._local = Fallback(name, on_failure), (_LocalLimit(limit, window),)
         self._scripts = Timed(redis, self._fallback.timeout)
-        self._queues = Queues()
+        self._queues = Queues(limit, f"room left ({limit} in {window:g} s)")
 
     async def is_allowed(self, key: str, cost: int = 1) -> bool:
         """Admits the request if the window has room for it, and says whether it had."""
@@ -107,11 +107,7 @@ class SlidingWindowLimiter:
         request is under way, it may have been admitted.
         """
         wanted = self._cost(cost)
-
-        def refusal(wait: float | None) -> RateLimited:
-            return self._refusal(key, self.window if wait is None else wait)
-
-        return await wait_in_turn(self._queues, key, lambda: self._decide(key, wanted, TAKE), timeout, refusal)
+        return await self._queues.wait(key, lambda: self._decide(key, wanted, TAKE), timeout, self.window)
 
     async def peek(self, key: str) -> Decision:
         """What is left, taking nothing; allowed says whether a request of cost 1 would pass."""
@@ -132,12 +128,13 @@ class SlidingWindowLimiter:
     # ---- one decision
 
     async def _decide(self, key: str, cost: int, mode: int) -> Decision:
-        try:
-            allowed, used, wait, reset = await self._ask(key, cost, mode)
-        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
-            return self._fallback.decide(error, (self._key(key),), self._local, cost * MICRO)[0]
-        self._fallback.worked()
-        return Decision(allowed == 1, self.limit, max(0, self.limit - used), wait / MICRO, reset / MICRO)
+        request = Request((self._key(key),), self._local, cost * MICRO * mode)
+        (decision,) = await self._fallback.guard(self._decisions(key, cost, mode), request)
+        return decision
+
+    async def _decisions(self, key: str, cost: int, mode: int) -> list[Decision]:
+        allowed, used, wait, reset = await self._ask(key, cost, mode)
+        return [Decision(allowed == 1, self.limit, max(0, self.limit - used), wait / MICRO, reset / MICRO)]
 
     async def _ask(self, key: str, cost: int, mode: int) -> Any:
         now = "" if self.clock is None else round(self.clock() * MICRO)
@@ -151,13 +148,8 @@ class SlidingWindowLimiter:
 
     def _cost(self, cost: int) -> int:
         if _whole("cost", cost) > self.limit:
-            raise ValueError(f"cost={cost!r} could never pass limit={self.limit!r}: raise it, or split the request")
+            raise never_passes(cost, f"limit={self.limit!r}")
         return cost
-
-    def _refusal(self, key: str, retry_after: float) -> RateLimited:
-        limit = f"{self.limit} in {self.window:g} s"
-        message = f"{key!r} has no room left ({limit}); the next try can pass in {retry_after:.3g} s"
-        return RateLimited(message, key=key, limit=self.limit, retry_after=retry_after)
 
 
 def _whole(name: str, value: int) -> int:

@@ -56,6 +56,11 @@ async def test_a_refused_request_takes_from_no_quota(redis: Redis) -> None:
         refused = await limiter.try_acquire("pro", who())
     assert refused.quotas["organisation"].remaining == 1
     assert refused.quotas[EVERYBODY].remaining == 97
+    assert await limiter.try_acquire("pro", who("43"))
+    for _ in range(5):
+        refused = await limiter.try_acquire("pro", who("44"))
+    assert refused.refused_by == ("organisation",)
+    assert refused.quotas["user"].remaining == 3
 
 
 async def test_a_decision_on_three_quotas_is_one_call(redis: Redis) -> None:

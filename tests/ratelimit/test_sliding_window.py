@@ -21,7 +21,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from distsys.errors import RateLimited
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.servers import Server
-from distsys.ratelimit.decision import MICRO, Decision, OnFailure
+from distsys.ratelimit.decision import MICRO, Decision, OnFailure, Request
 from distsys.ratelimit.sliding_window import LOOK, SCRIPTS, Precision, SlidingWindowLimiter
 
 Redis = redis.asyncio.Redis
@@ -736,7 +736,7 @@ async def test_the_failure_policies_bear_any_numbers(redis: Redis) -> None:
     for limit, window in ((1, 2_592_000.0), (1_000_000_000, 0.001)):
         one = limiter(redis, limit=limit, window=window, on_failure=OnFailure(policy="local", timeout=5))
         assert await one.is_allowed("k")
-        assert one._fallback.decide(OSError(), ("k",), one._local, MICRO)[0].allowed
+        assert one._fallback.decide(OSError(), Request(("k",), one._local, MICRO))[0].allowed
 
 
 @both
