@@ -16,16 +16,12 @@ from typing import Any
 
 from redis.asyncio import RedisCluster
 
-from distsys.ratelimit.decision import MICRO, Decision, Limit, Request
+from distsys.ratelimit.decision import MICRO, Answer, Limit, Request
 from distsys.redis_scripts import Script, Timed
 
 SCRIPT = Script(files(__package__).joinpath("token_bucket.lua").read_text())
 BATCH = 1_000  # requests in one call: the server does nothing else meanwhile
 Clock = Callable[[], float]
-
-
-Answer = list[int]
-"""The microtokens used in each bucket before the request: whether it was granted follows, as the script decides."""
 
 
 class _Run:
@@ -39,7 +35,7 @@ class _Run:
         times, cost, taken = self.request.times, self.request.cost, 0
         for future in self.futures:
             if not future.done():
-                future.set_result([before + taken * cost for before in used])
+                future.set_result((used, taken * cost))
             taken = min(taken + times, granted)
 
 
@@ -107,13 +103,10 @@ class Buckets:
             self._later.append((request, future))
         return future if self.timeout is None else asyncio.wait_for(future, self.timeout)
 
-    async def decide(self, request: Request) -> list[Decision]:
-        return request.decisions(await self.ask(request))
-
     async def _ask_alone(self, request: Request) -> Answer:
         try:
-            answer: list[int] = await self._call(request.keys, request.limits, (_pack(request.times, request.cost),))
-            return answer[1:]
+            _, *used = await self._call(request.keys, request.limits, (_pack(request.times, request.cost),))
+            return used, 0
         finally:
             self._send()
 

@@ -74,15 +74,14 @@ class Limit:
         self.num, self.den = rate.numerator, rate.denominator
         self.packed = struct.pack("<ddd", self.full, self.num, self.den)
 
-    def seconds(self, microtokens: float) -> float:
+    def seconds(self, microtokens: int) -> float:
         """How long the refill of so much takes, to the next microsecond."""
         return -(-microtokens * self.den // self.num) / MICRO if microtokens > 0 else 0.0
 
-    def decision(self, allowed: bool, used: float, cost: int, source: Source = "redis") -> Decision:
+    def decision(self, allowed: bool, used: int, cost: int, source: Source = "redis") -> Decision:
         """`used` microtokens after the decision on `cost` microtokens."""
-        left = max(0, int((self.full - used) // MICRO))
         wait = 0.0 if allowed else self.seconds(used + cost - self.full)
-        return Decision(allowed, self.capacity, left, wait, self.seconds(used), source)
+        return Decision(allowed, self.capacity, max(0, (self.full - used) // MICRO), wait, self.seconds(used), source)
 
     def cost(self, cost: float) -> int:
         """In millionths; one that could never pass is refused."""
@@ -100,13 +99,20 @@ class Request(NamedTuple):
     cost: int  # 0 only looks, whether one token would pass; a negative one gives back
     times: int = 1
 
-    def decisions(self, used: Sequence[float], source: Source = "redis") -> list[Decision]:
-        """On the first one, `used` microtokens before it: of each limit, and all of them have to let it pass."""
+    def decisions(self, used: Sequence[int], taken: int = 0, source: Source = "redis") -> list[Decision]:
+        """Of each limit on the first one, after `used` and `taken` microtokens; all of them have to let it pass."""
         wanted = self.cost or MICRO
-        fits = [before + wanted <= limit.full for before, limit in zip(used, self.limits, strict=True)]
-        taken = self.cost if all(fits) else 0
+        fits = [before + taken + wanted <= limit.full for limit, before in zip(self.limits, used, strict=True)]
+        if all(fits):
+            taken += self.cost
         answers = zip(self.limits, fits, used, strict=True)
         return [limit.decision(passes, before + taken, wanted, source) for limit, passes, before in answers]
+
+
+Answer = tuple[Sequence[int], int]
+"""The microtokens used in each bucket before the call, and those taken in it before the request.
+
+Whether it was granted follows from them, as it does in the script."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +143,14 @@ class Fallback:
         self._failing = False
         self._used: dict[str, tuple[float, float]] = {}  # key -> microtokens used, and when
 
-    async def guard(self, asked: Awaitable[list[Decision]], request: Request) -> list[Decision]:
-        """What was asked for, or what the policy says instead."""
+    async def guard(self, asked: Awaitable[Answer], request: Request) -> list[Decision]:
+        """One decision for each of the limits: by what Redis answers, or by the policy."""
         try:
-            answer = await asked
+            used, taken = await asked
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return self.decide(error, request)
         self.worked()
-        return answer
+        return request.decisions(used, taken)
 
     def worked(self) -> None:
         if self._failing:
@@ -167,12 +173,11 @@ class Fallback:
 
     def _decide_here(self, request: Request, share: float) -> list[Decision]:
         """To a share of a limit: in a bucket of full size each request costs as many times more."""
-        now, used = time.monotonic(), []
+        request, now, used = request._replace(cost=round(request.cost / share)), time.monotonic(), []
         for key, limit in zip(request.keys, request.limits, strict=True):
             before, at = self._used.pop(key, (0.0, now))
             used.append(max(0.0, before - (now - at) * MICRO * limit.num / limit.den))
-        request = request._replace(cost=round(request.cost / share))
-        answers = request.decisions(used, "local")
+        answers = request.decisions([round(before) for before in used], source="local")
         taken = request.cost if all(answers) else 0
         self._used.update((key, (before + taken, now)) for key, before in zip(request.keys, used, strict=True))
         while len(self._used) > LOCAL_KEYS:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from distsys.ratelimit.buckets import Buckets, Clock
-from distsys.ratelimit.decision import Decision, Fallback, Limit, OnFailure, Request, check_key
+from distsys.ratelimit.decision import Answer, Decision, Fallback, Limit, OnFailure, Request, check_key
 from distsys.redis_scripts import hash_tag
 from distsys.tasks import in_background
 
@@ -127,7 +127,7 @@ class TieredLimiter:
 
     # ---- one slot after the other
 
-    async def _take(self, parts: Sequence[Request]) -> list[Decision]:
+    async def _take(self, parts: Sequence[Request]) -> Answer:
         slots: dict[int, list[Request]] = {}
         for part in parts:
             slots.setdefault(self._buckets.slot(part.keys[0]), []).append(part)
@@ -135,9 +135,9 @@ class TieredLimiter:
         try:
             for group in slots.values():
                 request = _together(group)
-                before = await self._buckets.ask(request if passes else request._replace(cost=0))
-                used |= zip(request.keys, before, strict=True)
-                passes = passes and all(request.decisions(before))
+                before, taken = await self._buckets.ask(request if passes else request._replace(cost=0))
+                used |= {key: one + taken for key, one in zip(request.keys, before, strict=True)}
+                passes = passes and all(request.decisions(before, taken))
                 if passes:
                     reserved.append(request)
         except BaseException:
@@ -145,8 +145,7 @@ class TieredLimiter:
             raise
         if not passes and reserved:
             await asyncio.wait([in_background(self._give_back(reserved), f"giving back {reserved!r}")])
-        whole = _together(parts)
-        return whole.decisions([used[key] for key in whole.keys])
+        return [used[key] for key in _together(parts).keys], 0
 
     async def _give_back(self, requests: Iterable[Request]) -> None:
         """What can't be given back comes back by the refill."""

@@ -128,13 +128,12 @@ class SlidingWindowLimiter:
     # ---- one decision
 
     async def _decide(self, key: str, cost: int, mode: int) -> Decision:
-        request = Request((self._key(key),), self._local, cost * MICRO * mode)
-        (decision,) = await self._fallback.guard(self._decisions(key, cost, mode), request)
-        return decision
-
-    async def _decisions(self, key: str, cost: int, mode: int) -> list[Decision]:
-        allowed, used, wait, reset = await self._ask(key, cost, mode)
-        return [Decision(allowed == 1, self.limit, max(0, self.limit - used), wait / MICRO, reset / MICRO)]
+        try:
+            allowed, used, wait, reset = await self._ask(key, cost, mode)
+        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
+            return self._fallback.decide(error, Request((self._key(key),), self._local, cost * MICRO * mode))[0]
+        self._fallback.worked()
+        return Decision(allowed == 1, self.limit, max(0, self.limit - used), wait / MICRO, reset / MICRO)
 
     async def _ask(self, key: str, cost: int, mode: int) -> Any:
         now = "" if self.clock is None else round(self.clock() * MICRO)

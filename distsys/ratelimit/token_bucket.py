@@ -20,6 +20,7 @@ from distsys.ratelimit.buckets import Buckets, Clock
 from distsys.ratelimit.decision import (
     MAX_TOKENS,
     MICRO,
+    Answer,
     Decision,
     Fallback,
     Limit,
@@ -64,7 +65,8 @@ class _Slice:
     left: int  # microtokens here
     used: int  # in the bucket, these included
     now: Clock
-    timer: asyncio.TimerHandle  # gives it back
+    until: float
+    timer: asyncio.TimerHandle  # gives it back then
 
 
 class TokenBucketLimiter:
@@ -94,7 +96,7 @@ class TokenBucketLimiter:
         self._limits, self._fallback = (self.limit,), Fallback(name, on_failure)
         self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
         self._prefix = f"distsys:bucket:1:{hash_tag(name)}:"  # 1: the version of what the keys hold
-        self._cached = lru_cache(REQUESTS, typed=True)(self._new_request)  # the same clients come again
+        self._request = lru_cache(REQUESTS, typed=True)(self._new_request)  # the same clients come again
         self._slices: dict[str, _Slice] = {}
         self._leasing: set[str] = set()  # keys whose slice is on its way
         self._queues = Queues(capacity, f"tokens left ({capacity:g} at once and {refill_rate:g} a second)")
@@ -103,20 +105,24 @@ class TokenBucketLimiter:
         """Takes `cost` tokens if they are there, and says whether they were."""
         if self.lease is not None:
             return (await self.try_acquire(key, cost)).allowed
-        request = self._request(key, cost)
+        try:
+            request = self._request(key, cost)
+        except TypeError:  # what can't be hashed is no key: say so
+            request = self._new_request(key, cost)
         try:  # as Fallback.guard, without what nobody asks for here: it is the most used of all
-            (used,) = await self._buckets.ask(request)
+            (used,), taken = await self._buckets.ask(request)
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return self._fallback.decide(error, request)[0].allowed
         self._fallback.worked()
-        return used + request.cost <= self.limit.full
+        return used + taken + request.cost <= self.limit.full
 
     async def try_acquire(self, key: str, cost: float = 1) -> Decision:
         """The same; and how much is left, and when to come again."""
         if self.lease is None:
-            return await self._decide(self._request(key, cost))
+            return await self._decide(self._new_request(key, cost))
         wanted = self.limit.cost(cost)
-        return self._from_slice(key, wanted) or await self._with_slice(key, wanted, self.lease)
+        decision = self._from_slice(key, wanted)
+        return decision if decision is not None else await self._with_slice(key, wanted, self.lease)
 
     async def acquire(self, key: str, cost: float = 1, timeout: float | None = None) -> Decision:
         """Waits until the tokens are there: in this process first come, first served; it asks only when they can be.
@@ -145,14 +151,14 @@ class TokenBucketLimiter:
         await asyncio.gather(*map(self._give_back, list(self._slices)))
 
     async def _decide(self, request: Request) -> Decision:
-        (decision,) = await self._fallback.guard(self._buckets.decide(request), request)
+        (decision,) = await self._fallback.guard(self._buckets.ask(request), request)
         return decision
 
     # ---- leased slices
 
     def _from_slice(self, key: str, cost: int) -> Decision | None:
         own = self._slices.get(key)
-        if own is None or own.left < cost or own.now() >= own.timer.when():
+        if own is None or own.left < cost or own.now() >= own.until:
             return None
         own.left -= cost
         return self.limit.decision(True, own.used - own.left, cost, "lease")
@@ -171,15 +177,15 @@ class TokenBucketLimiter:
             self._leasing.discard(key)
         return decision
 
-    async def _lease(self, key: str, request: Request, seconds: float) -> list[Decision]:
-        (used,) = await self._buckets.ask(request)
+    async def _lease(self, key: str, request: Request, seconds: float) -> Answer:
+        (used,), taken = await self._buckets.ask(request)
+        used += taken
         granted = min(request.times, (self.limit.full - used) // request.cost)
         if granted > 1:
-            loop = asyncio.get_running_loop()
+            loop, left = asyncio.get_running_loop(), (granted - 1) * request.cost
             timer = loop.call_later(seconds, lambda: in_background(self._give_back(key), f"closing a slice of {key!r}"))
-            left = (granted - 1) * request.cost
-            self._slices[key] = _Slice(left, used + request.cost + left, loop.time, timer)
-        return request.decisions([used])
+            self._slices[key] = _Slice(left, used + request.cost + left, loop.time, loop.time() + seconds, timer)
+        return (used,), 0
 
     async def _give_back(self, key: str) -> None:
         """Soon, or not at all: a bucket that has been full meanwhile would grant them twice."""
@@ -195,12 +201,6 @@ class TokenBucketLimiter:
         return own.left
 
     # ---- input
-
-    def _request(self, key: str, cost: float) -> Request:
-        try:
-            return self._cached(key, cost)
-        except TypeError:  # what can't be hashed is no key: say so
-            return self._new_request(key, cost)
 
     def _new_request(self, key: str, cost: float) -> Request:
         return self._ask_for(key, self.limit.cost(cost))
