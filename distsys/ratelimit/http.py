@@ -40,9 +40,9 @@ KNOWN = (str, tuple, int, float, type(None))  # what needs no await
 MAX_KEY = 200  # characters of a key; a longer one is hashed, so that nobody can fill Redis with keys
 MAX_INTEGER = 999_999_999_999_999  # of a structured field
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
-TITLES = {
-    "quota-exceeded": "Request cannot be satisfied as assigned quota has been exceeded",
-    "temporary-reduced-capacity": "Request cannot be satisfied due to temporary server capacity constraints",
+KINDS = {  # of problems, and their titles
+    429: ("quota-exceeded", "Request cannot be satisfied as assigned quota has been exceeded"),
+    503: ("temporary-reduced-capacity", "Request cannot be satisfied due to temporary server capacity constraints"),
 }
 
 
@@ -54,12 +54,16 @@ class Limiter(Protocol):
 
 
 class Policy:
-    """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds."""
+    """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds.
+
+    A structured field is ASCII: other characters of the name are percent-encoded.
+    """
 
     def __init__(self, name: str, quota: float, window: float, per: str | None = None, refills: bool = True) -> None:
-        self.name, self.quota, self.window = name, quota, window
+        self.name = "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in name)
+        self.quota, self.window = quota, window
         self.per, self.refills = per, refills  # whose, of a tier's quota; token by token, not all at once
-        self.quoted = sf_string(name)
+        self.quoted = '"' + self.name.replace("\\", r"\\").replace('"', r"\"") + '"'
         self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_INTEGER)}"
         self.header = (b"ratelimit-policy", self.item.encode())
 
@@ -77,9 +81,7 @@ class Policy:
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
             wait -= taken * self.window / one.limit
-        return (
-            min(math.ceil(wait - 5e-7), MAX_INTEGER) if wait > 0 else 0
-        )  # a difference of floats: less than a microsecond is noise
+        return whole(max(0.0, wait - 5e-7))  # a difference of floats: less than a microsecond is noise
 
 
 class Verdict(NamedTuple):
@@ -136,26 +138,21 @@ class RateLimit:
         if cost > policy.quota:
             return _never([policy], [policy.name])
         decision = await self._limiter.try_acquire(key, cost=cost)
-        if (
-            decision.allowed and self._plain and decision.source != "open"
-        ):  # nearly every answer: what _say says, in one line
+        if decision.allowed and self._plain and decision.source != "open":  # nearly always: what _say says, in one line
             now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
             return Verdict([policy.header, (b"ratelimit", now.encode())])
-        return self._say(self._own, [decision], key, {})
+        return self._say(self._own, [decision], {None: key})
 
     async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Verdict:
-        subjects = {per: _bounded(subject) for per, subject in subjects.items()}
-        policies = self._tiers.get(tier, [])
+        subjects, policies = {per: _bounded(subject) for per, subject in subjects.items()}, self._tiers.get(tier, [])
         if never := [policy.name for policy in policies if cost > policy.quota]:
             return _never(policies, never)
         decision = await self._limiter.try_acquire(tier, subjects, cost=cost)
-        return self._say(policies, list(decision.quotas.values()), None, subjects)
+        return self._say(policies, list(decision.quotas.values()), subjects)
 
-    def _say(
-        self, policies: list[Policy], decisions: list[Decision], key: str | None, subjects: Mapping[str, str]
-    ) -> Verdict:
-        keys = [key or (f"{p.per}:{subjects[p.per]}" if p.per and p.per in subjects else None) for p in policies]
-        pks = [_partition(each) if self._partition_keys and each else "" for each in keys]
+    def _say(self, policies: list[Policy], decisions: list[Decision], subjects: Mapping[Any, str]) -> Verdict:
+        """`subjects` by whose limit it is; None for that of a limiter itself."""
+        pks = [_partition(policy.per, subjects) if self._partition_keys else "" for policy in policies]
         headers = [_header("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
         refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
         source, wait = decisions[0].source, max(one.retry_after for one in decisions)
@@ -166,10 +163,9 @@ class RateLimit:
         waits = [policy.wait(one) for policy, one in zip(policies, decisions, strict=True)]
         if refused:  # Retry-After is never before the end of an effective window
             waits = [min(each, max(1, whole(wait))) for each in waits]
-        items = zip(policies, decisions, waits, pks, strict=True)
-        headers.append(
-            _header("ratelimit", ", ".join(f"{p.quoted};r={d.remaining};t={t}{pk}" for p, d, t, pk in items))
-        )
+        rows = zip(policies, decisions, waits, pks, strict=True)
+        items = [f"{policy.quoted};r={one.remaining};t={wait}{pk}" for policy, one, wait, pk in rows]
+        headers.append(_header("ratelimit", ", ".join(items)))
         if self._x_headers:
             one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
             reset = math.ceil(self._clock()) + seconds
@@ -255,31 +251,21 @@ async def problem_response(_: Any, error: Exception) -> Any:
 # ---- words
 
 
-def sf_string(text: str) -> str:
-    """A String of a structured field. It is ASCII: other characters are percent-encoded."""
-    plain = field_name(text).replace("\\", r"\\").replace('"', r"\"")
-    return f'"{plain}"'
-
-
-def field_name(text: str) -> str:
-    return "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in text)
-
-
 def whole(seconds: float) -> int:
     return min(math.ceil(seconds), MAX_INTEGER)
 
 
-def _refusal(status: int, names: Iterable[str], wait: float | None, headers: Headers) -> Verdict:
+def _refusal(status: int, names: list[str], wait: float | None, headers: Headers) -> Verdict:
     """`wait` None: the request asks for more than the quota ever holds."""
-    kind = "quota-exceeded" if status == 429 else "temporary-reduced-capacity"
+    kind, title = KINDS[status]
     seconds = None if wait is None else max(1, whole(wait))
     detail = "The request asks for more than the quota ever holds." if wait is None else f"Come again in {seconds} s."
     problem = {
         "type": PROBLEMS + kind,
-        "title": TITLES[kind],
+        "title": title,
         "status": status,
         "detail": detail,
-        "violated-policies": [field_name(name) for name in names],
+        "violated-policies": names,
     }
     more = [_header("cache-control", "no-store"), *([] if seconds is None else [_header("retry-after", seconds)])]
     return Verdict([*headers, *more], status, problem, wait or 0.0)
@@ -289,7 +275,10 @@ def _never(policies: list[Policy], names: list[str]) -> Verdict:
     return _refusal(429, names, None, [_header("ratelimit-policy", ", ".join(policy.item for policy in policies))])
 
 
-def _partition(key: str) -> str:
+def _partition(per: str | None, subjects: Mapping[Any, str]) -> str:
+    if per not in subjects:  # a limit of everybody has no parts
+        return ""
+    key = f"{per}:{subjects[per]}" if per else subjects[per]
     return f";pk=:{b64encode(hashlib.sha256(key.encode()).digest()[:8]).decode()}:"
 
 

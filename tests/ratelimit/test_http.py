@@ -212,7 +212,7 @@ def test_retry_after_is_never_before_the_end_of_a_window(all_of_them: list[Decis
     """Nor before any quota lets the request pass; and on refusals only."""
     policies = [Policy(f"p{i}", one.limit, 1e9, None, refills) for i, one in enumerate(all_of_them)]
     rule = RateLimit(TokenBucketLimiter(Redis(), capacity=1, refill_rate=1), key=everybody)
-    verdict = rule._say(policies, all_of_them, "key", {})
+    verdict = rule._say(policies, all_of_them, {None: "key"})
     headers = {name.decode(): value.decode() for name, value in verdict.headers}
     items = http_sfv.List()
     items.parse(headers["ratelimit"].encode())
