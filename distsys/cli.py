@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distsys import __version__
-from distsys.decide import PATTERNS, RULE_OF_THUMB, STAGES, Recommendation, recommend
+from distsys.decide import PATTERNS, RULE_OF_THUMB, STAGES, recommend
 
 ABOUT = """\
 Sixteen rules for distributed systems, each shown breaking and holding on real Redis and PostgreSQL.
@@ -64,13 +64,8 @@ def parser() -> argparse.ArgumentParser:
     text = "put your own class under the lab's faults, level by level, until one breaks it"
     prove = command("prove", _prove, text, "mypkg.locks:MyLock --as lock")
     prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
-    prove(
-        "--as",
-        dest="kind",
-        choices=["lock", "limiter", "breaker", "retry"],
-        required=True,
-        help="what it promises to be",
-    )
+    kinds = ["lock", "limiter", "breaker", "retry"]
+    prove("--as", dest="kind", choices=kinds, required=True, help="what it promises to be")
     prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
     ttl = "of a lock, seconds: what it is given or has built in (default: %(default)s)"
     prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
@@ -78,9 +73,8 @@ def parser() -> argparse.ArgumentParser:
     text = "whether a pattern pays at your stage, and what is simpler"
     decide = command("decide", _decide, text, "'rate limiting' --stage Growth --instances 4")
     decide("pattern", nargs="?", metavar="PATTERN", help="any part of its name; none shows them all")
-    decide("--stage", required=True, type=_stage, metavar="STAGE", help=" | ".join(STAGES))
-    many = "server processes that run at the same time"
-    decide("--instances", type=int, required=True, metavar="N", help=many)
+    decide("--stage", required=True, metavar="STAGE", help=" | ".join(STAGES))
+    decide("--instances", type=int, required=True, metavar="N", help="server processes that run at the same time")
 
     for add in (run, prove):
         add("--seed", type=int, default=7, metavar="N", help="the same seed replays the same run")
@@ -118,7 +112,8 @@ def _decide(options: argparse.Namespace) -> int:
     except ValueError as problem:
         raise Usage(str(problem)) from None
     if options.json:
-        _print_json([_facts(answer) for answer in answers])
+        ours = [{"pattern": a.pattern.name, "ours": a.pattern.ours, "links": dict(a.links)} for a in answers]
+        _print_json([vars(a) | facts for a, facts in zip(answers, ours, strict=True)])
     elif options.pattern:
         print(answers[0])
     else:
@@ -126,11 +121,6 @@ def _decide(options: argparse.Namespace) -> int:
             print(f"{a.verdict:<15} {a.pattern.name + (' (ours)' if a.pattern.ours else ''):<25} {a.alternative}")
         print(f"\n{RULE_OF_THUMB}")
     return 0
-
-
-def _facts(a: Recommendation) -> dict[str, Any]:
-    facts = {"pattern": a.pattern.name, "ours": a.pattern.ours, "decisions": [str(d) for d in a.decisions]}
-    return vars(a) | facts | {"links": dict(a.links)}
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -245,12 +235,5 @@ def _lab(options: argparse.Namespace) -> int:
     os.execve(sys.executable, arguments, {**os.environ, "JUPYTER_CONFIG_PATH": config})  # Ctrl-C goes to the server
 
 
-def _stage(text: str) -> str:
-    hits = [stage for stage in STAGES if stage.lower() == text.lower()]
-    if not hits:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(STAGES)}")
-    return hits[0]
-
-
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))

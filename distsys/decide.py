@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 Stage = Literal["Interview", "Hackathon", "MVP", "Growth", "Enterprise"]
 Word = Literal[
@@ -29,11 +29,11 @@ class Pattern:
     """A row of the matrix. `ours` marks a row that is this project's own opinion."""
 
     name: str
-    cells: tuple[Word, Word, Word, Word, Word]
+    cells: Sequence[Word]  # one for each stage
     alternative: str  # simpler, and enough until the matrix says otherwise
     in_process: str  # what one instance does instead
     when: str  # the fact that makes it necessary
-    rules: tuple[str, ...]
+    rules: Sequence[str]
     ours: bool = False
 
 
@@ -43,7 +43,7 @@ class Decision:
 
     topic: str
     claim: str
-    patterns: tuple[str, ...]
+    patterns: Sequence[str]
     caveat: str | None = None
     evidence: str | None = None
 
@@ -59,10 +59,10 @@ class Rule:
     impact: Literal["critical", "high"]
     name: str
     key_pattern: str
-    modules: tuple[str, ...] = ()
+    modules: Sequence[str] = ()
     notebook: str
     checklist: str
-    references: tuple[str, ...] = ()
+    references: Sequence[str] = ()
 
     @property
     def links(self) -> tuple[tuple[str, str], ...]:
@@ -73,22 +73,18 @@ class Rule:
         return (("notebook", self.notebook), ("checklist", self.checklist), *deep)
 
 
-def _row(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-
-
 _DATA = tomllib.loads(files("distsys").joinpath("decide.toml").read_text("utf-8"))
 RULE_OF_THUMB: str = _DATA["rule_of_thumb"]
 MEANING: dict[Word, str] = _DATA["meaning"]
-PATTERNS = tuple(Pattern(**_row(table)) for table in _DATA["patterns"])
-DECISIONS = tuple(Decision(**_row(table)) for table in _DATA["decisions"])
+PATTERNS = tuple(Pattern(**table) for table in _DATA["patterns"])
+DECISIONS = tuple(Decision(**table) for table in _DATA["decisions"])
 RULES = tuple(
     Rule(
         category=part["category"],
         impact=part["impact"],
         notebook=f"notebooks/{part['notebook']}.ipynb",
         checklist=f"checklists/{part['notebook'][3:]}.md",
-        **_row(table),
+        **table,
     )
     for part in _DATA["categories"]
     for table in part["rules"]
@@ -103,15 +99,14 @@ class Recommendation:
     verdict: Word
     reason: str
     alternative: str
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision, ...]  # choices inside the pattern; none where it is not needed
     links: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         number = "one instance" if self.instances == 1 else f"{self.instances} instances"
         lines = [f"{self.pattern.name} at {self.stage}, {number}: {self.verdict}", self.reason]
         lines.append(f"{'Instead' if self.verdict in DONT else 'Simpler, where it is enough'}: {self.alternative}.")
-        lines += [str(decision) for decision in self.decisions if self.verdict not in DONT]
-        lines += [f"{label}: {path}" for label, path in self.links]
+        lines += [*map(str, self.decisions), *(f"{label}: {path}" for label, path in self.links)]
         return "\n".join(lines)
 
 
@@ -121,19 +116,19 @@ def recommend(pattern: str, stage: str, instances: int) -> Recommendation:
     Four workers of one web server are four instances. One instance gets the in-process alternative whatever the stage:
     the matrix answers a question that only arises with the second one.
     """
-    row = find(pattern)
-    if stage not in STAGES:
+    row, column = find(pattern), next((n for n, name in enumerate(STAGES) if name.lower() == stage.lower()), None)
+    if column is None:
         raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
     if instances < 1:
         raise ValueError(f"instances is {instances}: it counts running server processes, so at least 1")
-    verdict, why, alternative = row.cells[STAGES.index(stage)], row.when, row.alternative
+    verdict, why, alternative = row.cells[column], row.when, row.alternative
     if instances == 1:
         why = "Count again before a rolling deploy or a second worker: then there are two."
         verdict, alternative = "IN-PROCESS", row.in_process
-    decisions = tuple(decision for decision in DECISIONS if row.name in decision.patterns)
-    links = dict.fromkeys(link for name in row.rules for rule in RULES if rule.name == name for link in rule.links)
+    decisions = tuple(one for one in DECISIONS if row.name in one.patterns and verdict not in DONT)
+    links = dict.fromkeys(link for rule in RULES if rule.name in row.rules for link in rule.links)
     reason = f"{MEANING[verdict]} {why}"
-    return Recommendation(row, stage, instances, verdict, reason, alternative, decisions, tuple(links))
+    return Recommendation(row, STAGES[column], instances, verdict, reason, alternative, decisions, tuple(links))
 
 
 def find(pattern: str) -> Pattern:

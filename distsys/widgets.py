@@ -12,7 +12,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from distsys.decide import DONT, PATTERNS, STAGES, Decision, Recommendation, Word, recommend
+from distsys.decide import DONT, PATTERNS, STAGES, Recommendation, Word, recommend
 
 AMBER = ("~", "#7a4b00", "#fff3d6")
 TONES: dict[Word, tuple[str, str, str]] = {  # sign, ink, paper: at least 4.5 : 1
@@ -22,25 +22,31 @@ TONES: dict[Word, tuple[str, str, str]] = {  # sign, ink, paper: at least 4.5 : 
     "APPROPRIATE": ("✓", "#14592b", "#e3f5e8"),
     "REQUIRED": ("!", "#0b4a8f", "#e3effc"),
 }
+BADGE = "border:1px solid;padding:1px 8px;font-weight:700;white-space:nowrap"  # in the colour of the ink
+HERE = "border:2px solid;padding:2px 8px;font-size:12px;font-weight:700"
+THERE = "border:1px solid #c8ced6;padding:2px 8px;font-size:12px"
 INK, PAPER, QUIET, LINK = "#1f2328", "#ffffff", "#57606a", "#0b57d0"
 
 
 def answer_html(answer: Recommendation, *, base: str = "../") -> str:
     """The card of one recommendation; links are relative to `base`, the project's folder as seen from the notebook."""
-    dont = answer.verdict in DONT
-    rows = [f"<b>{'Instead' if dont else 'Simpler, where it is enough'}:</b> {escape(answer.alternative)}"]
-    rows += [f"<b>{escape(d.topic)}:</b> {escape(d.claim)}{_caveat(d)}" for d in answer.decisions if not dont]
-    links = " · ".join(
-        f'<a href="{escape(base + path)}" target="_blank" rel="noopener" style="color:{LINK}">{escape(label)}</a>'
-        for label, path in answer.links
-    )
-    words = zip(STAGES, answer.pattern.cells, strict=True)
-    strip = "".join(_chip(word, stage, on=stage == answer.stage and answer.instances > 1) for stage, word in words)
-    ours = " The verdicts of this pattern are ours." if answer.pattern.ours else ""
-    parts = [("font-size:18px", f"{_badge(answer.verdict)} {escape(answer.pattern.name)}")]
-    parts += [("margin:8px 0", escape(answer.reason)), *(("margin:2px 0", row) for row in rows)]
+    badge = f"{TONES[answer.verdict][0]} {answer.verdict}"
+    parts = [("font-size:18px", f"{_chip(answer.verdict, badge, BADGE)} {escape(answer.pattern.name)}")]
+    parts += [("margin:8px 0", escape(answer.reason))]
+    instead = "Instead" if answer.verdict in DONT else "Simpler, where it is enough"
+    parts += [("margin:2px 0", f"<b>{instead}:</b> {escape(answer.alternative)}")]
+    for one in answer.decisions:
+        parts += [("margin:2px 0", f"<b>{escape(one.topic)}:</b> {escape(one.claim)}")]
+        parts += [(f"margin-left:16px;color:{QUIET}", f"Caveat: {escape(one.caveat)}.")] if one.caveat else []
+    link = f'<a href="{{}}" target="_blank" rel="noopener" style="color:{LINK}">{{}}</a>'
+    links = " · ".join(link.format(escape(base + path), escape(label)) for label, path in answer.links)
     parts += [("margin-top:8px", f"Next: {links}")] if links else []
+    strip = ""
+    for stage, word in zip(STAGES, answer.pattern.cells, strict=True):
+        on = stage == answer.stage and answer.instances > 1
+        strip += _chip(word, f"{'▸ ' if on else ''}{stage}: {word.lower()}", HERE if on else THERE)
     parts += [("display:flex;flex-wrap:wrap;gap:6px;margin-top:12px", strip)]
+    ours = " The verdicts of this pattern are ours." if answer.pattern.ours else ""
     parts += [(f"margin-top:6px;color:{QUIET};font-size:12px", f"The row of the matrix, for several instances.{ours}")]
     body = "".join(f'<div style="{style}">{part}</div>' for style, part in parts)
     return (
@@ -80,23 +86,6 @@ class Dashboard(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
         return {**bundle, "text/plain": str(self.recommendation), "text/html": self.answer.value}
 
 
-def _caveat(decision: Decision) -> str:
-    style = f"margin-left:16px;color:{QUIET}"
-    return f'<div style="{style}">Caveat: {escape(decision.caveat)}.</div>' if decision.caveat else ""
-
-
-def _badge(word: Word) -> str:
-    sign, ink, paper = TONES[word]
-    return (
-        f'<span style="background:{paper};color:{ink};border:1px solid {ink};border-radius:4px;padding:1px 8px;'
-        f'font-weight:700;white-space:nowrap">{sign} {word}</span>'
-    )
-
-
-def _chip(word: Word, stage: str, *, on: bool) -> str:
+def _chip(word: Word, text: str, style: str) -> str:
     _, ink, paper = TONES[word]
-    edge = f"2px solid {ink}" if on else "1px solid #c8ced6"
-    return (
-        f'<span style="background:{paper};color:{ink};border:{edge};border-radius:4px;padding:2px 8px;font-size:12px;'
-        f'font-weight:{700 if on else 400}">{"▸ " if on else ""}{stage}: {word.lower()}</span>'
-    )
+    return f'<span style="background:{paper};color:{ink};border-radius:4px;{style}">{text}</span>'
