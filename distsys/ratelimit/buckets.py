@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -65,13 +66,6 @@ class _Batch:
         run.futures.append(future)
         return True
 
-    def without_cancelled(self) -> bool:
-        """Whether anybody is left to ask for."""
-        for run in self.runs:
-            run.futures = [future for future in run.futures if not future.done()]
-        self.runs = [run for run in self.runs if run.futures]
-        return bool(self.runs)
-
     def _newest_of_all(self, run: _Run) -> bool:
         return all(self._newest[key] is run for key in run.request.keys)
 
@@ -87,20 +81,17 @@ class Buckets:
         self.redis, self.timeout, self.clock = self._scripts.redis, timeout, clock
         self.slot: Callable[[str], int] = redis.keyslot if isinstance(redis, RedisCluster) else lambda key: 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._next: dict[int, _Batch] | None = None  # by slot, to be sent next; None: no call is under way
-        self._later: list[tuple[Request, asyncio.Future[Answer]]] = []  # those that do not fit into it
-        self._room = BATCH
+        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] | None = None  # None: no call is under way
         self._task: asyncio.Task[None] | None = None  # the loop keeps weak references only
 
     def ask(self, request: Request) -> Awaitable[Answer]:
         """Cancelled while its own call is under way, the request may have been granted all the same."""
         loop = asyncio.get_running_loop()
-        if self._next is None or self._loop is not loop:  # a call under way in another loop will never end
-            self._loop, self._next, self._later, self._room = loop, {}, [], BATCH
+        if self._waiting is None or self._loop is not loop:  # a call under way in another loop will never end
+            self._loop, self._waiting = loop, []
             return self._ask_alone(request)
         future: asyncio.Future[Answer] = loop.create_future()
-        if self._later or not self._join(self._next, request, future):
-            self._later.append((request, future))
+        self._waiting.append((request, future))
         return future if self.timeout is None else asyncio.wait_for(future, self.timeout)
 
     async def _ask_alone(self, request: Request) -> Answer:
@@ -110,25 +101,21 @@ class Buckets:
         finally:
             self._send()
 
-    def _join(self, batches: dict[int, _Batch], request: Request, future: asyncio.Future[Answer]) -> bool:
-        slot = self.slot(request.keys[0])
-        if (batch := batches.get(slot)) is None:
-            batch = batches[slot] = _Batch()
-        self._room -= 1
-        return self._room >= 0 and batch.add(request, future)
-
     def _send(self) -> None:
-        """What has arrived meanwhile goes out; who was cancelled meanwhile is not asked for."""
-        while self._next:
-            batches = [batch for batch in self._next.values() if batch.without_cancelled()]
-            self._next, self._room, later, self._later = {}, BATCH, self._later, []
-            for request, future in later:
-                if not future.done() and (self._later or not self._join(self._next, request, future)):
-                    self._later.append((request, future))
-            if batches and self._loop is not None:
-                self._task = self._loop.create_task(self._serve(batches))
-                return
-        self._next = None
+        """What has arrived meanwhile goes out, as far as it fits; who was cancelled meanwhile is not asked for."""
+        if not self._waiting:
+            self._waiting = None
+            return
+        waiting = [each for each in self._waiting if not each[1].done()]
+        batches: defaultdict[int, _Batch] = defaultdict(_Batch)  # by slot
+        sent = 0
+        for request, future in waiting[:BATCH]:
+            if not batches[self.slot(request.keys[0])].add(request, future):
+                break
+            sent += 1
+        self._waiting = waiting[sent:] if sent else None
+        if sent and self._loop is not None:
+            self._task = self._loop.create_task(self._serve(list(batches.values())))
 
     async def _serve(self, batches: list[_Batch]) -> None:
         try:

@@ -98,7 +98,7 @@ class RateLimitTransport(httpx.AsyncBaseTransport):
         if items or wait:
             self._until.pop(partition, None)
         if wait:
-            while len(self._until) >= PARTITIONS:
+            if len(self._until) >= PARTITIONS:
                 del self._until[next(iter(self._until))]
             self._until[partition] = self._clock() + wait
 

@@ -78,10 +78,12 @@ class Limit:
         """How long the refill of so much takes, to the next microsecond."""
         return -(-microtokens * self.den // self.num) / MICRO if microtokens > 0 else 0.0
 
-    def decision(self, allowed: bool, used: int, cost: int, source: Source = "redis") -> Decision:
-        """`used` microtokens after the decision on `cost` microtokens."""
-        wait = 0.0 if allowed else self.seconds(used + cost - self.full)
-        return Decision(allowed, self.capacity, max(0, (self.full - used) // MICRO), wait, self.seconds(used), source)
+    def decision(self, used: int, granted: int, wanted: int, source: Source = "redis") -> Decision:
+        """On `wanted` microtokens after `used`; `granted` are what other limits leave of them, or 0 to look only."""
+        over = used + wanted - self.full
+        used += granted if over <= 0 else 0
+        left, wait = max(0, (self.full - used) // MICRO), self.seconds(over)
+        return Decision(over <= 0, self.capacity, left, wait, self.seconds(used), source)
 
     def cost(self, cost: float) -> int:
         """In millionths; one that could never pass is refused."""
@@ -101,12 +103,9 @@ class Request(NamedTuple):
 
     def decisions(self, used: Sequence[int], taken: int = 0, source: Source = "redis") -> list[Decision]:
         """Of each limit on the first one, after `used` and `taken` microtokens; all of them have to let it pass."""
-        wanted = self.cost or MICRO
-        fits = [before + taken + wanted <= limit.full for limit, before in zip(self.limits, used, strict=True)]
-        if all(fits):
-            taken += self.cost
-        answers = zip(self.limits, fits, used, strict=True)
-        return [limit.decision(passes, before + taken, wanted, source) for limit, passes, before in answers]
+        wanted, pairs = self.cost or MICRO, [(limit, one + taken) for limit, one in zip(self.limits, used, strict=True)]
+        granted = self.cost if all(before + wanted <= limit.full for limit, before in pairs) else 0
+        return [limit.decision(before, granted, wanted, source) for limit, before in pairs]
 
 
 Answer = tuple[Sequence[int], int]

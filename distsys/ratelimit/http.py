@@ -81,7 +81,8 @@ class Policy:
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
             wait -= taken * self.window / one.limit
-        return whole(max(0.0, wait - 5e-7))  # a difference of floats: less than a microsecond is noise
+        noise = 5e-7  # of a difference of floats: less than a microsecond
+        return min(math.ceil(wait - noise), MAX_INTEGER) if wait > 0 else 0
 
 
 class Verdict(NamedTuple):

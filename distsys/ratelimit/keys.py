@@ -56,11 +56,8 @@ def client_address(*, proxies: int | Sequence[str] = 0) -> Callable[[Scope], str
     its clients share the limit of the proxy that wrote it.
     """
     count = proxies if isinstance(proxies, int) else 0
-    networks = (
-        []
-        if isinstance(proxies, int)
-        else [ip_network(n) for n in ([proxies] if isinstance(proxies, str) else proxies)]
-    )
+    given: Sequence[str] = () if isinstance(proxies, int) else [proxies] if isinstance(proxies, str) else proxies
+    networks = [ip_network(one) for one in given]
     if count < 0:
         raise ValueError(f"proxies={proxies!r}: how many in a row, 0 or more, or their networks")
 

@@ -151,8 +151,12 @@ class TokenBucketLimiter:
         await asyncio.gather(*map(self._give_back, list(self._slices)))
 
     async def _decide(self, request: Request) -> Decision:
-        (decision,) = await self._fallback.guard(self._buckets.ask(request), request)
-        return decision
+        try:
+            (used,), taken = await self._buckets.ask(request)
+        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
+            return self._fallback.decide(error, request)[0]
+        self._fallback.worked()
+        return self.limit.decision(used + taken, request.cost, request.cost or MICRO)
 
     # ---- leased slices
 
@@ -161,7 +165,7 @@ class TokenBucketLimiter:
         if own is None or own.left < cost or own.now() >= own.until:
             return None
         own.left -= cost
-        return self.limit.decision(True, own.used - own.left, cost, "lease")
+        return self.limit.decision(own.used - own.left - cost, cost, cost, "lease")
 
     async def _with_slice(self, key: str, cost: int, lease: Lease) -> Decision:
         """Asks for the request and a slice together; for the request alone while a slice is on its way."""
