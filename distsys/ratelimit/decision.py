@@ -80,9 +80,12 @@ class Limit:
 
     def decision(self, used: int, granted: int, wanted: int, source: Source = "redis") -> Decision:
         """On `wanted` microtokens after `used`; `granted` are what other limits leave of them, or 0 to look only."""
-        over = used + wanted - self.full
-        used += granted if over <= 0 else 0
-        left, wait = max(0, (self.full - used) // MICRO), self.seconds(over)
+        over, wait = used + wanted - self.full, 0.0
+        if over > 0:
+            wait = self.seconds(over)
+        else:
+            used += granted
+        left = max(0, (self.full - used) // MICRO)
         return Decision(over <= 0, self.capacity, left, wait, self.seconds(used), source)
 
     def cost(self, cost: float) -> int:
