@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from html import escape as _escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from distsys.lab.history import Fault, Finding, History, Op
+from distsys.lab.history import Finding, History
 from distsys.lab.spans import count, lasting
 from distsys.lab.story import story
 from distsys.lab.svg import ALARM, AMBER, GREEN, LINE, MARGIN, PAPER, RED, WIDTH, box, document, put, width_of, wrap
@@ -96,15 +96,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON knows it; what JSON does not know becomes its repr."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Verdict:
-        past, found = d["history"], d["finding"]
-        ops, faults = tuple(Op(**op) for op in past["ops"]), tuple(Fault(**f) for f in past["faults"])
-        history = History(**{**past, "ops": ops, "faults": faults})
-        rows, witness = tuple(tuple(row) for row in found["violations"]), tuple(Op(**op) for op in found["witness"])
-        return cls(**{**d, "history": history, "finding": Finding(found["status"], found["summary"], witness, rows)})
+        return dict(_plain(self))
 
     def svg(self) -> str:
         """The card: badge, timeline and story in one picture."""
