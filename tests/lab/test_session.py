@@ -16,8 +16,7 @@ import redis.asyncio
 from distsys.lab import Lab, experiments, ladder
 from distsys.lab.experiment import Run
 from distsys.lab.experiments import candidates, guards, limiters
-from distsys.lab.knob import LockKnob
-from distsys.lab.limit_knob import LimitKnob
+from distsys.lab.knob import LimitKnob, LockKnob
 from distsys.lab.servers import Server
 from distsys.lab.simulate import simulate
 from distsys.locks.redis_lock import RedisLock

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from distsys.lab.advise import advise
+from distsys.lab.knob import StormKnob
 from distsys.lab.simulate import (
     ARMS,
     Process,
@@ -28,7 +29,6 @@ from distsys.lab.simulate import (
     simulate,
     simulate_arm,
 )
-from distsys.lab.storm_knob import StormKnob
 from distsys.lab.virtual_loop import Stuck, run
 from distsys.resilience.retry import Retry
 
