@@ -13,11 +13,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from typing import TYPE_CHECKING, Any, Literal
 
-from distsys.lab.history import Check, History, Recorder
+from distsys.lab.history import Check, Fault, History, Op
 from distsys.lab.worker import Job, Workload
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ class Actor:
     broke = partialmethod(_said, "broke")
     called = partialmethod(_said, "called")
     waiting = partialmethod(_said, "waiting")
-
-    def at(self, point: str) -> Signal:
-        return (self.name, "at", point)
+    at = partialmethod(_said, "at")  # a checkpoint
 
     def order(self, times: int = 1, **how: Any) -> None:
         """Has a worker with the workload `requests` ask so many times: `at` a time of the virtual clock, for whom."""
@@ -169,7 +167,9 @@ class Run:
         self.nodes: list[Server] = []  # servers of this run alone
         self.link: TcpProxy | None = None
         self.cleanup = contextlib.AsyncExitStack()
-        self._recorder = Recorder()
+        self._open: dict[tuple[str, int], Op] = {}  # calls without an answer so far
+        self._done: list[Op] = []
+        self._faults: list[Fault] = []
         self._seen: Counter[Signal] = Counter()
         self._news = asyncio.Event()
         self._readers: list[asyncio.Task[None]] = []
@@ -221,9 +221,9 @@ class Run:
         self._readers.append(asyncio.create_task(self._listen(actor)))
         return actor
 
-    async def until(self, *signals: Signal, timeout: float | None = None) -> Signal:
+    async def until(self, *signals: Signal) -> Signal:
         """Waits for the first of `signals`; each occurrence counts once."""
-        timeout = timeout or 10 + 5 * self.ttl
+        timeout = 10 + 5 * self.ttl
         try:
             async with asyncio.timeout(timeout):
                 while True:
@@ -242,9 +242,9 @@ class Run:
 
     def record(self, kind: str, target: str, detail: str = "") -> None:
         """A fault, for the history."""
-        self._recorder.fault(self.now(), kind, target, detail)
+        self._faults.append(Fault(self.now(), kind, target, detail))
 
-    async def finish(self, timeout: float | None = None) -> list[str]:
+    async def finish(self) -> list[str]:
         """Waits for every worker to end; the names of those that did not, which are then killed."""
         stuck = []
         for actors in (self.actors, self.services):
@@ -252,7 +252,7 @@ class Run:
                 actor.send(do="finish")
             for actor in actors:
                 try:
-                    await self.until(actor.ended, timeout=timeout)
+                    await self.until(actor.ended)
                 except Stalled:
                     stuck.append(actor.name)
         return stuck
@@ -261,7 +261,9 @@ class Run:
         return [f"{actor.name}: {actor.crash}" for actor in self.actors if actor.crash]
 
     def history(self, **facts: Any) -> History:
-        return self._recorder.history(started=self.started, ended=self.now(), **facts)
+        ops = sorted([*self._done, *self._open.values()], key=lambda op: op.called)
+        faults = sorted(self._faults, key=lambda fault: fault.at)
+        return History(tuple(ops), tuple(faults), self.started, self.now(), facts)
 
     # ---- what the workers say
 
@@ -284,12 +286,18 @@ class Run:
             actor.crash = event["detail"]
         elif kind == "at":
             self.actions[actor.name, event["point"]] = event["action"]
-            self._recorder.fault(event["t"], PAST[event["action"]], actor.name, event["point"])
+            self._faults.append(Fault(event["t"], PAST[event["action"]], actor.name, event["point"]))
             self._signal(actor.at(event["point"]))
         else:
-            if kind in OUTCOMES:
-                self._recorder.event(actor.name, event)
-            self._signal((event.get("task") or actor.name, OUTCOMES.get(kind, kind), event.get("name", "")))
+            process = event.get("task") or actor.name
+            if kind == "call":
+                op = Op(process, event["name"], "info", event["t"], None, event["value"], event["token"])
+                self._open[process, event["id"]] = op
+            elif kind in OUTCOMES:
+                told = {name: event[name] for name in ("detail", "value", "token") if name in event}
+                op = self._open.pop((process, event["id"]))
+                self._done.append(replace(op, status=kind, returned=event["t"], **told))
+            self._signal((process, OUTCOMES.get(kind, kind), event.get("name", "")))
 
     def _signal(self, one: Signal) -> None:
         self._seen[one] += 1

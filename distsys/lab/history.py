@@ -8,7 +8,7 @@ processes share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -92,33 +92,6 @@ class History:
     def who(self, op: Op) -> str:
         """Its process and its token: "w1 (#2)"."""
         return f"{op.process} ({self.label(op)})" if op.token is not None else op.process
-
-
-class Recorder:
-    """Turns the events of many workers into a History. Feed it in any order; `history()` may be asked at any time."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[str, int], Op] = {}
-        self._done: list[Op] = []
-        self._faults: list[Fault] = []
-
-    def event(self, process: str, event: dict[str, Any]) -> None:
-        """One event as a worker sent it."""
-        key = (event.get("task") or process, event["id"])
-        if event["e"] == "call":
-            value, token = event.get("value"), event.get("token")
-            self._open[key] = Op(key[0], event["name"], "info", event["t"], None, value, token)
-        else:
-            told = {name: event[name] for name in ("detail", "value", "token") if name in event}
-            self._done.append(replace(self._open.pop(key), status=event["e"], returned=event["t"], **told))
-
-    def fault(self, at: float, kind: str, target: str, detail: str = "") -> None:
-        self._faults.append(Fault(at, kind, target, detail))
-
-    def history(self, *, started: float = 0.0, ended: float = 0.0, **facts: Any) -> History:
-        ops = sorted([*self._done, *self._open.values()], key=lambda op: op.called)
-        faults = sorted(self._faults, key=lambda f: f.at)
-        return History(tuple(ops), tuple(faults), started, ended, facts)
 
 
 Check = Callable[[History], "Finding"]
