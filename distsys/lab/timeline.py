@@ -1,37 +1,33 @@
 """The timeline: a lane per process, a bar per hold, the faults as flags on top, zoomed on the first violation.
 
-It stays small whatever the run: the view picks the bars and lanes, and counts the rest.
+It stays small whatever the run: LIMIT bars and LANES lanes are shown, and the rest is counted.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab.history import Fault, Finding, History, Op
-from distsys.lab.spans import DEATHS, RECOVERIES, conflicts, expired, is_of, pauses
-from distsys.lab.story import WORDS, key_ops, refusal, what
-from distsys.lab.svg import MARGIN, WIDTH, box, cross, cut, document, hollow_cross, path, put, width_of
-from distsys.lab.view import LIMIT, View, view
+from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, pauses
+from distsys.lab.story import WORDS, involved, key_ops, refusal, what
+from distsys.lab.svg import GREY, HOLD, MARGIN, RED, WIDTH, box, cross, cut, hollow_cross, path, put, width_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKS = 160
+LIMIT, LANES, MARKS = 60, 12, 160  # shown of the bars, lanes and marks
 DECIDED = {"admit": "admitted", "call": "answered", "arrive": "arrived"}
 LANE, BAR, FLAG = 40, 17, 15  # heights in px
 
 
-def timeline_svg(history: History, finding: Finding) -> str:
-    body, height = timeline(history, finding)
-    return document(body, height, finding.summary)
-
-
 def timeline(history: History, finding: Finding) -> tuple[str, float]:
     """The body of the picture, from y=0 down, and its height."""
-    v = view(history, finding)
+    v = _view(history, finding)
     if not v.lanes:
         return put(MARGIN, 12, "Nothing was recorded.", "s"), 20
     picture = _Picture(history, finding, v)
@@ -41,7 +37,7 @@ def timeline(history: History, finding: Finding) -> tuple[str, float]:
 class _Picture:
     """Drawn in layers, from the ground up. What a layer uses it also explains in the legend."""
 
-    def __init__(self, history: History, finding: Finding, v: View) -> None:
+    def __init__(self, history: History, finding: Finding, v: _View) -> None:
         self.history, self.finding, self.v, self.out = history, finding, v, list[str]()
         self.icons: dict[str, tuple[str, float]] = {}  # what it means: (the icon around 0, 0; its width)
         self.clashes = [(a, b) for a, b in conflicts(history) if a in v.bars and b in v.bars]
@@ -263,32 +259,99 @@ def _merged(parts: Iterable[tuple[float, float]], gap: float = 0.0) -> list[tupl
     return done
 
 
+@dataclass
+class _View:
+    """What is shown: from t0 to t1, these bars in these lanes. What was left out is counted in `more`."""
+
+    t0: float
+    t1: float
+    bars: list[Span]
+    lanes: list[str]
+    more: list[str]
+    left: float
+
+    def x(self, t: float) -> float:
+        share = (min(max(t, self.t0), self.t1) - self.t0) / (self.t1 - self.t0)
+        return self.left + share * (WIDTH - MARGIN - self.left)
+
+    def shows(self, start: float, end: float) -> bool:
+        return end >= self.t0 and start <= self.t1
+
+
+def _view(history: History, finding: Finding) -> _View:
+    bars = holds(history)
+    t0 = min([op.called for op in history] + [f.at for f in history.faults], default=history.started)
+    t0, t1 = max(history.started, t0 - 0.02 * (history.end - t0)), history.end
+    witness = finding.witness if finding.status == "VIOLATED" else ()
+    near = witness and not history.where("call")  # runs of calls are short: the whole is shown
+    low, high = _zoom(history, finding, t0, t1) if near else (t0, t1)
+    bars = sorted(bars, key=lambda bar: (bar.op not in witness, abs(bar.start - low))) if witness else bars
+    shown = [bar for bar in bars if bar.end >= low and bar.start <= high][:LIMIT]
+    if not witness and len(bars) > LIMIT:
+        high = max(bar.end for bar in shown)
+    names = list(dict.fromkeys([op.process for op in witness] + [bar.process for bar in shown] + history.processes))
+    lanes = sorted(names[:LANES], key=_natural)
+    shown = sorted((bar for bar in shown if bar.process in lanes), key=lambda bar: bar.start)
+    more = [f"+{count(len(bars) - len(shown), 'more acquisition')}"] if len(bars) > len(shown) else []
+    more += [f"+{count(len(names) - LANES, 'more process', 'more processes')}"] if len(names) > LANES else []
+    if (low, high) != (t0, t1):
+        part = f"{history.at(low, '')} to {history.at(high)} of {history.at(history.end)}"
+        more.append(f"zoomed on {part}" if witness else f"the first {history.at(high)} of {history.at(history.end)}")
+    left = MARGIN + min(140.0, max([24.0, *(width_of(name, bold=True) for name in lanes)])) + 12
+    return _View(low, max(high, low + 1e-6), shown, lanes, more, left)
+
+
+def _zoom(history: History, finding: Finding, t0: float, t1: float) -> tuple[float, float]:
+    """From the first act of the counterexample to its last; closer where what matters would be a sliver."""
+    spans, acts = involved(history, finding), {op.process for op in finding.witness}
+    times = [t for op in finding.witness for t in (op.called, history.until(op))]
+    times += [min(a.end, b.end) for a, b in conflicts(history) if a in spans and b in spans and a.op in finding.witness]
+    low, high = min(times), max(times)
+    for who, _, a, b in pauses(history):
+        if any(is_of(process, who) for process in acts) and a <= high and b >= low:
+            low, high = min(low, a), max(high, b)
+    if len(spans) > 1:
+        low = min(low, spans[0].start)
+        turn = min([spans[1].start, *(s.lease_end for s in expired(history) if s in spans and s.lease_end)])
+        if high - turn < 0.15 * (high - low):
+            low = turn - (high - turn)
+    pad = max(0.15 * (high - low), 1e-3)
+    return (max(t0, low - pad), min(t1, high + pad)) if high - low + 2 * pad < 0.8 * (t1 - t0) else (t0, t1)
+
+
+def _natural(name: str) -> list[Any]:
+    """w2 before w10: text and numbers in turn."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", name))]
+
+
 def figure(history: History, finding: Finding) -> Figure:
     """The same as a matplotlib Figure, without pyplot."""
     from matplotlib.figure import Figure
 
-    v, zero = view(history, finding), history.started
+    v, zero = _view(history, finding), history.started
     fig = Figure(figsize=(8, 1.2 + 0.5 * len(v.lanes)), layout="constrained")
     axes = fig.subplots()
     row = {name: -n for n, name in enumerate(v.lanes)}
-
-    def bar(name: str, start: float, end: float, height: float, **style: Any) -> None:
-        axes.broken_barh([(start - zero, end - start)], (row[name] - height / 2, height), **style)
-
-    for who, _, a, b in pauses(history):
-        for name in (name for name in v.lanes if is_of(name, who)):
-            bar(name, a, b, 0.9, fc="#eeeeee", hatch="//", ec="#aaaaaa")
+    paused = [(name, a, b) for who, _, a, b in pauses(history) for name in v.lanes if is_of(name, who)]
+    held = [(span.process, span.start, span.end) for span in v.bars]
+    both = [(s.process, b.start, min(a.end, b.end)) for a, b in conflicts(history) for s in (a, b)]
+    layers = (
+        (paused, 0.9, "#eeeeee", "#aaaaaa", "//"),
+        (held, 0.6, HOLD, "#3a6ea5", ""),
+        (both, 0.6, "#fbd5d5", RED, "xx"),
+    )
+    for bars, height, fill, edge, hatch in layers:
+        for name, start, end in bars:
+            if name in row:
+                where = [(start - zero, end - start)], (row[name] - height / 2, height)
+                axes.broken_barh(*where, facecolor=fill, edgecolor=edge, hatch=hatch)
     for span in v.bars:
-        bar(span.process, span.start, span.end, 0.6, fc="#cfe2f6", ec="#3a6ea5")
         axes.text(span.start - zero, row[span.process], f" {history.label(span.op)}", va="center", clip_on=True)
-    for one, two in conflicts(history):
-        for name in {one.process, two.process} & row.keys():
-            bar(name, two.start, min(one.end, two.end), 0.6, fc="#fbd5d5", ec="#b3121d", hatch="xx")
     for op in history.where("admit"):
         if op.process in row:
             axes.plot(op.end - zero, row[op.process], "|" if op.status == "ok" else "x", color="#3a6ea5")
     for fault in history.faults:
-        axes.axvline(fault.at - zero, color="#57606a", lw=0.8, ls=":")
+        axes.axvline(fault.at - zero, color=GREY, lw=0.8, ls=":")
     axes.set(yticks=list(row.values()), yticklabels=list(row), xlabel="seconds", title=finding.summary)
     axes.set_xlim(v.t0 - zero, v.t1 - zero)
     return fig

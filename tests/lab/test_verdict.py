@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from distsys.lab import checks, svg
 from distsys.lab.history import Check, Fault, Finding, History, Op
 from distsys.lab.story import story
-from distsys.lab.timeline import timeline_svg
+from distsys.lab.timeline import LANES, LIMIT, timeline
 from distsys.lab.verdict import Verdict, Verdicts
-from distsys.lab.view import LANES, LIMIT
 from tests.lab.histories import anything, history, killed, op, paused, queue, requests, section
 
 TEXT = "{http://www.w3.org/2000/svg}text"
@@ -45,6 +44,10 @@ def overlap(**more: Any) -> Verdict:
 
 def held(**more: Any) -> Verdict:
     return verdict(queue(), checks.mutual_exclusion, **{"expected": "HELD", **more})
+
+
+def timeline_svg(past: History, finding: Finding) -> str:
+    return svg.document(*timeline(past, finding), finding.summary)
 
 
 SCENES = {
