@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from distsys.lab.history import Fault, Finding, History, Op
 from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, lasting, pauses, waits
@@ -13,8 +14,10 @@ WORDS = {"stopped": "paused", "held": "held back"}  # for a fault's kind, of a p
 
 
 def story(history: History, finding: Finding) -> list[str]:
-    told = _counterexample(history, finding) if finding.status == "VIOLATED" else []
-    more = _overview(history, finding) if len(told) < 3 else []
+    acts = _counterexample(history, finding) if finding.status == "VIOLATED" else ()
+    best = sorted(acts, key=lambda act: (act[1], act[0]))[:LIMIT]
+    told = [sentence for *_, sentence in sorted(best)]
+    more = _overview(history, finding) if len(told) < 3 else ()
     begun = tuple(text.rstrip(".").partition(",")[0] for text in told)
     return [*told, *(text for text in more if not text.startswith(begun))][:LIMIT]
 
@@ -37,82 +40,78 @@ def involved(history: History, finding: Finding) -> list[Span]:
     return found[:3]
 
 
-def key_ops(history: History, finding: Finding) -> list[Op]:
-    """What the picture names and the story tells: the writes, and a release that came while another held."""
-    return [*_key_writes(history, finding), *_late_releases(history, finding)]
+def key_ops(history: History, finding: Finding) -> tuple[list[Op], list[Op]]:
+    """What the picture names and the story tells: writes, and the release that may have opened the door.
 
-
-def _late_releases(history: History, finding: Finding) -> list[Op]:
-    """Of others, inside the first hold of a counterexample and before the second: they may have opened the door."""
-    spans = involved(history, finding)
+    The writes are those of the counterexample; where it has none, the last two made by those who held at once. The
+    release is another's, inside the first hold and before the second.
+    """
+    writes, spans = [op for op in finding.witness if op.name == "write"], involved(history, finding)
     if len(spans) < 2 or finding.status != "VIOLATED":
-        return []
+        return writes, []
     first, second = spans[:2]
     others = [op for op in history.where("release") if op.process not in (first.process, second.process)]
-    return [op for op in others if first.start < op.end < second.start][-1:]
-
-
-def _key_writes(history: History, finding: Finding) -> list[Op]:
-    """The writes of the counterexample; where it has none, the last two made by those who held at once."""
-    told = [op for op in finding.witness if op.name == "write"]
-    spans = involved(history, finding)
-    if told or len(spans) < 2 or finding.status != "VIOLATED":
-        return told
+    late = [op for op in others if first.start < op.end < second.start][-1:]
     both = max(span.start for span in spans)
     done = [op for op in history.where("write") if op.status != "fail" and op.end >= both]
     inside = [op for op in done if any(op.process == s.process and s.start <= op.called < s.end for s in spans)]
-    return sorted(inside, key=lambda op: op.end)[-2:]
+    return writes or sorted(inside, key=lambda op: op.end)[-2:], late
 
 
-def _counterexample(history: History, finding: Finding) -> list[str]:
+def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float, int, str]]:
+    """What led to it: when, how dispensable, the sentence."""
     at, spans, witness = history.at, involved(history, finding), finding.witness
     acts, clashes, late = {op.process for op in witness}, conflicts(history), expired(history)
     times = [t for op in witness for t in (op.called, history.until(op))] + [hold.start for hold in spans]
     begin, until = min(times, default=history.started), max(times, default=history.end)
-    told: list[tuple[float, int, str]] = []  # when, how dispensable, the sentence
-
-    def tell(when: float, rank: int, sentence: str) -> None:
-        told.append((when, rank, sentence))
-
     for hold in spans:
         label = history.label(hold.op)
         token = f" ({'token ' if hold is spans[0] else ''}{label})" if label else ""
         other = next((a.process for a, b in clashes if b == hold), None)
         still = f" while {other} still held the lock" if other else ""
-        tell(hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}.")
+        yield hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}."
         if hold.lease_end is not None and hold in late:
             kept = [k for who, k, a, b in pauses(history) if is_of(hold.process, who) and a <= hold.lease_end < b]
             why = f" while it was {WORDS[kept[0]]}" if kept else ""
-            tell(hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}.")
+            yield hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}."
     for who, kind, a, b in pauses(history):
         if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
-            tell(a, 2, f"{who} was {WORDS[kind]} at {at(a)}, for {lasting(b - a)}.")
+            yield a, 2, f"{who} was {WORDS[kind]} at {at(a)}, for {lasting(b - a)}."
     for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
-        tell(fault.at, 1 + n, f"t={at(fault.at)}: {what(fault)}.")
+        yield fault.at, 1 + n, f"t={at(fault.at)}: {what(fault)}."
     for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
         row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
         first, last = at(row[0].called, ""), at(row[-1].end)
         when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
         if status == "fail":
-            tell(row[-1].end, 0, f"{process} was {refusal(finding)} at {last}.")
+            yield row[-1].end, 0, f"{process} was {refusal(finding)} at {last}."
         else:
-            tell(row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}.")
+            yield row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."
     for op in witness:
         if op.name == "read":
-            tell(op.end, 3, f"{op.process} read {op.value!r} at {at(op.end)}.")
+            yield op.end, 3, f"{op.process} read {op.value!r} at {at(op.end)}."
         elif op.name == "acquire" and op.status != "ok":
             end, how = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
-            tell(end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}.")
-    for op, text in _writes(history, finding, spans):
-        tell(op.end, 0, text)
-    for op in _late_releases(history, finding):
-        tell(op.end, 0, f"{op.process}'s release came at {at(op.end)}, while {spans[0].process} held.")
+            yield end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}."
+    writes, releases = key_ops(history, finding)
+    done = [op for op in history.where("write") if op.status != "fail"]
+    for op in writes:
+        before = [w for w in done if w.process != op.process and w.end < op.end]
+        lapsed = any(s.process == op.process and s.lease_end is not None and s.lease_end < op.called for s in spans)
+        text = f"{op.process} {'still ' if lapsed else ''}wrote {op.value!r} at {at(op.end)}"
+        if before and op is writes[-1] and len(writes) > 1:
+            over = before[-1]
+            newer = over.token is not None and op.token is not None and op.token < over.token
+            text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
+            seen = [r.end for r in history.where("read", process=op.process, status="ok") if r.end <= op.called]
+            text += ": one update is lost" if seen and seen[-1] <= over.called else ""
+        yield op.end, 0, text + ("." if op.status == "ok" else ", perhaps.")
+    for op in releases:
+        yield op.end, 0, f"{op.process}'s release came at {at(op.end)}, while {spans[0].process} held."
     for one, two in clashes[:1]:
         if one.op in witness and two.op in witness:
             end = min(one.end, two.end)
-            tell(end, 3, f"For {lasting(end - two.start)}, until {at(end)}, both were inside.")
-    best = sorted(told, key=lambda item: (item[1], item[0]))[:LIMIT]
-    return [text for *_, text in sorted(best)]
+            yield end, 3, f"For {lasting(end - two.start)}, until {at(end)}, both were inside."
 
 
 def refusal(finding: Finding) -> str:
@@ -137,7 +136,7 @@ def _tally(asked: list[Op], history: History) -> str:
     return "; ".join(told).replace(" ", " was admitted ", 1) + "."
 
 
-def _calls(history: History) -> list[str]:
+def _calls(history: History) -> Iterator[str]:
     """Of a guard: "w1 called 15 times: 5 failed (TimeoutError), 10 refused." """
 
     def outcome(op: Op) -> str:
@@ -145,83 +144,65 @@ def _calls(history: History) -> list[str]:
             return "never answered" if op.returned is None else f"failed ({error(op)})"
         return "answered" if op.status == "ok" else "refused"
 
-    told = []
     for process in list(dict.fromkeys(op.process for op in history.where("call")))[:LIMIT]:
         mine = history.where("call", process=process)
         ends = ", ".join(f"{n:,} {how}" for how, n in Counter(map(outcome, mine)).items())
         longest = lasting(max(history.until(op) - op.called for op in mine))
-        told.append(f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}.")
+        yield f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}."
     sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
     waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
-    return [*told, f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."]
-
-
-def _writes(history: History, finding: Finding, spans: list[Span]) -> list[tuple[Op, str]]:
-    done = [op for op in history.where("write") if op.status != "fail"]
-    told = _key_writes(history, finding)
-    found = []
-    for op in told:
-        before = [w for w in done if w.process != op.process and w.end < op.end]
-        over = before[-1] if before and op is told[-1] and len(told) > 1 else None
-        late = any(s.process == op.process and s.lease_end is not None and s.lease_end < op.called for s in spans)
-        text = f"{op.process} {'still ' if late else ''}wrote {op.value!r} at {history.at(op.end)}"
-        if over:
-            newer = over.token is not None and op.token is not None and op.token < over.token
-            text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
-            seen = [r.end for r in history.where("read", process=op.process, status="ok") if r.end <= op.called]
-            text += ": one update is lost" if seen and seen[-1] <= over.called else ""
-        found.append((op, text + ("." if op.status == "ok" else ", perhaps.")))
-    return found
+    yield f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."
 
 
 def _other_faults(history: History) -> list[Fault]:
     return [f for f in history.faults if f.kind not in (*RECOVERIES, "stopped", "held")]
 
 
-def _overview(history: History, finding: Finding) -> list[str]:
+def _overview(history: History, finding: Finding) -> Iterator[str]:
+    """What was survived, or at least seen: under which load, and which faults."""
     at, held, asked, met = history.at, holds(history), history.where("acquire"), waits(history)
-    told = ["The danger was not reached, so this shows nothing either way."] if finding.status == "INCONCLUSIVE" else []
+    if finding.status == "INCONCLUSIVE":
+        yield "The danger was not reached, so this shows nothing either way."
     if held:
         who = count(len({hold.process for hold in held}), "process", "processes")
         alone = ", never two at once" if len(held) > 1 and not conflicts(history) else ""
         others = f"; {len(met):,} of {count(len(asked), 'request')} came while another held" if met else ""
-        told.append(f"{who} acquired {count(len(held), 'time')}{alone}{others}.")
+        yield f"{who} acquired {count(len(held), 'time')}{alone}{others}."
     elif asked:
-        told.append(f"Nobody acquired, {len({op.process for op in asked}):,} tried.")
+        yield f"Nobody acquired, {len({op.process for op in asked}):,} tried."
     elif history.where("call"):
-        told += _calls(history)
+        yield from _calls(history)
     else:
         by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
         text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"
         if asked := history.where("admit"):
             unknown = f", {by['info']:,} of unknown outcome" if by["info"] else ""
             text = text.replace("operation", "request")
-            told.append(f"{text}: {by['ok']:,} admitted, {by['fail']:,} refused{unknown}.")
+            yield f"{text}: {by['ok']:,} admitted, {by['fail']:,} refused{unknown}."
             if finding.status != "VIOLATED" or any(op.status == "fail" for op in finding.witness):
-                told.append(_tally(asked, history))
+                yield _tally(asked, history)
         else:
-            told.append(f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome.")
+            yield f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome."
     kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
     for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
         lock = " while it held the lock" if inside else ""
-        told.append(f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}.")
+        yield f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}."
     ends = {hold.end: hold.lease_end for hold in expired(history)}
     for fault in _other_faults(history)[:2]:
         lease = ends.get(fault.at) if fault.kind in DEATHS else None
         until = "" if lease is None else f", its lease ran until {at(lease)}"
-        told.append(f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}.")
+        yield f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}."
     for op in history.where("write", status="fail")[:1]:
         token = f" under {history.label(op)}" if op.token is not None else ""
-        told.append(f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}.")
-    lost = history.where("lost")[:1]
-    told += [f"{op.process} was told at {at(op.called)} that its lease was over." for op in lost]
+        yield f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}."
+    for op in history.where("lost")[:1]:
+        yield f"{op.process} was told at {at(op.called)} that its lease was over."
     if "final" in history.facts and (sure := history.where("write", status="ok")):
         first, last = history.facts.get("initial", 0), history.facts["final"]
-        told.append(f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}.")
+        yield f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}."
     if answered := [op for op in met if op.returned is not None]:
         slow = max(answered, key=lambda op: op.end - op.called)
-        told.append(f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}.")
-    return told
+        yield f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}."
 
 
 def _next(held: list[Span], t: float) -> str:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab.history import Fault, Finding, History, Op
@@ -207,7 +207,7 @@ class _Picture:
     def _marks(self) -> None:
         """What was done inside: a tick and a letter each, with the value if it is part of the counterexample."""
         v, taken = self.v, {name: list[tuple[float, float]]() for name in self.lane}
-        told = [*self.finding.witness, *key_ops(self.history, self.finding)]
+        told = [*self.finding.witness, *chain(*key_ops(self.history, self.finding))]
         ops = [op for op in self.history if op.process in self.lane and v.shows(op.end, op.end)]
         ops = [op for op in ops if op.name not in ("acquire", "release") or (op.name == "release" and op in told)]
         ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == ("admit", "info")]
