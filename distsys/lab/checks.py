@@ -63,25 +63,21 @@ def mutual_exclusion(history: History) -> Finding:
     return Finding("HELD", f"one holder at a time, {total}, {len(met):,} asked for while held")
 
 
-def _based_on(history: History, status: str = "ok") -> list[tuple[Any, Op | None, Op]]:
-    """(the value it was computed from, the op that told it, the write), for every write with that status."""
+def _writes(history: History) -> list[tuple[Op, Op | None, Any, int]]:
+    """(the write, the op that told its process a value before, that value, what it adds), of all but refused writes.
+
+    One whose value is no number counts as one more.
+    """
     known: dict[str, Op] = {}
-    found: list[tuple[Any, Op | None, Op]] = []
+    found = []
     for op in sorted(history, key=lambda op: op.called):
-        if op.name == "write" and op.status == status:
-            if source := known.get(op.process):
-                found.append((source.value, source, op))
-            elif isinstance(op.value, int):
-                found.append((op.value - 1, None, op))
+        source, number = known.get(op.process), isinstance(op.value, int)
+        if op.name == "write" and op.status != "fail" and (source or number):
+            value = source.value if source else op.value - 1
+            found.append((op, source, value, op.value - value if number and isinstance(value, int) else 1))
         if op.name in ("read", "write") and op.status == "ok":
             known[op.process] = op
     return found
-
-
-def _added(writes: list[tuple[Any, Op | None, Op]]) -> list[int]:
-    """What each write adds; one that is no number counts as one more."""
-    known = [(write.value, value) for value, _, write in writes]
-    return [new - old if isinstance(new, int) and isinstance(old, int) else 1 for new, old in known]
 
 
 def _totals(least: int, most: int, maybe: list[int]) -> set[int] | range:
@@ -99,14 +95,15 @@ def no_lost_update(history: History) -> Finding:
 
     When every process adds an amount of its own, the sum tells whose was lost, even where another's outcome is unknown.
     """
-    based = _based_on(history)
-    sure, maybe = _added(based), _added(_based_on(history, "info"))
-    groups: dict[str, list[tuple[Op | None, Op]]] = defaultdict(list)
-    for value, source, write in based:
-        groups[repr(value)].append((source, write))
+    writes = _writes(history)
+    done = [(write, source, value) for write, source, value, _ in writes if write.status == "ok"]
+    sure, maybe = ([added for write, *_, added in writes if write.status == status] for status in ("ok", "info"))
+    groups: dict[str, list[tuple[Op, Op | None]]] = defaultdict(list)
+    for write, source, value in done:
+        groups[repr(value)].append((write, source))
     rows, first, lost, where = [], tuple[Op, ...](), 0, ""
-    for value, ((source, write), *more) in groups.items():
-        for again, over in more:
+    for value, ((write, source), *more) in groups.items():
+        for over, again in more:
             what = f"wrote {over.value!r} over {write.process}'s {write.value!r}, both from {value}"
             rows.append((history.at(over.end), history.who(over), what))
             first, lost = first or _in_time([source, write, again, over]), lost + 1
@@ -122,11 +119,11 @@ def no_lost_update(history: History) -> Finding:
                 return Finding("VIOLATED", f"{final - high:,} more than was written{where}", first, tuple(rows))
             lost = max(lost, 1, math.ceil((low - final) / max(1, *sure)))
     if lost:
-        witness = first or tuple(write for _, _, write in based[-1:])
+        witness = first or tuple(write for write, *_ in done[-1:])
         return Finding("VIOLATED", f"{lost:,} of {count(len(sure), 'update')} lost{where}", witness, tuple(rows))
     if not sure:
         return _unclear("nothing was written")
-    cycles = [Span(write.process, read.called, write.end, write) for _, read, write in based if read]
+    cycles = [Span(write.process, read.called, write.end, write) for write, read, _ in done if read]
     if not (waits(history) or any(meetings(cycles))):
         return _unclear(f"no two processes were at it at the same time, {count(len(sure), 'write')}")
     unknown = f", {len(maybe)} more of unknown outcome" if maybe else ""
