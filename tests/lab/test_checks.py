@@ -214,16 +214,6 @@ ANOTHER_WAITS = history(*guarded(TRIED, SHUT), op("w2", "wait", 1.1, 1.2, 1.0))
 MAYBE_REFUSED = history(op("w1", "call", 0, None))
 LOST_REPLY = history(call("request", 0, "a", "info"), call("apply", 0, "a"))
 
-CONCURRENT = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 1.5, 2.5, 1))
-FRESH_WHILE_WRITING = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, None), op("w3", "read", 1.5, 2.5, 1))
-STALE_READ = history(op("w1", "write", 0, 1, 1), op("w1", "write", 2, 3, 2), op("w2", "read", 4, 5, 1))
-UNKNOWN_WRITE = history(op("w1", "write", 0, 1, 1), op("w1", "write", 2, None, 2), op("w2", "read", 8, 9, 2))
-FAILED_WRITE_READ = history(
-    op("w1", "write", 0, 1, 1, status="fail"), op("w2", "read", 2, 3, 1), op("w1", "write", 5, 6, 2)
-)
-BACK_AND_FORTH = history(op("w1", "write", 0, 9, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 3, 4, None))
-ONE_PROCESS = history(op("w1", "write", 0, 1, 1), op("w1", "read", 2, 3, 1))
-
 EMPTY = history()
 
 VERDICTS: dict[Check, dict[str, str]] = {
@@ -289,11 +279,6 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "VIOLATED": "WAITS_IN_VAIN",
         "INCONCLUSIVE": "EMPTY ALL_IS_WELL GOES_ON_ASKING",
     },
-    checks.linearizable_register: {
-        "HELD": "CONCURRENT FRESH_WHILE_WRITING UNKNOWN_WRITE",
-        "VIOLATED": "STALE_READ FAILED_WRITE_READ BACK_AND_FORTH",
-        "INCONCLUSIVE": "EMPTY ONE_PROCESS",
-    },
 }
 CASES = [(c, s, n) for c, by in VERDICTS.items() for s, names in by.items() for n in names.split()]
 
@@ -355,14 +340,6 @@ def test_three_holders_are_counted_as_three() -> None:
         *section("w1", 0, 1, 9), *section("w2", 0, 2, 8), *section("w3", 0, 3, 7), *section("w4", 0, 9.5, 9.9)
     )
     assert checks.mutual_exclusion(crowd).summary == "3 holders at once, 2 of 4 acquisitions"
-
-
-def test_the_search_for_an_order_gives_up_at_its_bound() -> None:
-    """Twelve concurrent writes and a read of none of them need more orders than allowed: neither held nor violated."""
-    writes = [op(f"w{i}", "write", 0, 9, i) for i in range(12)]
-    hard = history(*writes, op("w99", "read", 0, 9, "never written"))
-    assert checks.linearizable_register(hard, bound=1000).status == "INCONCLUSIVE"
-    assert "given up" in checks.linearizable_register(hard, bound=1000).summary
 
 
 def test_all_of_reports_the_first_broken_promise_then_the_first_untested_one() -> None:
@@ -486,18 +463,8 @@ def at_most_once(h: History) -> bool:
     return max(Counter(o.value for o in h.where("apply")).values(), default=0) <= 1
 
 
-def ever_written(h: History) -> bool:
-    values = {o.value for o in h.where("write")} | {h.facts.get("initial")}
-    return all(o.value in values for o in h.where("read"))
-
-
 exclusion, lost_update, tokens = checks.mutual_exclusion, checks.no_lost_update, checks.monotonic_tokens
-stale, progress, once, register = (
-    checks.no_stale_write,
-    checks.progress,
-    checks.exactly_once,
-    checks.linearizable_register,
-)
+stale, progress, once = checks.no_stale_write, checks.progress, checks.exactly_once
 refused = checks.refused_at_once
 MUTANTS: list[tuple[Check, str, Check, str]] = [
     (exclusion, "counts dead holders", faultless(exclusion, "killed"), "DEAD"),
@@ -578,11 +545,6 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (refused, "takes every wait for one in vain", edited(refused, without("request")), "WAITS_THEN_SENDS"),
     (refused, "blames the wrong process", edited(refused, lambda o: replace(o, process="w1")), "ANOTHER_WAITS"),
     (refused, "asks for no refusal", unless_violated(refused), "GOES_ON_ASKING"),
-    (register, "takes calls one by one", edited(register, at_once), "FRESH_WHILE_WRITING"),
-    (register, "ignores info writes", edited(register, without("write", "info")), "UNKNOWN_WRITE"),
-    (register, "forgives refused writes", edited(register, becomes("write", "fail", "info")), "FAILED_WRITE_READ"),
-    (register, "knows no real time", edited(register, lambda o: replace(o, called=0.0)), "STALE_READ"),
-    (register, "accepts any value ever written", held_if(ever_written), "BACK_AND_FORTH"),
 ]  # fmt: skip
 
 
@@ -726,16 +688,6 @@ def test_an_exact_window_is_never_accused(
     assert checks.at_most(Allowance(n, refill_rate=n / window))(history(*ops, ended=50)).status != "VIOLATED"
     for past in (ops, bucket):
         assert checks.no_needless_refusal(allowed)(history(*past, ended=50)).status != "VIOLATED"
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.floats(0, 3), st.floats(0, 3)), max_size=12))
-def test_a_register_that_is_atomic_is_never_accused(steps: list[tuple[int, bool, float, float]]) -> None:
-    """Each call takes effect at t=n, and is seen from some time before to some time after."""
-    value, ops = None, []
-    for n, (who, writes, before, after) in enumerate(steps):
-        value = n if writes else value
-        ops.append(op(f"w{who}", "write" if writes else "read", n - before, n + after, value))
-    assert register(history(*ops, ended=50)).status != "VIOLATED"
 
 
 @settings(max_examples=200)
