@@ -40,7 +40,7 @@ def all_of(*checks: Check) -> Check:
 
 
 def mutual_exclusion(history: History) -> Finding:
-    """At no moment do two living processes hold the lock (unless both hold it shared)."""
+    """At no moment do two living processes hold the lock."""
     held, pairs = holds(history), conflicts(history)
     total = count(len(held), "acquisition")
     if pairs:

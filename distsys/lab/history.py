@@ -20,7 +20,7 @@ class Op:
     """One call. "ok" happened, "fail" certainly did not, "info" may have (no answer, or an Indeterminate error)."""
 
     process: str  # "w1", "w2", ...; a worker that runs several tasks names them "w1.a", "w1.b"
-    name: str  # "acquire", "read", "write", "release", "lost", ...
+    name: str  # "acquire", "read", "write", "release", ...
     status: Status
     called: float
     returned: float | None  # None when no answer was ever seen

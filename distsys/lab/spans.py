@@ -9,28 +9,25 @@ from typing import Any
 
 from distsys.lab.history import History, Op
 
-DEATHS = ("killed", "crashed", "exited")  # faults after which a process holds nothing
 RECOVERIES = ("resumed", "released", "restarted", "healed")  # "faults" that end one
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of one process's time: holding the lock, or (held=False) doing something else."""
+    """A stretch of one process's time: holding the lock, or busy with something else."""
 
     process: str
     start: float
     end: float
     op: Op
-    held: bool = True
     lease_end: float | None = None  # when the server may forget the holder, if the history says so
 
 
 def holds(history: History) -> list[Span]:
-    """Who believed to hold the lock, and when: from the grant's arrival until the holder lets go, is told, or dies.
+    """Who believed to hold the lock, and when: from the grant's arrival until the holder lets go, or is killed.
 
-    A stopped process goes on holding: nobody told it. But one that, once it runs again, does nothing but learn that it
-    lost the lock held until it was stopped. Values may say more: "acquire" {"ttl": 2.0, "lock": "a",
-    "shared": True}, "release" {"lock": "a"} where there are several locks, "extend" 2.0 (its new ttl).
+    A stopped process goes on holding: nobody told it. But one that, once it runs again, does nothing but learn from
+    its release that it lost the lock held until it was stopped. An "acquire" may say {"ttl": 2.0}.
     """
     found = []
     for process in dict.fromkeys(op.process for op in history):
@@ -44,39 +41,34 @@ def holds(history: History) -> list[Span]:
 def _hold(history: History, op: Op, ops: list[Op]) -> Span:
     """The hold that begins with the first of these ops of its process."""
     faults = [f for f in history.faults if is_of(op.process, f.target)]
-    end = min((f.at for f in faults if f.kind in DEATHS and f.at >= op.end), default=history.end)
-    ttl = _ttl(op)
-    lease = None if ttl is None else op.end + ttl
+    end = min((f.at for f in faults if f.kind == "killed" and f.at >= op.end), default=history.end)
     for before, later in pairwise(ops):
         if later.called >= end:
             break
-        if later.called < op.end:
-            continue
-        if later.name == "extend" and later.status == "ok" and (ttl := _ttl(later)) is not None:
-            lease = later.end + ttl
-        again = later.name == "acquire" and later.status == "ok"
-        if (again or later.name in ("release", "lost")) and said(later, "lock") in (None, said(op, "lock")):
-            end = later.end if again else later.called
-            if later.name == "lost" or (later.name == "release" and later.status != "ok"):
+        if later.called >= op.end and later.name == "acquire" and later.status == "ok":
+            end = later.end
+            break
+        if later.called >= op.end and later.name == "release":
+            end = later.called
+            if later.status != "ok":
                 end = min((f.at for f in faults if f.kind == "stopped" and before.end <= f.at < end), default=end)
             break
-    return Span(op.process, op.end, max(end, op.end), op, lease_end=lease)
+    ttl = said(op, "ttl")
+    return Span(op.process, op.end, max(end, op.end), op, None if ttl is None else op.end + ttl)
 
 
 def meetings(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
-    """Pairs (earlier, later) of different processes that overlap in time, over the same lock."""
+    """Pairs (earlier, later) of different processes that overlap in time."""
     active: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
         active = [other for other in active if other.end > span.start]
-        for other in active:
-            if other.process != span.process and said(other.op, "lock") == said(span.op, "lock"):
-                yield other, span
+        yield from ((other, span) for other in active if other.process != span.process)
         active.append(span)
 
 
 def conflicts(history: History) -> list[tuple[Span, Span]]:
-    """Pairs of holders at once; two shared holders are none."""
-    return [(a, b) for a, b in meetings(holds(history)) if not (said(a.op, "shared") and said(b.op, "shared"))]
+    """Pairs of holders at once."""
+    return list(meetings(holds(history)))
 
 
 def expired(history: History) -> list[Span]:
@@ -85,7 +77,7 @@ def expired(history: History) -> list[Span]:
     The end by the clock alone would be no evidence: a renewal that nobody recorded may have moved it.
     """
     taken = [a for a, b in conflicts(history) if a.lease_end is not None and b.start >= a.lease_end]
-    dead = [f for f in history.faults if f.kind in DEATHS]
+    dead = [f for f in history.faults if f.kind == "killed"]
     held = holds(history)
     left = [h for h in held if any(is_of(h.process, f.target) and f.at == h.end for f in dead)]
     last = max((h.start for h in held), default=0.0)
@@ -94,15 +86,12 @@ def expired(history: History) -> list[Span]:
 
 def waits(history: History) -> list[Op]:
     """The acquisitions asked for while another process held the lock: where there are none, no lock was tested."""
-    asked = history.where("acquire")
-    asking = [Span(op.process, op.called, history.until(op), op, held=False) for op in asked]
-    met = {
-        id(span.op): span.op
-        for a, b in meetings([*holds(history), *asking])
-        for span in (a, b)
-        if a.held != b.held and not span.held and not (said(a.op, "shared") and said(b.op, "shared"))
-    }
-    return sorted(met.values(), key=lambda op: op.called)
+
+    def met(op: Op, hold: Span) -> bool:
+        return hold.process != op.process and hold.start < history.until(op) and op.called < hold.end
+
+    held = holds(history)
+    return [op for op in history.where("acquire") if any(met(op, hold) for hold in held)]
 
 
 def pauses(history: History) -> list[tuple[str, str, float, float]]:
@@ -110,7 +99,9 @@ def pauses(history: History) -> list[tuple[str, str, float, float]]:
     found = []
     for f in history.faults:
         if ending := {"stopped": "resumed", "held": "released"}.get(f.kind):
-            after = [g for g in history.faults if g.at >= f.at and g.target == f.target and g.kind in (ending, *DEATHS)]
+            after = [
+                g for g in history.faults if g.at >= f.at and g.target == f.target and g.kind in (ending, "killed")
+            ]
             found.append((f.target, f.kind, f.at, min((g.at for g in after), default=history.end)))
     return found
 
@@ -122,11 +113,6 @@ def is_of(process: str, target: str) -> bool:
 
 def said(op: Op, key: str) -> Any:
     return op.value.get(key) if isinstance(op.value, dict) else None
-
-
-def _ttl(op: Op) -> float | None:
-    ttl = op.value if op.name == "extend" and not isinstance(op.value, dict) else said(op, "ttl")
-    return float(ttl) if isinstance(ttl, (int, float)) else None
 
 
 def lasting(seconds: float) -> str:

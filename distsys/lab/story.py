@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from distsys.lab.history import Fault, Finding, History, Op
-from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, lasting, pauses, waits
+from distsys.lab.spans import RECOVERIES, Span, conflicts, count, expired, holds, is_of, lasting, pauses, waits
 
 LIMIT = 5
 LONG = 40  # letters of an error: then its name has to do
@@ -189,14 +189,12 @@ def _overview(history: History, finding: Finding) -> Iterator[str]:
         yield f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}."
     ends = {hold.end: hold.lease_end for hold in expired(history)}
     for fault in _other_faults(history)[:2]:
-        lease = ends.get(fault.at) if fault.kind in DEATHS else None
+        lease = ends.get(fault.at) if fault.kind == "killed" else None
         until = "" if lease is None else f", its lease ran until {at(lease)}"
         yield f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}."
     for op in history.where("write", status="fail")[:1]:
         token = f" under {history.label(op)}" if op.token is not None else ""
         yield f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}."
-    for op in history.where("lost")[:1]:
-        yield f"{op.process} was told at {at(op.called)} that its lease was over."
     if "final" in history.facts and (sure := history.where("write", status="ok")):
         first, last = history.facts.get("initial", 0), history.facts["final"]
         yield f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}."

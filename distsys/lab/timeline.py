@@ -13,7 +13,7 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab.history import Fault, Finding, History, Op
-from distsys.lab.spans import DEATHS, RECOVERIES, Span, conflicts, count, expired, holds, is_of, pauses
+from distsys.lab.spans import RECOVERIES, Span, conflicts, count, expired, holds, is_of, pauses
 from distsys.lab.story import WORDS, involved, key_ops, refusal, what
 from distsys.lab.svg import GREY, HOLD, MARGIN, RED, WIDTH, box, cross, cut, hollow_cross, path, put, width_of
 
@@ -173,7 +173,7 @@ class _Picture:
                 middle = (x0 + x1) / 2
                 self.out.append(box(middle - wide / 2 - 3, y - 11, wide + 6, 13, "f") if bar in clashing else "")
                 self.out.append(put(middle, y, text, "i m b n"))
-            elif any(f.at == bar.end and f.kind in DEATHS for f in self.history.faults):
+            elif any(f.at == bar.end and f.kind == "killed" for f in self.history.faults):
                 self.out.append(put(x0 - 3, y, text, "i b n z e") if x0 - wide > v.left else "")
             elif follows - x1 > wide + 6:
                 self.out.append(put(x1 + 3, y, text, "i b n z"))
@@ -201,7 +201,7 @@ class _Picture:
             self.line(f"M{x:.1f} {y0}V{max(mine) + LANE}", "g")
             for lane in mine:
                 self.line(f"M{x:.1f} {y}V{y0}l7 3.5-7 3.5zM{x:.1f} {lane}v{LANE}", "l")
-                self.out.append(cross(x, lane + 4 + BAR / 2, "k", 5) if fault.kind in DEATHS else "")
+                self.out.append(cross(x, lane + 4 + BAR / 2, "k", 5) if fault.kind == "killed" else "")
             self.out.append(put(x - 4, y, text, "i e z") if at_left else put(x + 10, y, text, "i z"))
 
     def _marks(self) -> None:
@@ -209,14 +209,14 @@ class _Picture:
         v, taken = self.v, {name: list[tuple[float, float]]() for name in self.lane}
         told = [*self.finding.witness, *chain(*key_ops(self.history, self.finding))]
         ops = [op for op in self.history if op.process in self.lane and v.shows(op.end, op.end)]
-        ops = [op for op in ops if op.name not in ("acquire", "release") or (op.name == "release" and op in told)]
+        ops = [op for op in ops if op.name != "acquire" and (op.name != "release" or op in told)]
         ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == ("admit", "info")]
         if self.history.where("call"):  # of what goes on inside of a call only the counterexample
             ops = [op for op in ops if op.name in ("apply", "wait") and op in self.finding.witness]
         for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, op.name == "read"))[:MARKS]:
             refused, key = op.status == "fail", op.status == "fail" or op in told
             x, y = v.x(op.end), self.lane[op.process] + 4 + BAR
-            in_full = op.name in ("lost", "release")
+            in_full = op.name == "release"
             text = op.name if in_full else op.name[0] + ("?" if op.status == "info" else "")
             if key and op.value is not None and not isinstance(op.value, dict):
                 text = cut(f"{text} {op.value}", 60, 11)
