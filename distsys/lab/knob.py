@@ -32,7 +32,10 @@ whole, part = partial(w.IntSlider, style=WIDE), partial(w.FloatSlider, style=WID
 
 
 class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
-    """Controls, a Run button, an answer. Where no kernel runs, the answer of the last run is shown alone."""
+    """Controls, a Run button, an answer. Where no kernel runs, the answer of the last run is shown alone.
+
+    A subclass has `controls()`, which makes them and says how they stand, and `measure()`, which runs what they say.
+    """
 
     what = "for the button's tooltip"
 
@@ -43,14 +46,6 @@ class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
         self.answer = w.HTML()
         self.run.on_click(self._clicked)
         super().__init__([*self.controls(), self.answer])
-
-    def controls(self) -> list[Any]:
-        """Makes them, and says how they stand."""
-        raise NotImplementedError
-
-    async def measure(self) -> str:
-        """Runs what the controls say: HTML."""
-        raise NotImplementedError
 
     def _clicked(self, _: object) -> None:
         # The click may come on another thread (ipykernel 7.1-7.3): the lab belongs to the notebook's own loop.
