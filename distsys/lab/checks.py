@@ -220,9 +220,8 @@ def refused_at_once(history: History) -> Finding:
     """A call for which nothing is sent waits for nothing."""
 
     def inside(call: Op, name: str) -> list[Op]:
-        return [
-            op for op in history.where(name, process=call.process) if call.called <= op.called < history.until(call)
-        ]
+        end = history.until(call)
+        return [op for op in history.where(name, process=call.process) if call.called <= op.called < end]
 
     refused = [op for op in history.where("call") if op.status != "ok" and not inside(op, "request")]
     vain = [(call, waits) for call in refused if (waits := inside(call, "wait"))]
