@@ -33,10 +33,15 @@ def timeline(history: History, finding: Finding) -> tuple[str, float]:
     return "".join(picture.out), picture.bottom
 
 
-class _View:
-    """What is shown: from t0 to t1, these bars in these lanes. What was left out is counted in `more`."""
+class _Picture:
+    """What is shown: from t0 to t1, these bars in these lanes. What was left out is counted in `more`.
+
+    Drawn in layers, from the ground up. What a layer uses it also explains in the legend.
+    """
 
     def __init__(self, history: History, finding: Finding) -> None:
+        self.history, self.finding, self.out = history, finding, list[str]()
+        self.icons: dict[str, tuple[str, float]] = {}  # what it means: (the icon around 0, 0; its width)
         bars = holds(history)
         t0 = min([op.called for op in history] + [f.at for f in history.faults], default=history.started)
         t0, t1 = max(history.started, t0 - 0.02 * (history.end - t0)), history.end
@@ -64,15 +69,6 @@ class _View:
 
     def shows(self, start: float, end: float) -> bool:
         return end >= self.t0 and start <= self.t1
-
-
-class _Picture(_View):
-    """Drawn in layers, from the ground up. What a layer uses it also explains in the legend."""
-
-    def __init__(self, history: History, finding: Finding) -> None:
-        super().__init__(history, finding)
-        self.history, self.finding, self.out = history, finding, list[str]()
-        self.icons: dict[str, tuple[str, float]] = {}  # what it means: (the icon around 0, 0; its width)
 
     def draw(self) -> None:
         finding = self.finding
@@ -319,7 +315,7 @@ def figure(history: History, finding: Finding) -> Figure:
     """The same as a matplotlib Figure, without pyplot."""
     from matplotlib.figure import Figure
 
-    v, zero = _View(history, finding), history.started
+    v, zero = _Picture(history, finding), history.started
     fig = Figure(figsize=(8, 1.2 + 0.5 * len(v.lanes)), layout="constrained")
     axes = fig.subplots()
     row = {name: -n for n, name in enumerate(v.lanes)}
