@@ -287,11 +287,11 @@ def _worst(ops: list[Op], allowed: Allowance) -> tuple[float, float, tuple[Op, .
     return worst
 
 
-def at_most(*allowances: Allowance, name: str = "admit") -> Check:
+def at_most(*allowances: Allowance) -> Check:
     """In no span of time more passes than is allowed in it; an op counts if all of it lies in the span."""
 
     def check(history: History) -> Finding:
-        asked = history.where(name)
+        asked = history.where("admit")
         for allowed in allowances:
             excess, seconds, ops = _worst([op for op in asked if op.status == "ok"], allowed)
             if excess > TINY:
@@ -322,11 +322,11 @@ def _left(asked: Op, passed: list[Op], allowed: Allowance) -> tuple[float, list[
     return left, counted
 
 
-def no_needless_refusal(*allowances: Allowance, name: str = "admit") -> Check:
+def no_needless_refusal(*allowances: Allowance) -> Check:
     """Nobody is refused while each allowance certainly had room: a refused request takes nothing."""
 
     def check(history: History) -> Finding:
-        asked = history.where(name)
+        asked = history.where("admit")
         refused = [op for op in asked if op.status == "fail"]
         passed = [op for op in asked if op.status != "fail"]
         rows, first = list[tuple[str, ...]](), tuple[Op, ...]()
