@@ -19,6 +19,8 @@ from redis.exceptions import (
     RedisClusterException,
 )
 
+from distsys.tasks import heard
+
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -30,8 +32,6 @@ UNAVAILABLE = (
     exceptions.ClusterDownError,
     exceptions.TryAgainError,
 )
-
-from distsys.tasks import heard
 
 
 class Script:

@@ -13,11 +13,9 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
-from redis import exceptions
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisClusterException
-
 from distsys.clock import check_timeout
 from distsys.errors import RateLimited
+from distsys.redis_scripts import unavailable
 
 logger = logging.getLogger("distsys.ratelimit")
 Source = Literal["redis", "lease", "open", "closed", "local"]
@@ -25,18 +23,6 @@ MICRO = 1_000_000  # tokens are counted in millionths and times in microseconds:
 MAX_TOKENS = 1_000_000_000  # a billion in millionths is exact in Lua's numbers, which are doubles
 ASK_AGAIN = 1.0  # seconds that `closed` asks to wait
 LOCAL_KEYS = 10_000  # that the local policy keeps apart; beyond, the one not asked for longest is forgotten
-
-UNAVAILABLE = (
-    OSError,
-    TimeoutError,
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.ReadOnlyError,  # a primary that became a replica
-    exceptions.OutOfMemoryError,
-    exceptions.ClusterError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-)
 
 
 class Decision(NamedTuple):
@@ -221,17 +207,6 @@ class Queues(WeakValueDictionary[str, asyncio.Lock]):
     def _refusal(self, key: str, wait: float) -> RateLimited:
         message = f"{key!r} has no {self._left}; the next try can pass in {wait:.3g} s"
         return RateLimited(message, key=key, limit=self._limit, retry_after=wait)
-
-
-def unavailable(error: Exception) -> bool:
-    """Whether Redis could not be asked. A wrong password or a missing right is a mistake, and no policy may hide it.
-
-    The client of a cluster that can't say where the slots are names, as the cause, what the last node answered.
-    """
-    cause = error.__cause__
-    if isinstance(error, RedisClusterException) and not isinstance(cause, RedisClusterException):
-        return cause is None or (isinstance(cause, Exception) and unavailable(cause))
-    return isinstance(error, UNAVAILABLE) and not isinstance(error, (AuthenticationError, AuthorizationError))
 
 
 def check_positive(name: str, value: float, most: float, unit: str) -> float:
