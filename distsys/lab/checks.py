@@ -7,15 +7,19 @@ makes a counterexample; a "fail" did not happen. Rows of `Finding.violations` ar
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from distsys.lab.history import Check, Finding, History, Op
 from distsys.lab.spans import RECOVERIES, Span, conflicts, count, holds, is_of, lasting, meetings, said, waits
 from distsys.lab.story import error, what
 
+Pairs = list[tuple[Op, Op]]
+_token = attrgetter("token")
 TINY = 1e-6  # of a token: what sums of times may be off by
 
 
@@ -124,6 +128,50 @@ def no_lost_update(history: History) -> Finding:
         return _unclear(f"no two processes were at it at the same time, {count(len(sure), 'write')}")
     unknown = f", {len(maybe)} more of unknown outcome" if maybe else ""
     return Finding("HELD", f"{count(len(sure), 'update')}, none lost{unknown}")
+
+
+def _older(ops: list[Op]) -> Pairs:
+    """(newer, older): an older token certainly came after a newer one, which was in before the older one was sent."""
+    done = deque(sorted((op for op in ops if op.status == "ok" and op.returned is not None), key=lambda op: op.end))
+    found: Pairs = []
+    newest: Op | None = None
+    for op in sorted(ops, key=lambda op: op.called):
+        while done and done[0].end <= op.called:
+            newest = max(filter(None, (newest, done.popleft())), key=_token)
+        if newest is not None and _token(newest) > _token(op):
+            found.append((newest, op))
+    return found
+
+
+def _broken(history: History, pairs: Pairs, summary: str, what: str) -> Finding:
+    rows = [(history.at(b.end), history.who(b), f"{what} {history.who(a)}") for a, b in pairs]
+    return Finding("VIOLATED", summary, _in_time(pairs[0]), tuple(rows))
+
+
+def monotonic_tokens(history: History) -> Finding:
+    """Each grant's token is newer than all earlier ones, and no write is accepted under an older one than the last."""
+    grants = [op for op in history.where("acquire", status="ok") if op.token is not None]
+    writes = [op for op in history.where("write", status="ok") if op.token is not None]
+    if same := [(a, b) for a, b in pairwise(sorted(grants, key=_token)) if a.token == b.token]:
+        twice = f"{count(len(same), 'token')} handed out twice, {len(grants):,} in all"
+        return _broken(history, same, twice, "same as")
+    if back := _older(grants):
+        return _broken(history, back, f"{len(back):,} of {count(len(grants), 'token')} older than the last", "after")
+    if late := _older(writes):
+        return _broken(history, late, f"{len(late):,} of {count(len(writes), 'write')} under an old token", "after")
+    if len({op.process for op in grants}) < 2:
+        return _unclear(f"fewer than two processes were given a token, {count(len(grants), 'token')}")
+    return Finding("HELD", f"{count(len(grants), 'token')}, each newer than the last")
+
+
+def no_stale_write(history: History) -> Finding:
+    """Once a write under a newer token is in, one under an older token is refused; INCONCLUSIVE if nobody tried."""
+    tries = _older([op for op in history.where("write") if op.token is not None])
+    if late := [(a, b) for a, b in tries if b.status == "ok"]:
+        return _broken(history, late, f"{count(len(late), 'stale write')} accepted, {len(tries):,} tried", "after")
+    if refused := [b for _, b in tries if b.status == "fail"]:
+        return Finding("HELD", f"{count(len(refused), 'stale write')} refused")
+    return _unclear("no write came under an older token than one before it")
 
 
 def progress(history: History, name: str = "acquire", done: str = "acquired") -> Finding:
@@ -348,3 +396,40 @@ def no_needless_refusal(*allowances: Allowance) -> Check:
         return Finding("HELD", f"{none}; {len(again):,} admitted later")
 
     return check
+
+
+def linearizable_register(history: History, *, bound: int = 1_000_000) -> Finding:
+    """Each read and write takes place at one moment between its call and its return (Wing and Gong 1993).
+
+    The search for such an order is exponential at worst: after `bound` steps it gives up as INCONCLUSIVE.
+    """
+    ops = [op for op in history if op.name in ("read", "write") and op.status != "fail"]
+    ops = [op for op in ops if op.status == "ok" or op.name == "write"]
+    ops.sort(key=lambda op: op.called)
+    must, total = {i for i, op in enumerate(ops) if op.status == "ok"}, count(len(ops), "operation")
+    if len({op.process for op in ops}) < 2 or len({op.name for op in ops}) < 2:
+        return _unclear(f"not two processes that read and write, {total}")
+    todo: list[tuple[frozenset[int], str, Op | None]]
+    todo = [(frozenset(), repr(history.facts.get("initial")), None)]  # ops placed, the value, the write it is from
+    seen, deepest, steps = {todo[0][:2]}, todo[0], 0
+    while todo:
+        placed, value, source = state = todo.pop()
+        open_ = [i for i in range(len(ops)) if i not in placed]
+        steps += len(ops)
+        if must <= placed:
+            return Finding("HELD", f"an order explains all of {total}")
+        if steps > bound:
+            return _unclear(f"search given up after {bound:,} steps, {total}")
+        deepest = max(deepest, state, key=lambda s: len(s[0]))
+        horizon = min(ops[i].end for i in open_ if i in must)  # what was called later cannot come first
+        for i in reversed(open_):
+            op = ops[i]
+            if op.called <= horizon and (op.name == "write" or repr(op.value) == value):
+                then = (placed | {i}, repr(op.value), op if op.name == "write" else source)
+                if then[:2] not in seen:
+                    seen.add(then[:2])
+                    todo.append(then)
+    stuck = min((ops[i] for i in must - deepest[0]), key=lambda op: op.end)
+    summary = f"{stuck.process}'s {stuck.name} of {stuck.value!r} fits no order of {total}"
+    row = (history.at(stuck.called), stuck.process, f"{stuck.name} {stuck.value!r}, the value was {deepest[1]}")
+    return Finding("VIOLATED", summary, _in_time([deepest[2], stuck]), (row,))

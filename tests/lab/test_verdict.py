@@ -57,7 +57,7 @@ SCENES = {
     "eighty": verdict(queue(20), checks.no_lost_update),
     "killed": verdict(killed(0.5), checks.progress),
     "stuck": verdict(killed(None), checks.progress),
-    "refused": verdict(paused(last="fail"), checks.no_lost_update),
+    "refused": verdict(paused(last="fail"), checks.no_stale_write),
     "nasty": overlap(title=NASTY, claim=NASTY, replay=NASTY, params={NASTY: NASTY}, servers={NASTY: NASTY}),
     "empty": verdict(History(), checks.mutual_exclusion),
     "boundary": verdict(BOUNDARY, checks.at_most(TEN_A_SECOND)),
@@ -242,7 +242,7 @@ def test_faults_tokens_values_and_leases_are_on_the_picture() -> None:
     texts = list(ElementTree.fromstring(drawn).itertext())
     for expected in ("w1 paused (before-write)", "#1", "#2", "w 101", "lease ends", "paused", "waiting", "2 holders"):
         assert expected in texts
-    refused = timeline_svg(paused("fail"), checks.no_lost_update(paused("fail")))
+    refused = timeline_svg(paused("fail"), checks.no_stale_write(paused("fail")))
     assert "refused" in list(ElementTree.fromstring(refused).itertext())
     assert "url(#both)" in refused
     assert 'class="x"' not in refused, "two holders are no violation of this check"
@@ -269,7 +269,7 @@ def test_the_story_tells_what_was_survived() -> None:
         "t=0.25 s: w1 killed (before-release), its lease ran until 0.56 s; w2 acquired 320 ms later.",
     ]
     assert "w1's write of 101 under #1 was refused at 0.42 s." in story(
-        paused("fail"), checks.no_lost_update(paused("fail"))
+        paused("fail"), checks.no_stale_write(paused("fail"))
     )
 
 
