@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     text = "put your own class under the lab's faults, level by level, until one breaks it"
     prove = command("prove", _prove, text, "mypkg.locks:MyLock --as lock")
     prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
-    kinds = ["lock", "limiter", "breaker", "retry"]
+    kinds = ["lock", "limiter", "breaker", "retry", "endpoint"]
     prove("--as", dest="kind", choices=kinds, required=True, help="what it promises to be")
     prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
     ttl = "of a lock, seconds: what it is given or has built in (default: %(default)s)"

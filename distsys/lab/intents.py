@@ -166,7 +166,7 @@ def each_message_once(history: History) -> Finding:
     if wrong:
         rows = [("", intent, f"applied {count(times, 'time')}") for intent, times in wrong]
         summary = f"{len(wrong)} of {count(len(sent), 'message')} not applied once: {wrong[0][0]} {rows[0][2]}"
-        return Finding("VIOLATED", summary, tuple(history.where("apply")), tuple(rows))
+        return Finding("VIOLATED", summary, (*history.where("ack"), *history.where("apply")), tuple(rows))
     if not any(fault.kind == "killed" for fault in history.faults):
         return Finding("INCONCLUSIVE", "no consumer was killed")
     return Finding("HELD", f"{count(len(sent), 'message')} applied once")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab import experiments
-from distsys.lab.checks import no_lost_update
+from distsys.lab.checks import all_of, answered, exactly_once, no_lost_update
 from distsys.lab.experiment import Arm, Run, name_of
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.experiments.resilience import RETRY as TRIES
@@ -103,6 +104,23 @@ RETRY = (
         {"params": {**TRIES, "idempotent": False}}),
 )  # fmt: skip
 """For a retry of three attempts; it is given max_attempts, base_delay and sleep where it names them."""
+
+ENDPOINT = (
+    Level("the client sends it again", "key-per-attempt",
+        "What of the first attempt is remembered, under which name, and does the second one look there?", {}),
+    Level("another user has chosen the same key", "other-user",
+        "Keys are made by clients. What besides the key tells whose it is?", {}),
+    Level("the key comes back with another amount", "other-payload",
+        "An answer to another request is wrong. What has to be kept beside the answer, to be compared?", {}),
+    Level("two attempts at once", "two-attempts-at-once",
+        "Between your look and your mark the other one looks. Which one command or statement does both?", {}),
+    Level("the card is declined, and then it is not", "cached-error",
+        "What is left under the key when the payment failed?", {}),
+    Level("the process is killed after the effect", "killed-in-between",
+        "The mark was not written yet. What would make effect and mark happen together, or not at all?",
+        {"check": all_of(exactly_once, partial(answered, name="request"))}),
+)  # fmt: skip
+"""For an endpoint that pays once: it is given charge, and redis, conn or pool, and returns pay(key, amount, user)."""
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,10 @@ class Lab:
         """The same with a retry of yours: three attempts, and none where it does harm."""
         return await ladder.climb(self, candidate, ladder.RETRY, upto)
 
+    async def try_endpoint(self, candidate: Any, *, upto: int | None = None) -> Climb:
+        """The same with an idempotent endpoint of yours: see distsys.lab.intents."""
+        return await ladder.climb(self, candidate, ladder.ENDPOINT, upto)
+
     async def simulate(self, policies: Any = tuple(ARMS), *, seed: int | None = None, **storm: Any) -> Simulation:
         """Retry policies in a storm, in virtual time: see distsys.lab.simulate."""
         seed = self.seed if seed is None else seed

@@ -93,6 +93,10 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
         elif op.name == "acquire" and op.status != "ok":
             end, how = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
             yield end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}."
+        elif op.name == "apply":
+            yield op.end, 0, f"{op.process} carried out {op.value} at {at(op.end)}."
+        elif op.name == "answer":
+            yield op.end, 0, f"{op.process} was asked for {op.value[1]}, and answered: {op.value[2]}."
     writes, releases = key_ops(history, finding)
     done = [op for op in history.where("write") if op.status != "fail"]
     for op in writes:

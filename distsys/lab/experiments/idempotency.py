@@ -109,10 +109,11 @@ unheard = paying(
 
 async def killed(run: Run) -> None:
     """w1 is killed on its way; the client tries again, at w2."""
+    point = run.arm.point or "after-effect"
     w1, w2 = await run.start(2)
-    w1.go(kill=run.arm.point)
+    w1.go(kill=point)
     w1.order()
-    await w1.reached(run.arm.point)
+    await w1.reached(point)
     await w2.ask()
 
 
