@@ -1,7 +1,7 @@
 """What the idempotency experiments ask: payments, in one attempt or several, of endpoints in processes of their own.
 
-A "request" is an attempt at an intent, an "apply" the effect: a row in the ledger, which is counted in the end. An
-"answer" is what the attempt was told: [what it asked, what it got].
+A "request" is an attempt at an intent, an "apply" the effect: a row in the ledger, which is counted in the end. What an
+attempt was "told" begins with what it asked: "order-1: 10 from ann → 10 from ann, receipt of w1".
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ async def in_the_ledger(run: Run) -> dict[str, Any]:
 async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
     """Makes the attempts that the script orders: `intent`, `key`, `amount`, `user`; one after the other.
 
-    The candidate gets what it names of redis, conn, pool, name, charge and params, and returns `pay(key, amount,
-    user)`. `await charge(amount, conn)` takes the money, on conn or at once, and gives the receipt; it passes the
-    points before-effect and after-effect. An order with declined=True has it raise Declined, one with clean=True calls
-    `pay.clean()`.
+    The candidate gets what it names of redis, conn, pool, name, charge and params, and has an async method `pay(key,
+    amount, user)`, or returns such a function. `await charge(amount, conn)` takes the money, on conn or at once, and
+    gives the receipt; it passes the points before-effect and after-effect. An order with declined=True has it raise
+    Declined, one with clean=True calls `clean()`.
     """
     order: dict[str, Any] = {}
 
@@ -63,11 +63,12 @@ async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
         await worker.checkpoint("after-effect")
         return f"{amount} from {order['user']}, receipt of {worker.name}"
 
-    pay = await worker.build(candidate, charge=charge, **params)
+    endpoint = await worker.build(candidate, charge=charge, **params)
+    pay = getattr(endpoint, "pay", endpoint)
     while order := await worker.orders.get():
         if order.get("clean"):
             async with worker.op("cleanup"):
-                await pay.clean()
+                await endpoint.clean()
         else:
             order = {**DEFAULTS, **order}
             with contextlib.suppress(Exception):  # on the record
@@ -81,7 +82,7 @@ async def _attempt(
     async with worker.op("request", intent):
         told = await pay(f"{worker.resource}:{key or intent}", amount, user)
     told = told.decode() if isinstance(told, bytes) else told
-    async with worker.op("answer", [intent, f"{amount} from {user}", told]):
+    async with worker.op("told", f"{intent}: {amount} from {user} → {told}"):
         pass
 
 
@@ -135,11 +136,12 @@ async def effect(worker: Worker, intent: str, conn: Any) -> None:
 
 def right_answers(history: History) -> Finding:
     """Who asks is told of what it asked, not of what another did with the same key."""
-    told = history.where("answer")
-    wrong = [op for op in told if not str(op.value[2]).startswith(op.value[1])]
+    told = [(op, *_parts(op)) for op in history.where("told")]
+    wrong = [(op, asked, got) for op, _, asked, got in told if not got.startswith(asked)]
     if wrong:
-        rows = [(history.at(op.end), op.process, f"asked for {op.value[1]}, was told: {op.value[2]}") for op in wrong]
-        return Finding("VIOLATED", f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}", tuple(wrong), tuple(rows))
+        rows = [(history.at(op.end), op.process, f"asked for {asked}, was told: {got}") for op, asked, got in wrong]
+        summary = f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}"
+        return Finding("VIOLATED", summary, tuple(op for op, *_ in wrong), tuple(rows))
     if len(asked := history.where("request")) < 2:
         return Finding("INCONCLUSIVE", f"only {count(len(asked), 'request')}")
     return Finding("HELD", f"{count(len(told), 'answer')} to {count(len(asked), 'request')}, none of them another's")
@@ -147,16 +149,24 @@ def right_answers(history: History) -> Finding:
 
 def one_answer(history: History) -> Finding:
     """All attempts at an intent are told the same."""
-    told: dict[str, list[Op]] = {}
-    for op in history.where("answer"):
-        told.setdefault(op.value[0], []).append(op)
-    for intent, ops in told.items():
-        if len(said := list(dict.fromkeys(str(op.value[2]) for op in ops))) > 1:
-            rows = [(history.at(op.end), op.process, str(op.value[2])) for op in ops]
-            return Finding("VIOLATED", f"{intent} was answered in {len(said)} ways", tuple(ops), tuple(rows))
-    if not any(len(ops) > 1 for ops in told.values()):
+    told: dict[str, list[tuple[Op, str]]] = {}
+    for op in history.where("told"):
+        intent, _, got = _parts(op)
+        told.setdefault(intent, []).append((op, got))
+    for intent, answers in told.items():
+        if (ways := len({got for _, got in answers})) > 1:
+            rows = tuple((history.at(op.end), op.process, got) for op, got in answers)
+            return Finding("VIOLATED", f"{intent} was answered in {ways} ways", tuple(op for op, _ in answers), rows)
+    if not any(len(answers) > 1 for answers in told.values()):
         return Finding("INCONCLUSIVE", "no intent was answered twice")
     return Finding("HELD", f"{count(len(told), 'intent')}, one answer each, {sum(map(len, told.values()))} times")
+
+
+def _parts(op: Op) -> tuple[str, str, str]:
+    """The intent, what was asked, what was told."""
+    intent, _, rest = str(op.value).partition(": ")
+    asked, _, got = rest.partition(" → ")
+    return intent, asked, got
 
 
 def each_message_once(history: History) -> Finding:

@@ -1,4 +1,4 @@
-"""The knobs of the notebooks: any lock under any fault; a demand against two limiters; a storm and a retry policy."""
+"""The knobs of the notebooks: a lock or an endpoint under a fault; a demand and two limiters; a storm and a policy."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 FAULTS = ("no-lock", "killed-holder", "slow-holder", "late-release", "paused-holder", "blocked-loop")
 ACCOUNTS = {"plain": "redis", "fenced": "redis, fenced where it can be"}
+ATTEMPTS = {
+    "sent again": ("key-per-attempt", ""),
+    "two at once": ("two-attempts-at-once", ""),
+    "killed before the effect": ("killed-in-between", "before-effect"),
+    "killed after the effect": ("killed-in-between", "after-effect"),
+    "declined, then not": ("cached-error", ""),
+    "another amount": ("other-payload", ""),
+    "another user": ("other-user", ""),
+}
 SECONDS = 10  # of a demand, in virtual time
 START = 1_000_000_000.0
 COLOURS = {"asked": "#8c959f", "token bucket": "#0a3d70", "sliding window": "#1a6334"}
@@ -93,6 +102,27 @@ class LockKnob(Knob):
         lock, fault = self._locks[self.lock.value], self.fault.value
         self.answer.value = f"<p><i>running: {escape(experiments.load(fault).claim)}</i></p>"
         return (await self._lab.test(lock, fault, ttl=self.ttl.value, account=account, keep=False))._repr_html_()
+
+
+class EndpointKnob(Knob):
+    """An endpoint that pays once, and what comes in between; the answer is the verdict."""
+
+    what = "pay by this endpoint, under this fault"
+
+    def __init__(self, lab: Lab, endpoints: Mapping[str, Any]) -> None:
+        self._endpoints = endpoints
+        super().__init__(lab)
+
+    def controls(self) -> list[Any]:
+        self.endpoint = w.Dropdown(options=list(self._endpoints), description="Endpoint", style=NARROW)
+        self.fault = w.Dropdown(
+            options=list(ATTEMPTS), value="killed after the effect", description="Fault", style=NARROW
+        )
+        return [w.HBox([self.endpoint, self.fault, self.run])]
+
+    async def measure(self) -> str:
+        endpoint, (fault, point) = self._endpoints[self.endpoint.value], ATTEMPTS[self.fault.value]
+        return (await self._lab.test(endpoint, fault, point=point, keep=False))._repr_html_()
 
 
 class LimitKnob(Knob):

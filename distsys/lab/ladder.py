@@ -120,7 +120,7 @@ ENDPOINT = (
         "The mark was not written yet. What would make effect and mark happen together, or not at all?",
         {"check": all_of(exactly_once, partial(answered, name="request"))}),
 )  # fmt: skip
-"""For an endpoint that pays once: it is given charge, and redis, conn or pool, and returns pay(key, amount, user)."""
+"""For an endpoint that pays once: it is given charge, and redis, conn or pool, and has pay(key, amount, user)."""
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,8 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
             yield end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}."
         elif op.name == "apply":
             yield op.end, 0, f"{op.process} carried out {op.value} at {at(op.end)}."
-        elif op.name == "answer":
-            yield op.end, 0, f"{op.process} was asked for {op.value[1]}, and answered: {op.value[2]}."
+        elif op.name == "told":
+            yield op.end, 0, f"{op.process} answered {op.value}."
     writes, releases = key_ops(history, finding)
     done = [op for op in history.where("write") if op.status != "fail"]
     for op in writes:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 import broken_guards
 import psutil
@@ -15,8 +16,8 @@ import redis.asyncio
 
 from distsys.lab import Lab, experiments, ladder
 from distsys.lab.experiment import Run
-from distsys.lab.experiments import candidates, guards, limiters
-from distsys.lab.knob import LimitKnob, LockKnob
+from distsys.lab.experiments import candidates, endpoints, guards, limiters
+from distsys.lab.knob import EndpointKnob, LimitKnob, LockKnob
 from distsys.lab.servers import Server
 from distsys.lab.simulate import simulate
 from distsys.locks.redis_lock import RedisLock
@@ -261,6 +262,25 @@ async def test_a_retry_climbs_as_far_as_it_is_right(lab: Lab, candidate: object,
     assert climb.passed or ladder.RETRY[level].hint in str(climb)
 
 
+ENDPOINTS = [
+    (endpoints.no_key, 0),
+    (partial(endpoints.mark_after, scoped=False), 1),
+    (partial(endpoints.mark_after, checked=False), 2),
+    (endpoints.mark_after, 3),
+    (endpoints.claimed, 5),
+    (endpoints.in_one_transaction, 6),
+]
+
+
+@pytest.mark.parametrize(("candidate", "level"), ENDPOINTS, ids=[str(level) for _, level in ENDPOINTS])
+async def test_an_endpoint_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
+    """From one that knows no key to one whose effect and mark are one commit."""
+    climb = await lab.try_endpoint(candidate)
+    assert climb.level == level, str(climb)
+    assert climb.passed == (level == len(ladder.ENDPOINT))
+    assert climb.passed or ladder.ENDPOINT[level].hint in str(climb)
+
+
 async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
     """Simulated arms stand beside those that ran live; in processes of their own, to the same last bit."""
     simulation = await lab.simulate(["no retries", "full jitter"], clients=2_000)
@@ -296,6 +316,16 @@ async def test_the_knob_runs_what_its_controls_say(lab: Lab) -> None:
     assert "HELD" in knob._repr_mimebundle_()["text/html"]
 
 
+async def test_the_knob_of_endpoints_pays_under_the_fault_that_is_chosen(lab: Lab) -> None:
+    """The same endpoint survives one fault and not another."""
+    knob = EndpointKnob(lab, {"look, pay, mark": endpoints.mark_after})
+    await knob.show()
+    assert "VIOLATED" in knob.answer.value
+    knob.fault.value = "sent again"
+    await knob.show()
+    assert "HELD" in knob.answer.value
+
+
 # ---- in your own tests
 
 
@@ -315,3 +345,7 @@ def test_the_pytest_fixtures_for_guards_climb_theirs(
 ) -> None:
     assert prove_breaker(guards.Textbook).level == 1
     assert prove_retry(retry, upto=1).passed
+
+
+def test_the_pytest_fixture_for_endpoints_climbs_theirs(prove_endpoint: Callable[..., ladder.Climb]) -> None:
+    assert prove_endpoint(endpoints.in_one_transaction, upto=1).passed

@@ -703,12 +703,14 @@ async def test_any_kind_of_client_will_do(servers_5: list[Server]) -> None:
     """Answers as text, RESP3, a blocking pool, one connection, a unix socket."""
     urls = [node.url for node in servers_5]
     pool = redis.asyncio.BlockingConnectionPool.from_url(urls[2], max_connections=1, timeout=1)
+    async with Redis.from_url(urls[4], decode_responses=True) as last:
+        path = (await last.config_get("unixsocket"))["unixsocket"]
     async with (
         Redis.from_url(urls[0], decode_responses=True) as text,
         Redis.from_url(urls[1], protocol=3) as resp3,
         Redis.from_pool(pool) as blocking,
         Redis.from_url(urls[3], single_connection_client=True) as single,
-        Redis(unix_socket_path=servers_5[4].socket) as unix,
+        Redis(unix_socket_path=path) as unix,
     ):
         clients = [text, resp3, blocking, single, unix]
         async with asyncio.timeout(20), redlock(clients, "kinds") as lease:

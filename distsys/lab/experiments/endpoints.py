@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 from redis.exceptions import ResponseError
@@ -172,19 +172,19 @@ def one_layer(redis: Any, charge: Charge) -> Pay:
     return pay
 
 
-def cleaning(pool: Any, charge: Charge, at_once: bool = True) -> Pay:
+class Cleaning:
     """Expired keys are deleted in one statement, or by delete_expired."""
-    pay: Any = in_one_transaction(pool, charge, ttl=0.05)
 
-    async def clean() -> None:
-        if at_once:
-            async with pool.connection() as conn:
+    def __init__(self, pool: Any, charge: Charge, at_once: bool = True) -> None:
+        self.pool, self.at_once = pool, at_once
+        self.pay = in_one_transaction(pool, charge, ttl=0.05)
+
+    async def clean(self) -> None:
+        if self.at_once:
+            async with self.pool.connection() as conn:
                 await conn.execute("DELETE FROM distsys_idempotency WHERE expires_at <= clock_timestamp()")
         else:
-            await delete_expired(pool)
-
-    pay.clean = clean
-    return cast("Pay", pay)
+            await delete_expired(self.pool)
 
 
 # ---- consumers of a stream
