@@ -6,7 +6,8 @@ Not      for effects outside of this database: those are told nothing of a rollb
          lost with its row: `ttl` has to be longer than anybody retries.
 Units    seconds.
 Errors   KeyReused, BadKey; the operation's own errors roll back the claim; psycopg.Error passes, and from COMMIT leaves
-         the outcome to the next attempt with the same key.
+         the outcome to the next attempt with the same key. Above READ COMMITTED who waited for another attempt gets
+         SerializationFailure, not its answer: begin a new transaction.
 Source   Helland 2012 "Idempotence is not a medical condition"; PostgreSQL documentation, INSERT .. ON CONFLICT.
 """
 
@@ -31,6 +32,7 @@ from distsys.idempotency.keys import fingerprint_of, parse_key
 
 Database = AsyncConnection[Any] | AsyncConnectionPool[Any]
 TRIES = 100  # to read a row that others claim and free in the meantime
+LONGEST = 700  # bytes: three such names and a key fit one entry of an index
 
 # Claims what is free, expired, or given up under the number %(over)s; else reads what is there, and writes nothing.
 # It waits for the transaction that holds the row. If that committed, its row is younger than this statement: no row
@@ -93,9 +95,6 @@ async def idempotent_execute(
     request    what has to be the same in all attempts, in JSON: another one raises KeyReused
     scope      whose key it is: a user's, a tenant's. Keys are made by clients, and two may choose the same
     """
-    given: object = db
-    if not isinstance(given, (AsyncConnection, AsyncConnectionPool)):
-        raise TypeError(f"db={db!r} is a {type(db).__name__}: pass a psycopg AsyncConnection or an AsyncConnectionPool")
     name, fingerprint, _ = parse_key(key), fingerprint_of(request), check_seconds("ttl", ttl)
     result: Any = None
     async with connection(db) as conn, conn.transaction() as transaction:
@@ -128,7 +127,8 @@ async def claim(
     request: str | None = None,
 ) -> Found:
     """Without a lease it is that of the transaction. One that is running for others has a lease."""
-    facts = {"scope": scope, "endpoint": endpoint, "key": key, "fingerprint": fingerprint, "request": request}
+    names = {"scope": check_name("scope", scope, 0), "endpoint": check_name("endpoint", endpoint, 0), "key": key}
+    facts = {**names, "fingerprint": fingerprint, "request": request}
     for _ in range(TRIES):
         if found := await rows(conn, _CLAIM, {**facts, "ttl": ttl + (lease or 0), "lease": lease, "over": over}):
             state, fence, before, answer, left = found[0]
@@ -191,38 +191,60 @@ class PostgresStore:
 
 
 async def ensure_schema(db: Database) -> None:
-    """Creates what is missing of schema.sql. Many may call it at once."""
+    """Runs schema.sql unless its last table is there. Many may call it at once."""
     async with connection(db) as conn, conn.transaction():
-        await conn.execute("SELECT pg_advisory_xact_lock(hashtext('distsys_idempotency'))")
-        await conn.execute(files(__package__).joinpath("schema.sql").read_text())
+        # CREATE INDEX IF NOT EXISTS waits for all who write to the table, and holds up those who come after it
+        if await rows(conn, "SELECT 1 WHERE to_regclass('distsys_failures') IS NULL", ()):
+            await conn.execute("SELECT pg_advisory_xact_lock(hashtext('distsys_idempotency'))")
+            await conn.execute(files(__package__).joinpath("schema.sql").read_text())
 
 
 async def delete_expired(db: Database, *, batch: int = 1_000) -> int:
     """Deletes expired rows, at most so many, and says how many: call it until none is left. No writer waits for it."""
-    expired = "expires_at <= clock_timestamp() AND coalesce(leased_until, '-infinity') <= clock_timestamp()"
-    return await delete_batch(db, "distsys_idempotency", expired, (batch,))
+    expired = "expires_at <= now() AND coalesce(leased_until, '-infinity') <= now()"
+    return await delete_batch(db, "distsys_idempotency", expired, (), batch)
 
 
-async def delete_batch(db: Database, table: str, condition: str, parameters: tuple[Any, ...]) -> int:
-    """What others have locked is left to the next time."""
+async def delete_batch(db: Database, table: str, condition: str, parameters: tuple[Any, ...], batch: int) -> int:
+    """What others have locked is left to the next time. For clock_timestamp() no index would be used: now() it is."""
+    if type(batch) is not int or batch < 1:
+        raise ValueError(f"batch={batch!r}: a whole number of rows, 1 or more")
     chosen = f"SELECT ctid FROM {table} WHERE {condition} LIMIT %s FOR UPDATE SKIP LOCKED"  # noqa: S608  names of ours
     delete = f"DELETE FROM {table} WHERE ctid = ANY(ARRAY({chosen})) RETURNING 1"  # noqa: S608
     async with connection(db) as conn, conn.transaction():
-        return len(await rows(conn, delete, parameters))
+        return len(await rows(conn, delete, (*parameters, batch)))
 
 
 @asynccontextmanager
 async def connection(db: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    if isinstance(db, AsyncConnection):
-        yield db
-    else:
-        async with db.connection() as conn:
+    given: object = db
+    if isinstance(given, AsyncConnection):
+        yield given
+    elif isinstance(given, AsyncConnectionPool):
+        async with given.connection() as conn:
             yield conn
+    else:
+        raise TypeError(f"db={db!r} is a {type(db).__name__}: pass a psycopg AsyncConnection or an AsyncConnectionPool")
 
 
 async def rows(conn: AsyncConnection[Any], query: str, parameters: Any) -> list[Any]:
     """As tuples, whatever rows the connection makes."""
-    return await (await conn.cursor(row_factory=tuple_row).execute(query.encode(), parameters)).fetchall()
+    try:
+        return await (await conn.cursor(row_factory=tuple_row).execute(query.encode(), parameters)).fetchall()
+    except psycopg.errors.UndefinedTable as error:
+        error.add_note("await distsys.idempotency.database.ensure_schema(db) creates it, once, as at a deployment")
+        raise
+
+
+def check_name(what: str, text: object, least: int = 1) -> str:
+    """A text that can be part of a primary key."""
+    if not isinstance(text, str):
+        raise TypeError(f"{what}={text!r} is a {type(text).__name__}: give a str")
+    size = len(text.encode(errors="surrogatepass"))
+    if not least <= size <= LONGEST or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        shown = text if size <= LONGEST else text[:40] + "..."
+        raise ValueError(f"{what}={shown!r}: a str of {least} to {LONGEST} bytes, without NUL or half characters")
+    return text
 
 
 def _takes_argument(operation: Callable[..., Any]) -> bool:

@@ -11,6 +11,7 @@ Source   Hohpe & Woolf 2003 (Idempotent Receiver); Richardson (Transactional inb
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable
@@ -21,11 +22,14 @@ from psycopg_pool import AsyncConnectionPool
 
 from distsys.idempotency.answers import json_of
 from distsys.idempotency.claims import check_seconds
-from distsys.idempotency.database import delete_batch, rows
+from distsys.idempotency.database import check_name, delete_batch, rows
 from distsys.redis_scripts import async_client, hash_tag, milliseconds, unavailable
+from distsys.tasks import cancellations
 
 logger = logging.getLogger("distsys.idempotency")
 Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
+PATIENCE = 0.5  # seconds for a Redis that is only there to be fast
+PAUSE = 5.0  # and after it failed, until it is asked again
 
 _MARK = """
 INSERT INTO distsys_processed (consumer_group, source, message_id) VALUES (%s, %s, %s)
@@ -75,10 +79,10 @@ class Dedup:
     ) -> None:
         if type(max_attempts) is not int or max_attempts < 1:
             raise ValueError(f"max_attempts={max_attempts!r}: a whole number, 1 or more")
-        self.group, self.pool = _named("group", group), pool
+        self.group, self.pool = check_name("group", group), pool
         self.retention = check_seconds("retention", retention)
         self.redis = None if redis is None else async_client(redis)
-        self.max_attempts, self._failing = max_attempts, False
+        self.max_attempts, self._ask_after = max_attempts, 0.0
 
     def __call__(
         self, *, source: str, message_id: Callable[[Any], str]
@@ -99,33 +103,33 @@ class Dedup:
 
         Cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
         """
-        identity = (self.group, _named("source", source), _named("message_id", message_id))
+        identity = (self.group, check_name("source", source), check_name("message_id", message_id))
         if await self._seen(identity):
             return Verdict.DUPLICATE
-        conn = None
-        try:
-            async with self.pool.connection() as conn, conn.transaction():
-                fresh = bool(await rows(conn, _MARK, identity))
-                if fresh:
-                    await handler(conn, message)
-                    await rows(conn, _FORGIVE, identity)
-        except Exception as error:
-            if conn is None or conn.closed:  # the database is gone: no fault of the message, and nobody to count it
-                raise
-            return await self._failed(identity, error, message)
+        async with self.pool.connection() as conn:
+            try:
+                async with conn.transaction():
+                    fresh = bool(await rows(conn, _MARK, identity))
+                    if fresh:
+                        await handler(conn, message)
+                        await rows(conn, _FORGIVE, identity)
+            except Exception as error:
+                if conn.closed:  # the database is gone: no fault of the message, and nobody to count it
+                    raise
+                return await self._failed(conn, identity, error, message)
         await self._remember(identity)
         return Verdict.DONE if fresh else Verdict.DUPLICATE
 
     async def delete_old(self, *, batch: int = 1_000) -> int:
         """Deletes marks older than the retention, at most so many, and says how many. No consumer waits for it."""
-        old = "consumer_group = %s AND processed_at < clock_timestamp() - make_interval(secs => %s)"
-        return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention, batch))
+        old = "consumer_group = %s AND processed_at < now() - make_interval(secs => %s)"
+        return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention), batch)
 
-    async def _failed(self, identity: tuple[str, str, str], error: Exception, message: Any) -> Verdict:
+    async def _failed(self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any) -> Verdict:
         group, source, message_id = identity
-        facts = {"group": group, "source": source, "id": message_id, "error": f"{type(error).__name__}: {error}"}
-        async with self.pool.connection() as conn, conn.transaction():
-            ((parked,),) = await rows(conn, _COUNT, {**facts, "message": repr(message), "most": self.max_attempts})
+        facts = {"group": group, "source": source, "id": message_id, "most": self.max_attempts}
+        async with conn.transaction():
+            ((parked,),) = await rows(conn, _COUNT, {**facts, "error": _shown(error), "message": _shown(message)})
         logger.warning("%s of %s failed%s: %r", message_id, source, ", and is parked" if parked else "", error)
         return Verdict.PARKED if parked else Verdict.NACK
 
@@ -139,16 +143,19 @@ class Dedup:
             await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
 
     async def _ask(self, command: Callable[..., Awaitable[Any]], *args: Any, **more: Any) -> Any:
+        before, now = cancellations(), asyncio.get_running_loop().time
+        if now() < self._ask_after:
+            return None
         try:
-            answer = await command(*args, **more)
+            async with asyncio.timeout(PATIENCE):
+                answer = await command(*args, **more)
         except Exception as error:
             if not unavailable(error):
                 raise
-            if not self._failing:
-                logger.warning("duplicates are found by the database alone: %r", error)
-            self._failing = True
-            return None
-        self._failing = False
+            self._ask_after, answer = now() + PAUSE, None
+            logger.warning("for %g s duplicates are found by the database alone: %r", PAUSE, error)
+        if cancellations() > before:  # redis-py on Python 3.11 can swallow one
+            raise asyncio.CancelledError
         return answer
 
 
@@ -168,7 +175,10 @@ def _key(identity: tuple[str, str, str]) -> str:
     return f"distsys:dedup:{{{hash_tag(json_of(identity))}}}"
 
 
-def _named(what: str, text: object) -> str:
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{what}={text!r}: give a str; messages without one can't be told apart")
-    return text
+def _shown(value: object) -> str:
+    """For a column of text, whatever it is: what can't be shown must not keep its failure from being counted."""
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001  a message's own code
+        text = f"a {type(value).__name__}, whose repr raised {type(error).__name__}"
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()

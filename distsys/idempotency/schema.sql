@@ -1,4 +1,4 @@
--- What ensure_schema() creates; safe to run again. The constraints carry the invariants.
+-- What ensure_schema() creates, in one transaction; safe to run again. The constraints carry the invariants.
 CREATE SEQUENCE IF NOT EXISTS distsys_idempotency_fence;
 
 CREATE TABLE IF NOT EXISTS distsys_idempotency (
@@ -15,7 +15,7 @@ CREATE TABLE IF NOT EXISTS distsys_idempotency (
   PRIMARY KEY (scope, endpoint, key)
 );
 CREATE INDEX IF NOT EXISTS distsys_idempotency_expires ON distsys_idempotency (expires_at);
-CREATE INDEX IF NOT EXISTS distsys_idempotency_orphans ON distsys_idempotency (endpoint, expires_at)
+CREATE INDEX IF NOT EXISTS distsys_idempotency_orphans ON distsys_idempotency (endpoint, fence)
   WHERE state <> 'done' AND request IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS distsys_steps (

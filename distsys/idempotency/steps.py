@@ -22,7 +22,7 @@ from psycopg_pool import AsyncConnectionPool
 from distsys.errors import OutcomeUnknown
 from distsys.idempotency.answers import answer_of, json_of, kept
 from distsys.idempotency.claims import DAY, Claim, Claims, check_same
-from distsys.idempotency.database import PostgresStore, answer_to, claim, rows
+from distsys.idempotency.database import PostgresStore, answer_to, check_name, claim, rows
 from distsys.idempotency.keys import fingerprint_of, parse_key
 
 Operation = Callable[["Steps", Any], Awaitable[Any]]
@@ -31,7 +31,7 @@ _ORPHANS = """
 SELECT scope, key, request, extract(epoch FROM expires_at - clock_timestamp())::float FROM distsys_idempotency
 WHERE endpoint = %s AND state <> 'done' AND request IS NOT NULL
   AND coalesce(leased_until, '-infinity') <= clock_timestamp() AND expires_at > clock_timestamp()
-ORDER BY expires_at LIMIT %s
+ORDER BY fence LIMIT %s
 """
 _KNOWN = "SELECT result FROM distsys_steps WHERE (scope, endpoint, key, step) = (%s, %s, %s, %s)"
 _FORGET = "DELETE FROM distsys_steps WHERE (scope, endpoint, key) = (%s, %s, %s) RETURNING 1"
@@ -65,20 +65,23 @@ class Steps:
 
     def __init__(self, pool: AsyncConnectionPool[Any], identity: tuple[str, str, str], fence: int) -> None:
         self._pool, self._identity, self.fence = pool, identity, fence
+        self._ended: set[str] = set()
 
     @asynccontextmanager
     async def step(self, name: str, *, transaction: bool = False) -> AsyncIterator[Step]:
         """With `transaction`, for steps that write here: it holds a connection, which calls to others should not."""
+        if check_name("step", name) in self._ended:
+            raise ValueError(f"step {name!r} has ended in this attempt: in a loop give each a name, as {name + '-1'!r}")
         key = hashlib.sha256(json.dumps([*self._identity, name]).encode()).hexdigest()
         async with self._begin() if transaction else nullcontext() as held:
             async with nullcontext(held) if held else self._begin() as conn:
                 step = Step(key, await rows(conn, _KNOWN, (*self._identity, name)), held)
             yield step
-            if not step.pending:
-                return
-            async with nullcontext(held) if held else self._begin() as conn:
-                if not await rows(conn, _KEEP, (name, json_of(step.result), *self._identity, self.fence)):
-                    raise OutcomeUnknown(f"step {name!r} took longer than the lease: another attempt has taken over")
+            if step.pending:
+                async with nullcontext(held) if held else self._begin() as conn:
+                    if not await rows(conn, _KEEP, (name, json_of(step.result), *self._identity, self.fence)):
+                        raise OutcomeUnknown(f"step {name!r} was overtaken: it was silent for longer than the lease")
+        self._ended.add(name)
 
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncConnection[Any]]:
@@ -114,7 +117,8 @@ async def complete_orphans(
             orphans = await rows(conn, _ORPHANS, (endpoint, batch))
         for scope, key, request, ttl in orphans:
             try:
-                answers.append(await _execute(pool, scope, endpoint, key, operation, request, ttl, lease))
+                left = max(0.001, ttl - lease)  # with each lease added, what kills its worker would never expire
+                answers.append(await _execute(pool, scope, endpoint, key, operation, request, left, lease))
             except Exception as error:  # noqa: BLE001  one of several: it is among the answers
                 answers.append(error)
     return answers
