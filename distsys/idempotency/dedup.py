@@ -127,10 +127,10 @@ class Dedup:
 
     async def _failed(self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any) -> Verdict:
         group, source, message_id = identity
-        facts = {"group": group, "source": source, "id": message_id, "most": self.max_attempts}
+        facts = {"group": group, "source": source, "id": message_id, "message": _shown(message), "error": _shown(error)}
         async with conn.transaction():
-            ((parked,),) = await rows(conn, _COUNT, {**facts, "error": _shown(error), "message": _shown(message)})
-        logger.warning("%s of %s failed%s: %r", message_id, source, ", and is parked" if parked else "", error)
+            ((parked,),) = await rows(conn, _COUNT, {**facts, "most": self.max_attempts})
+        logger.warning("%s of %s failed%s: %s", message_id, source, ", and is parked" if parked else "", facts["error"])
         return Verdict.PARKED if parked else Verdict.NACK
 
     # ---- the fast layer: what it says "yes" to has been committed
