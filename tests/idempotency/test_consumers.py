@@ -198,15 +198,15 @@ async def test_without_the_database_a_consumer_ends_and_its_entry_comes_again(
 
 
 @pytest.fixture(scope="module")
-def brokers(request: pytest.FixtureRequest) -> Any:
+def brokers(request: Any) -> Any:
     """Of KAFKA_URL, or librdkafka's mock of three brokers; which one is in the output."""
-    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-    if url := os.environ.get("KAFKA_URL"):
-        reporter.write_line(f"Kafka: {url}")
+    url, capture = os.environ.get("KAFKA_URL"), request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print(f"\nKafka: {url or 'the mock brokers in confluent-kafka; set KAFKA_URL for a real one'}")
+    if url:
         yield url
         return
     mock = Producer({"test.mock.num.brokers": 3})
-    reporter.write_line("Kafka: librdkafka's mock brokers, of confluent-kafka; set KAFKA_URL for a real one")
     yield ",".join(f"{each.host}:{each.port}" for each in mock.list_topics(timeout=10).brokers.values())
 
 
