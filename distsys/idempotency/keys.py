@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import time
 import warnings
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
+from types import NoneType
 from typing import Any
 from uuid import UUID
 
@@ -28,8 +30,12 @@ from distsys.errors import BadKey
 
 MAX_KEY = 255
 JUST_NOW = 1.0  # seconds: a time or a uuid as fresh as this was made for this attempt
+MAX_DEPTH = 100  # of dicts and lists in one another
 REMEMBERED = 1_000  # intents, to notice one that comes again with another uuid
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[147][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", re.IGNORECASE)
+_HEX = "[0-9a-f]"
+_UUID = re.compile(
+    rf"(?<!{_HEX}){_HEX}{{8}}-?{_HEX}{{4}}-?[147]{_HEX}{{3}}-?[89ab]{_HEX}{{3}}-?{_HEX}{{12}}(?!{_HEX})", re.I
+)
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-+\--~]+")  # printable, without space, quote and comma
 _known: OrderedDict[str, str] = OrderedDict()  # intents without their uuids -> their newest key
@@ -58,20 +64,25 @@ def idempotency_key(*, entity_id: Any, action: str, params: Any = None, intent: 
     return key
 
 
-def canonical(value: Any, at: str = "value") -> str:
+def canonical(value: Any, at: str = "value", depth: int = 0) -> str:
     """One text for equal values: JSON with sorted members and one form for each number; `at` names it in errors."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{at[:60]}... is nested more than {MAX_DEPTH} deep: does it hold itself?")
     if isinstance(value, Enum):
-        return canonical(value.value, at)
+        return canonical(value.value, at, depth + 1)
     if value is None or isinstance(value, (bool, str)):
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(f"{at}={value!r} holds half of a character, a lone surrogate")
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (int, float, Decimal)):
-        return _number(Decimal(repr(value)) if isinstance(value, float) else Decimal(value), at)
+        return _number(Decimal(float.__repr__(value)) if isinstance(value, float) else Decimal(value), at)
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise ValueError(f"{at}={value!r} has no time zone, so it is another moment elsewhere: give it one")
-        return canonical(value.astimezone(UTC).isoformat())
+        try:
+            return canonical(value.astimezone(UTC).isoformat())
+        except OverflowError as error:
+            raise ValueError(f"{at}={value!r} is outside of the years 1 to 9999 in UTC") from error
     if isinstance(value, date):
         return canonical(value.isoformat())
     if isinstance(value, UUID):
@@ -79,12 +90,13 @@ def canonical(value: Any, at: str = "value") -> str:
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise TypeError(f"{at} has the key {odd[0]!r}, a {type(odd[0]).__name__}; members are named by str")
-        members = (f"{canonical(key)}:{canonical(value[key], f'{at}[{key!r}]')}" for key in sorted(value))
+        below = depth + 1
+        members = (f"{canonical(key, at)}:{canonical(value[key], f'{at}[{key!r}]', below)}" for key in sorted(value))
         return f"{{{','.join(members)}}}"
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(canonical(each, f'{at}[{number}]') for number, each in enumerate(value))}]"
+        return f"[{','.join(canonical(each, f'{at}[{number}]', depth + 1) for number, each in enumerate(value))}]"
     raise TypeError(
-        f"{at}={value!r} is a {type(value).__name__}, for which no canonical form is defined: give str, numbers, bool, "
+        f"{at}={reprlib.repr(value)} is a {type(value).__name__}, for which no canonical form is defined: give str, numbers, bool, "
         "None, datetime, date, UUID, Enum, dict or list"
     )
 
@@ -96,6 +108,8 @@ def fingerprint_of(*facts: Any) -> bytes:
 
 def parse_key(text: str | None) -> str:
     """The key in an Idempotency-Key header: a quoted string of RFC 9651 or the bare word, which are equal."""
+    if not isinstance(text, (str, NoneType)):
+        raise TypeError(f"the idempotency key {text!r} is a {type(text).__name__}; a key is a str")
     text = (text or "").strip(" \t")
     if not text:
         raise BadKey("the Idempotency-Key is missing or empty: send one per intent, the same in all its attempts")
@@ -141,13 +155,15 @@ def _times(value: Any) -> list[float]:
     if isinstance(value, UUID):
         clocks = {1: value.time / 1e7 - 12_219_292_800, 7: (value.int >> 80) / 1e3}
         return [clocks[value.version]] if value.version in clocks else []
-    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", value):
-        try:
+    try:
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d", value):
             value = datetime.fromisoformat(value)
-        except ValueError:
-            return []
-    if isinstance(value, datetime):
-        return [value.timestamp()]
+        if isinstance(value, datetime):
+            return [value.timestamp()]
+    except (ValueError, OverflowError):  # no date, or one that local time does not have
+        return []
+    if isinstance(value, str) and re.fullmatch(r"\d{10,19}(\.\d{1,9})?", value):
+        value = float(value)
     if isinstance(value, (int, float, Decimal)) and 1e9 < value < 1e19:
         return [float(value) / unit for unit in (1, 1e3, 1e6, 1e9)]
     return []
