@@ -34,7 +34,7 @@ MAX_DEPTH = 100  # of dicts and lists in one another
 REMEMBERED = 1_000  # intents, to notice one that comes again with another uuid
 _HEX = "[0-9a-f]"
 _UUID = re.compile(
-    rf"(?<!{_HEX}){_HEX}{{8}}-?{_HEX}{{4}}-?[147]{_HEX}{{3}}-?[89ab]{_HEX}{{3}}-?{_HEX}{{12}}(?!{_HEX})", re.I
+    rf"(?i)(?<!{_HEX}){_HEX}{{8}}-?{_HEX}{{4}}-?[147]{_HEX}{{3}}-?[89ab]{_HEX}{{3}}-?{_HEX}{{12}}(?!{_HEX})"
 )
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-+\--~]+")  # printable, without space, quote and comma
@@ -96,8 +96,8 @@ def canonical(value: Any, at: str = "value", depth: int = 0) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(canonical(each, f'{at}[{number}]', depth + 1) for number, each in enumerate(value))}]"
     raise TypeError(
-        f"{at}={reprlib.repr(value)} is a {type(value).__name__}, for which no canonical form is defined: give str, numbers, bool, "
-        "None, datetime, date, UUID, Enum, dict or list"
+        f"{at}={reprlib.repr(value)} is a {type(value).__name__}, for which no canonical form is defined: give "
+        "str, numbers, bool, None, datetime, date, UUID, Enum, dict or list"
     )
 
 
