@@ -16,10 +16,20 @@ import asyncio
 import hmac
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
-from distsys.errors import AnswerNotKept, Indeterminate, KeyInProgress, KeyReused, OutcomeUnknown, StoreUnavailable
+from distsys.errors import (
+    AnswerNotKept,
+    BadKey,
+    Indeterminate,
+    KeyInProgress,
+    KeyReused,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
+from distsys.idempotency.answers import json_of
 from distsys.idempotency.keys import fingerprint_of
 from distsys.tasks import in_background
 
@@ -28,6 +38,10 @@ NOT_KEPT = b"\0not kept"  # instead of an answer too long to be kept
 DAY = 86_400.0
 End = Literal["done", "unknown", "free"]
 OnUnknown = Literal["block", "rerun"] | Callable[[str], Awaitable[bytes | None]]
+
+
+def unchanged(data: bytes) -> bytes:
+    return data
 
 
 class Found(NamedTuple):
@@ -46,10 +60,13 @@ class Store(Protocol):
     async def claim(
         self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
     ) -> Found:
-        """Claims what is free, or whose outcome is unknown under the number `over`; else says what there is."""
+        """Claims what is free, or whose outcome is unknown under the number `over`; else says what there is.
+
+        One that failed leaves no claim behind that nobody knows of, as far as the store can be told.
+        """
 
     async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
-        """False, and nothing happens, when the claim with that number is over."""
+        """False, and nothing happens, when the claim with that number is over; done twice is done."""
 
     async def extend(self, key: str, fence: int, lease: float) -> bool:
         """The same."""
@@ -68,19 +85,25 @@ class Claim:
     unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `fence` where that is possible.
     """
 
-    def __init__(self, claims: Claims, key: str, fence: int, answer: bytes | None = None) -> None:
+    def __init__(self, claims: Claims, key: str, fence: int, answer: bytes | None = None, until: float = 0.0) -> None:
         self.claims, self.key, self.fence, self.answer = claims, key, fence, answer
-        self.effect_began = self.lost = False  # lost: its lease is over, and another attempt may be under way
+        self.effect_began = self._overtaken = False
         self.open = answer is None and fence > 0
         self._timer: asyncio.TimerHandle | None = None
+        self._until = until  # when the lease ends at the latest, by time.monotonic
         self._beat_in(claims.lease / 3)
+
+    @property
+    def lost(self) -> bool:
+        """Its lease is over, or could not be prolonged: another attempt may be under way."""
+        return self._overtaken or (self.open and time.monotonic() > self._until)
 
     async def done(self, answer: bytes) -> None:
         """OutcomeUnknown when another attempt has taken over."""
-        if self.open and not await self._end("done", answer):
+        if self.open and not await self._end("done", self.claims.sealed(answer)):
             raise OutcomeUnknown(
-                f"{self.key!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s, and "
-                "another took over; what this one did is on no record",
+                f"{self.key!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
+                "another took over, or the store lost its claim; what this one did is on no record",
                 key=self.key,
             )
 
@@ -115,13 +138,16 @@ class Claim:
         in_background(self._extend(), f"the heartbeat of {self.key!r}")
 
     async def _extend(self) -> None:
-        pause = self.claims.lease / 3
+        lease, asked = self.claims.lease, time.monotonic()
         try:
-            async with asyncio.timeout(pause):
-                self.lost = not await self.claims.store.extend(self.key, self.fence, self.claims.lease) and self.open
+            async with asyncio.timeout(lease / 3):
+                if await self.claims.store.extend(self.key, self.fence, lease):
+                    self._until = asked + lease
+                else:
+                    self._overtaken = self.open  # else it is this very attempt that ended it
         finally:
-            if not self.lost:
-                self._beat_in(pause)
+            if not self._overtaken:
+                self._beat_in(lease / 3)
 
 
 class Claims:
@@ -133,6 +159,7 @@ class Claims:
     on_unknown  when an owner fell silent, and may have done it: "block" raises OutcomeUnknown until the ttl is over,
                 "rerun" does it again, or a function of the key finds out, and says the answer or None: not done
     on_failure  without the store: "open" carries out unprotected, "closed" raises StoreUnavailable, None: its error
+    encrypt, decrypt  of answers, as they are kept
     """
 
     def __init__(
@@ -144,6 +171,8 @@ class Claims:
         wait: float = 0.0,
         on_unknown: OnUnknown = "block",
         on_failure: Literal["open", "closed"] | None = None,
+        encrypt: Callable[[bytes], bytes] = unchanged,
+        decrypt: Callable[[bytes], bytes] = unchanged,
     ) -> None:
         self.ttl, self.lease = check_seconds("ttl", ttl), check_seconds("lease", lease)
         self.wait = check_seconds("wait", wait, least=0.0)
@@ -152,41 +181,47 @@ class Claims:
         if on_failure not in ("open", "closed", None):
             raise ValueError(f"on_failure={on_failure!r}: 'open', 'closed' or None")
         self.store, self.on_unknown, self.on_failure = store, on_unknown, on_failure
+        self._encrypt, self._decrypt = encrypt, decrypt
 
     async def run(self, key: str, operation: Callable[[], Awaitable[Any]], *, request: Any = None) -> Any:
         """What `operation()` answers, as JSON: carried out once, and then remembered."""
         async with await self.begin(key, fingerprint_of(request)) as claim:
             if claim.answer is None:
-                claim.answer = json.dumps(await operation()).encode()
+                result = await operation()
+                claim.effect_began = True
+                claim.answer = json_of(result).encode()
                 await claim.done(claim.answer)
         return json.loads(claim.answer)
 
     async def begin(self, key: str, fingerprint: bytes) -> Claim:
         """The attempt of a request with this fingerprint."""
+        if not key:
+            raise BadKey("the key is empty: an intent has a name")
+        seen: list[Found] = []
         try:
-            return await self._begin(key, fingerprint)
+            return await self._begin(key, fingerprint, seen)
         except Exception as error:
             if self.on_failure is None or not self.store.unavailable(error):
                 raise
-            if self.on_failure == "closed":
+            if self.on_failure == "closed" or seen:  # of an earlier attempt that may be under way
                 raise StoreUnavailable(retry_after=1.0) from error
             logger.warning("%r is carried out unprotected: %r", key, error)
             return Claim(self, key, 0)
 
-    async def _begin(self, key: str, fingerprint: bytes) -> Claim:
+    async def _begin(self, key: str, fingerprint: bytes, seen: list[Found]) -> Claim:
         now = asyncio.get_running_loop().time
         deadline, over = now() + self.wait, 0
         while True:
-            found = await self.store.claim(
-                key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=now() < deadline
-            )
+            asked = time.monotonic()
+            found = await self._ask(key, fingerprint, over, now() < deadline)
             if found.state == "claimed":
-                return Claim(self, key, found.fence)
+                return Claim(self, key, found.fence, until=asked + self.lease)
+            seen[:] = [found]
             check_same(found, fingerprint, key)
             if found.state == "done":
                 if found.answer == NOT_KEPT:
                     raise AnswerNotKept(key=key)
-                return Claim(self, key, found.fence, found.answer)
+                return Claim(self, key, found.fence, self._decrypt(found.answer))
             if found.state == "unknown":
                 over = await self._may_take_over(key, found.fence)
             elif (left := min(found.left, deadline - now())) > 0:
@@ -198,15 +233,38 @@ class Claims:
                     retry_after=min(1.0, found.left),
                 )
 
+    async def _ask(self, key: str, fingerprint: bytes, over: int, waits: bool) -> Found:
+        """Cancelled, it gives back what it claimed: nobody would carry that out, and it would end up unknown."""
+        options: dict[str, Any] = {"lease": self.lease, "ttl": self.ttl, "over": over, "waits": waits}
+        asking = asyncio.ensure_future(self.store.claim(key, fingerprint, **options))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            in_background(self._give_back(key, over, asking), f"giving back what may be claimed of {key!r}")
+            raise
+
+    async def _give_back(self, key: str, over: int, asking: asyncio.Future[Found]) -> None:
+        if (found := await asking).state == "claimed":
+            await self.store.end(key, found.fence, "unknown" if over else "free", b"", self.ttl)
+
     async def _may_take_over(self, key: str, fence: int) -> int:
         """The number of the claim whose outcome is unknown, if the policy lets another attempt begin."""
         if self.on_unknown == "block":
             raise OutcomeUnknown(
                 f"{key!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=key
             )
-        if callable(self.on_unknown) and (answer := await self.on_unknown(key)) is not None:
-            await self.store.end(key, fence, "done", answer, self.ttl)
+        if callable(self.on_unknown):
+            try:
+                answer = await self.on_unknown(key)
+            except Exception as error:
+                logger.warning("what became of %r could not be found out: %r", key, error)
+                raise OutcomeUnknown(f"{key!r}: what became of an earlier attempt is not known yet", key=key) from error
+            if answer is not None:
+                await self.store.end(key, fence, "done", self.sealed(answer), self.ttl)
         return fence
+
+    def sealed(self, answer: bytes) -> bytes:
+        return answer if answer == NOT_KEPT else self._encrypt(answer)
 
 
 def check_seconds(name: str, value: float, least: float = 0.001) -> float:

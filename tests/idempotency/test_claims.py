@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from secrets import token_hex
 from typing import Any
 
 import pytest
 from psycopg_pool import AsyncConnectionPool
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
-from distsys.errors import AnswerNotKept, Indeterminate, KeyInProgress, KeyReused, OutcomeUnknown, StoreUnavailable
-from distsys.idempotency.claims import NOT_KEPT, Claims, Store
+from distsys import tasks
+from distsys.errors import (
+    AnswerNotKept,
+    BadKey,
+    Indeterminate,
+    KeyInProgress,
+    KeyReused,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
+from distsys.idempotency.claims import DAY, NOT_KEPT, Claims, Found, Store
 from distsys.idempotency.database import PostgresStore, ensure_schema
+from distsys.idempotency.keys import fingerprint_of
 from distsys.idempotency.redis_store import RedisStore
+from distsys.lab.proxy import TcpProxy
 from distsys.lab.servers import Server
 
 MINE, OTHER = b"m" * 32, b"o" * 32
@@ -42,6 +60,49 @@ async def fallen_silent(store: Store, key: str = "k") -> int:
     return found.fence
 
 
+async def settled() -> None:
+    """Until all is done that goes on in the background of a cancelled attempt."""
+    await asyncio.gather(*tasks._background, return_exceptions=True)
+
+
+class Steps:
+    """Awaits a coroutine, and cancels the task that runs it at its n-th await."""
+
+    def __init__(self, point: int, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.point, self.coroutine, self.reached = point, coroutine, False
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        resume: Callable[[], Any] = partial(self.coroutine.send, None)
+        for number in itertools.count():
+            try:
+                waits_for = resume()
+            except StopIteration:
+                return
+            if number == self.point:
+                self.reached = True
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+            try:
+                yield waits_for
+                resume = partial(self.coroutine.send, None)
+            except BaseException as error:  # noqa: BLE001  it is the coroutine's
+                resume = partial(self.coroutine.throw, error)
+
+    async def run(self) -> None:
+        await self
+
+
+async def cancelled_at(point: int, coroutine: Coroutine[Any, Any, Any]) -> bool:
+    """Whether the coroutine came as far as its n-th await, where it was cancelled."""
+    steps = Steps(point, coroutine)
+    task = asyncio.create_task(steps.run())
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+    return steps.reached
+
+
 async def test_the_first_attempt_claims_and_later_ones_get_its_answer(store: Store) -> None:
     claims, answer = Claims(store), bytes(range(256))
     async with await claims.begin("k", MINE) as claim:
@@ -66,7 +127,7 @@ async def test_run_carries_out_once_and_answers_json(store: Store) -> None:
         await claims.run("k", charge, request={"amount": 2})
 
 
-async def test_of_twenty_at_once_one_carries_out_and_the_others_wait_for_it(store: Store) -> None:
+async def test_of_six_at_once_one_carries_out_and_the_others_wait_for_it(store: Store) -> None:
     ran: list[int] = []
 
     async def charge() -> int:
@@ -215,6 +276,333 @@ async def test_cancelled_while_it_is_written_down_the_answer_is_kept_all_the_sam
     with pytest.raises(asyncio.CancelledError):
         await writing
     assert (await Claims(store, wait=30).begin("k", MINE)).answer == b"kept"
+
+
+# ---- cancelled, unheard, overtaken
+
+
+async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: Store) -> None:
+    """It is done, or free for the next one; never running, and unknown only where the effect may have happened."""
+    claims = Claims(store, lease=60)
+
+    async def attempt(key: str, began: list[int]) -> None:
+        async with await claims.begin(key, MINE) as claim:
+            await asyncio.sleep(0)
+            began.append(1)
+            claim.effect_began = True
+            await asyncio.sleep(0)
+            await claim.done(b"answer")
+
+    seen = set()
+    for point in range(1_000):
+        began: list[int] = []
+        reached = await cancelled_at(point, attempt(f"k{point}", began))
+        await settled()
+        found = await store.claim(f"k{point}", MINE, lease=60, ttl=60)
+        assert found.state in (("done", "unknown") if began else ("claimed",)), f"cancelled at await {point}"
+        seen.add(found.state)
+        if not reached:
+            break
+    assert seen == {"claimed", "unknown", "done"}
+
+
+async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unknown(store: Store) -> None:
+    for point in range(1_000):
+        await fallen_silent(store, f"k{point}")
+        reached = await cancelled_at(point, Claims(store, on_unknown="rerun").begin(f"k{point}", MINE))
+        await settled()
+        if not reached:
+            break
+        assert (await store.claim(f"k{point}", MINE, lease=60, ttl=60)).state == "unknown"
+    assert point > 0
+
+
+@pytest.mark.parametrize("lost", ["a reply", "every reply"])
+async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
+    redis: Redis, redis_server: Server, lost: str
+) -> None:
+    """The client asks again, and is neither held up by its own claim nor told that another took over."""
+    for number in range(1, 4):
+        ran: list[int] = []
+
+        async def charge(ran: list[int] = ran) -> int:
+            ran.append(1)
+            return 7
+
+        async with TcpProxy(redis_server.host, redis_server.port) as link:
+            retry = Retry(NoBackoff(), 1 if lost == "a reply" else 0)
+            async with Redis.from_url(link.through(redis_server.url), retry=retry) as client:
+                await client.ping()
+                claims = Claims(RedisStore(client))
+                link.cut_reply(number)
+                key = f"{lost} {number}"
+                if lost == "a reply":
+                    assert await claims.run(key, charge) == 7
+                else:
+                    with suppress(exceptions.ConnectionError):
+                        await claims.run(key, charge)
+                await settled()
+                found = await RedisStore(redis).claim(key, fingerprint_of(None), lease=60, ttl=60)
+        assert found.state == ("done" if ran else "claimed")
+        assert len(ran) <= 1
+
+
+async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_counts_as_lost(
+    redis: Redis, redis_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with TcpProxy(redis_server.host, redis_server.port) as link:
+        async with Redis.from_url(link.through(redis_server.url), retry=Retry(NoBackoff(), 0)) as client:
+            async with await Claims(RedisStore(client), lease=0.3).begin("k", MINE) as claim:
+                link.drop()
+                while (await RedisStore(redis).claim("k", MINE, lease=60, ttl=60)).state == "running":
+                    pass
+                while not claim.lost:
+                    await redis.ping()
+                link.heal()
+                while claim.lost:
+                    await redis.ping()
+                assert (await RedisStore(redis).claim("k", MINE, lease=60, ttl=60)).state == "running"
+                await claim.done(b"1")
+    assert "the heartbeat of 'k' failed" in caplog.text
+    assert (await Claims(RedisStore(redis)).begin("k", MINE)).answer == b"1"
+
+
+async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(store: Store) -> None:
+    async with await Claims(store, lease=0.3).begin("k", MINE) as stale:
+        while True:  # between two heartbeats, as after a long pause of the process
+            await store.extend("k", stale.fence, 0.001)
+            found = await store.claim("k", MINE, lease=60, ttl=60, over=stale.fence)
+            if found.state == "claimed":
+                break
+        while not stale.lost:
+            await store.claim("k", MINE, lease=60, ttl=60)
+        with pytest.raises(OutcomeUnknown):
+            await stale.done(b"stale")
+        await stale.done(b"said twice")
+    assert await store.end("k", found.fence, "done", b"new", 60)
+    assert (await Claims(store).begin("k", MINE)).answer == b"new"
+
+
+async def test_of_many_who_take_over_an_unknown_outcome_one_may(store: Store) -> None:
+    await fallen_silent(store)
+    claims = Claims(store, on_unknown="rerun")
+    taken = await asyncio.gather(*(claims.begin("k", MINE) for _ in range(5)), return_exceptions=True)
+    (claim,) = [each for each in taken if not isinstance(each, BaseException)]
+    assert all(isinstance(each, KeyInProgress) for each in taken if each is not claim)
+    async with claim:
+        await claim.done(b"once")
+
+
+async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> None:
+    async with await Claims(store).begin("k", MINE) as claim:
+        await claim.done(b"first")
+        await claim.done(b"second")
+    assert (await Claims(store).begin("k", MINE)).answer == b"first"
+
+
+async def test_who_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> None:
+    """Also when its error looks like one of the store, and the policy is to go on without a store."""
+
+    async def ask_the_bank(key: str) -> bytes:
+        raise ConnectionError("the bank")
+
+    number = await fallen_silent(store)
+    with pytest.raises(OutcomeUnknown, match="not known yet") as refused:
+        await Claims(store, on_unknown=ask_the_bank, on_failure="open").begin("k", MINE)
+    assert isinstance(refused.value.__cause__, ConnectionError)
+    assert "bank" not in str(refused.value)
+    found = await store.claim("k", MINE, lease=60, ttl=60)
+    assert (found.state, found.fence) == ("unknown", number)
+
+
+async def test_while_one_finds_out_another_may_take_over_and_its_answer_counts(store: Store) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(key: str) -> bytes:
+        began.set()
+        await go_on.wait()
+        return b"found out too late"
+
+    await fallen_silent(store)
+    slow = asyncio.create_task(Claims(store, on_unknown=slowly).begin("k", MINE))
+    await began.wait()
+    async with await Claims(store, on_unknown="rerun").begin("k", MINE) as claim:
+        await claim.done(b"done meanwhile")
+    go_on.set()
+    assert (await slow).answer == b"done meanwhile"
+
+
+async def test_what_answers_no_json_may_have_happened_all_the_same(store: Store) -> None:
+    async def charge() -> object:
+        return object()
+
+    with pytest.raises(TypeError, match="kept as JSON"):
+        await Claims(store).run("k", charge)
+    with pytest.raises(OutcomeUnknown):
+        await Claims(store).run("k", charge)
+
+
+async def test_answers_are_kept_encrypted_those_found_out_later_too(store: Store) -> None:
+    async def reconcile(key: str) -> bytes:
+        return b"found"
+
+    options: dict[str, Any] = {"encrypt": lambda data: data[::-1], "decrypt": lambda data: data[::-1]}
+    claims = Claims(store, on_unknown=reconcile, **options)
+    async with await claims.begin("done", MINE) as claim:
+        await claim.done(b"secret")
+    await fallen_silent(store, "unknown")
+    for key, answer in {"done": b"secret", "unknown": b"found"}.items():
+        assert [(await claims.begin(key, MINE)).answer for _ in range(2)] == [answer] * 2
+        assert (await store.claim(key, MINE, lease=60, ttl=60)).answer == answer[::-1]
+    async with await claims.begin("too long", MINE) as claim:
+        await claim.done(NOT_KEPT)
+    with pytest.raises(AnswerNotKept):
+        await claims.begin("too long", MINE)
+
+
+def test_a_loop_that_ends_with_open_claims_leaves_them_to_their_lease(redis_server: Server) -> None:
+    """As a process that dies: no error, no warning, and nobody else is told that it was freed."""
+
+    async def ends_early(url: str, fence: list[int]) -> None:
+        claim = await Claims(RedisStore(Redis.from_url(url)), lease=0.3).begin("closing", MINE)
+        fence.append(claim.fence)
+
+    async def look(url: str) -> Found:
+        async with Redis.from_url(url) as redis:
+            while (found := await RedisStore(redis).claim("closing", MINE, lease=60, ttl=60)).state == "running":
+                pass
+            return found
+
+    def both(url: str) -> tuple[list[int], Found]:
+        fence: list[int] = []
+        asyncio.run(ends_early(url, fence))
+        return fence, asyncio.run(look(url))
+
+    with ThreadPoolExecutor() as pool:  # a thread of its own, for this one may have a loop
+        fence, found = pool.submit(both, redis_server.url).result()
+    assert (found.state, [found.fence]) == ("unknown", fence)
+
+
+def test_loops_in_several_threads_share_a_key(redis_server: Server) -> None:
+    ran: list[int] = []
+
+    async def charge() -> int:
+        ran.append(1)
+        await asyncio.sleep(0)
+        return 7
+
+    async def one(url: str) -> Any:
+        async with Redis.from_url(url) as redis:
+            return await Claims(RedisStore(redis), wait=30).run("threads", charge)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [pool.submit(asyncio.run, one(redis_server.url)) for _ in range(4)]
+        assert [each.result() for each in results] == [7] * 4
+    assert ran == [1]
+
+
+# ---- names and bounds
+
+NAMES = ["a", "{", "}", "{}", "a}b", "%7B", "größe 🦆", "a\0b", "a:ended", " ", "k" * 255, "*", "a\r\nDEL b"]
+
+
+async def test_any_text_is_a_key_and_no_two_share_a_claim(store: Store) -> None:
+    no_nul = not isinstance(store, RedisStore)  # PostgreSQL's text does not have it
+    names = [name for name in NAMES if not (no_nul and "\0" in name)]
+    for name in names:
+        async with await Claims(store).begin(name, MINE) as claim:
+            await claim.done(name.encode())
+    assert [(await Claims(store).begin(name, MINE)).answer for name in names] == [name.encode() for name in names]
+    with pytest.raises(BadKey, match="empty"):
+        await Claims(store).begin("", MINE)
+
+
+async def test_stores_with_other_names_keep_other_claims(redis: Redis) -> None:
+    for name in ("", "a", "a:{b}", "a:b"):
+        async with await Claims(RedisStore(redis, name=name)).begin("k", MINE) as claim:
+            assert claim.answer is None
+            await claim.done(name.encode())
+
+
+async def test_a_cluster_keeps_claims_and_wakes_who_waits(redis_cluster: RedisCluster) -> None:
+    claims = Claims(RedisStore(redis_cluster, name=token_hex(8)), wait=30)
+    for name in NAMES:
+        ran: list[int] = []
+
+        async def charge(ran: list[int] = ran) -> int:
+            ran.append(1)
+            await asyncio.sleep(0)
+            return 7
+
+        assert await asyncio.gather(*(claims.run(name, charge) for _ in range(3))) == [7] * 3
+        assert ran == [1]
+
+
+async def test_a_year_is_as_good_as_a_second(store: Store) -> None:
+    year = 366 * DAY
+    async with await Claims(store, ttl=year, lease=year).begin("k", MINE) as claim:
+        found = await store.claim("k", MINE, lease=60, ttl=60)
+        assert found.state == "running"
+        assert year - 3600 < found.left <= year
+        await claim.done(b"1")
+    assert (await Claims(store).begin("k", MINE)).answer == b"1"
+    with pytest.raises(ValueError, match="to a year"):
+        Claims(store, ttl=year + 1)
+
+
+async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(store: Store) -> None:
+    async with await Claims(store, ttl=0.001, lease=60).begin("k", MINE) as claim:
+        for _ in range(20):
+            assert await store.extend("k", claim.fence, 60)
+            assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "running"
+
+
+async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
+    claims = Claims(RedisStore(redis), ttl=1_000, lease=10, wait=30)
+    async with await claims.begin("k", MINE) as claim:
+        waiting = asyncio.create_task(claims.begin("k", MINE))
+        while not await redis.hexists((await redis.keys())[0], "awaited"):
+            pass
+        assert [await redis.ttl(each) for each in await redis.keys()] == [pytest.approx(1_010, abs=60)]
+        await claim.done(b"1")
+    assert (await waiting).answer == b"1"
+    lives = sorted([await redis.ttl(each) for each in await redis.keys()])
+    assert lives == [pytest.approx(60, abs=59), pytest.approx(1_000, abs=60)]
+
+
+async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Redis, redis_server: Server) -> None:
+    """Each single wait ends before it; otherwise the wait would be taken for a Redis that is down."""
+    async with Redis.from_url(redis_server.url, socket_timeout=0.4, retry=Retry(NoBackoff(), 0)) as client:
+        async with await Claims(RedisStore(redis), lease=60).begin("k", MINE) as claim:
+            with pytest.raises(KeyInProgress):
+                await Claims(RedisStore(client), wait=1).begin("k", MINE)
+            await claim.done(b"1")
+
+
+async def test_what_is_known_to_run_is_not_carried_out_unprotected(redis: Redis, redis_server: Server) -> None:
+    """Redis is lost to one who waits for another attempt, and whose policy is open."""
+    ran: list[int] = []
+
+    async def charge() -> None:
+        ran.append(1)
+
+    async with TcpProxy(redis_server.host, redis_server.port) as link:
+        url = link.through(redis_server.url)
+        async with Redis.from_url(url, socket_timeout=0.4, retry=Retry(NoBackoff(), 0)) as client:
+            claims = Claims(RedisStore(client), on_failure="open", wait=60)
+            async with await Claims(RedisStore(redis), lease=60).begin("k", fingerprint_of(None)) as claim:
+                waiting = asyncio.create_task(claims.run("k", charge))
+                while not await redis.hexists((await redis.keys())[0], "awaited"):
+                    pass
+                link.drop()
+                with pytest.raises(StoreUnavailable):
+                    await waiting
+                await settled()
+                await claim.done(b"1")
+    assert ran == []
+
+
+# ---- without its store
 
 
 @pytest.mark.parametrize("policy", ["open", "closed", None])
