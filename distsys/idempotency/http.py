@@ -18,14 +18,16 @@ import inspect
 import json
 import math
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from decimal import Decimal
 from importlib import import_module
+from operator import itemgetter
 from typing import Any
 from urllib.parse import parse_qsl
 
 from distsys.errors import BadKey, CallerUnknown, DistsysError, OutcomeUnknown
 from distsys.idempotency.answers import http_answer, http_response
 from distsys.idempotency.claims import NOT_KEPT, Claim, Claims, Store, logger
-from distsys.idempotency.keys import fingerprint_of, parse_key
+from distsys.idempotency.keys import canonical, fingerprint_of, parse_key
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -34,10 +36,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Caller = Callable[[Scope], str | Awaitable[str]]
 MIB = 1_048_576
-
-
-def unchanged(data: bytes) -> bytes:
-    return data
+PROBLEM = "application/problem+json"
+# Ways to answer that this module could not read back.
+UNREAD = frozenset({"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"})
 
 
 class IdempotencyMiddleware:
@@ -49,8 +50,8 @@ class IdempotencyMiddleware:
     required     whether a key must be sent, for all of them or by the ASGI scope; without one a request passes
     fields       of a JSON body, that have to be the same in all attempts; None: the body, byte for byte
     max_request, max_response  that are kept in memory
-    encrypt, decrypt  of what is kept, for answers with secrets
-    options      ttl, lease, wait, on_unknown, on_failure: see Claims
+    options      ttl, lease, wait, on_unknown, on_failure, encrypt, decrypt: see Claims. A function on_unknown is given
+                 the `claim.key` of the attempt, and says http_answer(status, headers, body)
 
     The app finds its claim in the scope, as "distsys.idempotency": `claim.effect_began = True` says that from now on a
     failure leaves the outcome unknown, and `claim.fence` is the number to write with.
@@ -68,8 +69,6 @@ class IdempotencyMiddleware:
         fields: Collection[str] | None = None,
         max_request: int = MIB,
         max_response: int = MIB,
-        encrypt: Callable[[bytes], bytes] = unchanged,
-        decrypt: Callable[[bytes], bytes] = unchanged,
         **options: Any,
     ) -> None:
         if (scope is None) is not public:
@@ -77,10 +76,17 @@ class IdempotencyMiddleware:
                 f"scope={scope!r}, public={public!r}: say whose keys they are, by scope=a function of the ASGI scope, "
                 "or public=True if everybody may be given everybody's answers"
             )
+        for name, several in (("methods", methods), ("fields", fields)):
+            if isinstance(several, str):
+                raise TypeError(f"{name}={several!r} is a str: give a list of them")
         self.app, self.claims = app, Claims(store, **options)
-        self._caller, self._methods, self._required, self._fields = scope, frozenset(methods), required, fields
+        self._caller, self._methods, self._required, self._fields = (
+            scope,
+            frozenset(map(str.upper, methods)),
+            required,
+            fields,
+        )
         self._max_request, self._max_response = max_request, max_response
-        self._encrypt, self._decrypt = encrypt, decrypt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in self._methods:
@@ -101,10 +107,12 @@ class IdempotencyMiddleware:
             await send_problem(send, refusal)
             return
         if claim.answer is not None:
-            status, headers, body = http_response(self._decrypt(claim.answer))
+            status, headers, body = http_response(claim.answer)
             await _respond(send, status, [*headers, (b"idempotent-replayed", b"true")], body)
             return
         scope["distsys.idempotency"] = claim
+        extensions = scope.get("extensions") or {}
+        scope["extensions"] = {name: each for name, each in extensions.items() if name not in UNREAD}
         async with claim:
             await self.app(scope, _again(body, receive), _Response(self, claim, send))
 
@@ -133,15 +141,16 @@ class IdempotencyMiddleware:
         content: Any = hashlib.sha256(body).hexdigest()
         if self._fields is not None:
             try:
-                members = json.loads(body)
-                content = {field: members[field] for field in self._fields if field in members}
-            except (ValueError, TypeError) as error:
-                raise BadKey(f"the body of this request has to be a JSON object: {error}") from error
-        query = sorted(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+                members: dict[str, Any] = json.loads(body, parse_float=Decimal)
+                content = canonical({name: each for name, each in members.items() if name in self._fields}, "body")
+            except (ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+                raise BadKey(f"the body of this request has to be a JSON object: {str(error)[:200]}") from error
+        text = scope["query_string"].decode("latin-1")
+        query = sorted(parse_qsl(text, keep_blank_values=True, encoding="latin-1"), key=itemgetter(0))
         return fingerprint_of(scope["method"], scope.get("root_path", "") + scope["path"], query, content)
 
     def answer(self, status: int, headers: Any, body: bytes) -> bytes:
-        return self._encrypt(http_answer(status, headers, body)) if len(body) <= self._max_response else NOT_KEPT
+        return http_answer(status, headers, body) if len(body) <= self._max_response else NOT_KEPT
 
 
 class TooLarge(BadKey):
@@ -163,6 +172,7 @@ class _Response:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = {**message, "headers": list(message.get("headers", ()))}
+            self._claim.effect_began |= self._succeeded  # whatever becomes of the rest of it
             return
         if message["type"] != "http.response.body":
             await self._send(message)
@@ -180,9 +190,8 @@ class _Response:
             await self._end(message)
 
     async def _pass(self) -> None:
-        """What begins to leave can't be kept; the effect may have happened."""
+        """What begins to leave can't be kept."""
         self._passing = True
-        self._claim.effect_began = self._claim.effect_began or self._succeeded
         await self._send_start([(b"idempotency-stored", b"false")])
         await self._send({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": True})
 
@@ -205,7 +214,7 @@ class _Response:
                     raise
                 logger.warning("an answer could not be kept: %r", error)
                 answer = NOT_KEPT
-            if answer == NOT_KEPT:
+            if answer == NOT_KEPT or not self._claim.fence:
                 more = [(b"idempotency-stored", b"false")]
         else:
             await self._claim.__aexit__(None, None, None)  # before the client hears of it, and tries again
@@ -230,7 +239,7 @@ def idempotency_key_header(*, required: bool = True) -> Callable[..., Awaitable[
         try:
             return parse_key(",".join(given))
         except BadKey as error:
-            raise http_exception(error.status, str(error)) from error
+            raise http_exception(error.status, str(error), {"content-type": PROBLEM}) from error
 
     read.__annotations__["request"] = import_module("starlette.requests").Request
     return read
@@ -247,7 +256,7 @@ async def problem_response(_: Any, error: Exception) -> Any:
 
 def problem(error: DistsysError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     body = json.dumps(error.problem()).encode()
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", PROBLEM.encode()), (b"content-length", str(len(body)).encode())]
     if (wait := error.facts.get("retry_after")) is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(wait))).encode()))
     return error.status, headers, body
