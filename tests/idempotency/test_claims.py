@@ -60,6 +60,10 @@ async def fallen_silent(store: Store, key: str = "k") -> int:
     return found.fence
 
 
+async def no_effect() -> None:
+    pass
+
+
 async def settled() -> None:
     """Until all is done that goes on in the background of a cancelled attempt."""
     await asyncio.gather(*tasks._background, return_exceptions=True)
@@ -332,10 +336,9 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
         async with TcpProxy(redis_server.host, redis_server.port) as link:
             retry = Retry(NoBackoff(), 1 if lost == "a reply" else 0)
             async with Redis.from_url(link.through(redis_server.url), retry=retry) as client:
-                await client.ping()
-                claims = Claims(RedisStore(client))
+                claims, key = Claims(RedisStore(client)), f"{lost} {number}"
+                await claims.run(f"scripts are loaded {key}", no_effect)
                 link.cut_reply(number)
-                key = f"{lost} {number}"
                 if lost == "a reply":
                     assert await claims.run(key, charge) == 7
                 else:
@@ -357,10 +360,10 @@ async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_coun
                 while (await RedisStore(redis).claim("k", MINE, lease=60, ttl=60)).state == "running":
                     pass
                 while not claim.lost:
-                    await redis.ping()
+                    await asyncio.sleep(0)
                 link.heal()
                 while claim.lost:
-                    await redis.ping()
+                    await asyncio.sleep(0)
                 assert (await RedisStore(redis).claim("k", MINE, lease=60, ttl=60)).state == "running"
                 await claim.done(b"1")
     assert "the heartbeat of 'k' failed" in caplog.text
@@ -558,16 +561,19 @@ async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(stor
 
 
 async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
-    claims = Claims(RedisStore(redis), ttl=1_000, lease=10, wait=30)
+    store = RedisStore(redis)
+    claims = Claims(store, ttl=1_000, lease=10, wait=30)
+    record, ended = store._keys("k")
     async with await claims.begin("k", MINE) as claim:
         waiting = asyncio.create_task(claims.begin("k", MINE))
-        while not await redis.hexists((await redis.keys())[0], "awaited"):
+        while not await redis.hexists(record, "awaited"):
             pass
-        assert [await redis.ttl(each) for each in await redis.keys()] == [pytest.approx(1_010, abs=60)]
+        assert await redis.ttl(record) == pytest.approx(1_010, abs=60)
         await claim.done(b"1")
     assert (await waiting).answer == b"1"
-    lives = sorted([await redis.ttl(each) for each in await redis.keys()])
-    assert lives == [pytest.approx(60, abs=59), pytest.approx(1_000, abs=60)]
+    assert set(await redis.keys()) == {record.encode(), ended.encode()}
+    assert await redis.ttl(record) == pytest.approx(1_000, abs=60)
+    assert await redis.ttl(ended) == pytest.approx(60, abs=59)
 
 
 async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Redis, redis_server: Server) -> None:
