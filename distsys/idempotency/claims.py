@@ -100,6 +100,7 @@ class Claim:
 
     async def done(self, answer: bytes) -> None:
         """OutcomeUnknown when another attempt has taken over."""
+        self.effect_began = True
         if self.open and not await self._end("done", self.claims.sealed(answer)):
             raise OutcomeUnknown(
                 f"{self.key!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "

@@ -445,6 +445,17 @@ async def test_what_answers_no_json_may_have_happened_all_the_same(store: Store)
         await Claims(store).run("k", charge)
 
 
+async def test_an_answer_that_cannot_be_encrypted_was_an_effect_all_the_same(store: Store) -> None:
+    def without_a_key(_: bytes) -> bytes:
+        raise ValueError("no key")
+
+    with pytest.raises(ValueError, match="no key"):
+        async with await Claims(store, encrypt=without_a_key).begin("k", MINE) as claim:
+            await claim.done(b"secret")
+    with pytest.raises(OutcomeUnknown):
+        await Claims(store).begin("k", MINE)
+
+
 async def test_answers_are_kept_encrypted_those_found_out_later_too(store: Store) -> None:
     async def reconcile(key: str) -> bytes:
         return b"found"
