@@ -19,7 +19,7 @@ from distsys.idempotency.claims import check_seconds
 from distsys.idempotency.database import check_name
 from distsys.idempotency.dedup import Dedup, Handler, Verdict
 from distsys.redis_scripts import async_client, milliseconds
-from distsys.tasks import cancellations
+from distsys.tasks import heard
 
 BLOCK = 1_000  # ms: it must end before the client's socket timeout
 MessageId = Callable[[Any], str] | None
@@ -42,26 +42,24 @@ async def consume_stream(
     message_id  of the fields, as the producer made it; None: the entry's id, which differs when a producer sends twice
     """
     redis, idle = async_client(redis), milliseconds(check_seconds("min_idle", min_idle))
-    group, before = dedup.group, cancellations()
+    group = dedup.group
     try:
         await redis.xgroup_create(stream, group, id="0", mkstream=True)
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):
             raise
     start: Any = "0-0"
-    while cancellations() == before:  # redis-py on Python 3.11 can swallow one
-        start, entries, *_ = await redis.xautoclaim(stream, group, consumer, idle, start, count=batch)
-        found = await redis.xreadgroup(
-            group, consumer, {stream: ">"}, count=batch, block=None if entries else min(BLOCK, idle)
-        )
+    while True:
+        start, entries, *_ = await heard(redis.xautoclaim(stream, group, consumer, idle, start, count=batch))
+        block = None if entries else min(BLOCK, idle)
+        found = await heard(redis.xreadgroup(group, consumer, {stream: ">"}, count=batch, block=block))
         for fresh in found.values() if isinstance(found, dict) else (each for _, each in found):
             entries = [*entries, *(fresh[0] if fresh and isinstance(fresh[0], list) else fresh)]  # RESP3 nests them
         for entry, fields in entries:
             if entry is not None:  # deleted from the stream while it was pending, as a Redis before 7 tells
                 place = entry.decode() if isinstance(entry, bytes) else entry
                 if (await _settle(dedup, stream, place, message_id, handler, fields)).ack:
-                    await redis.xack(stream, group, entry)
-    raise asyncio.CancelledError
+                    await heard(redis.xack(stream, group, entry))
 
 
 async def consume_kafka(
@@ -87,9 +85,8 @@ async def consume_kafka(
             if not verdict.ack and place in consumer.assignment():
                 consumer.seek(place, record.offset)
         if verdict.ack:
-            with suppress(
-                kafka.errors.CommitFailedError, kafka.errors.IllegalStateError
-            ):  # a rebalance: it comes again
+            rebalanced = kafka.errors.CommitFailedError, kafka.errors.IllegalStateError
+            with suppress(*rebalanced):  # then it comes again, to another
                 await consumer.commit({place: record.offset + 1})
         else:
             await asyncio.sleep(pause)

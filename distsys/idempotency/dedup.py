@@ -24,7 +24,7 @@ from distsys.idempotency.answers import json_of
 from distsys.idempotency.claims import check_seconds
 from distsys.idempotency.database import check_name, delete_batch, rows
 from distsys.redis_scripts import async_client, hash_tag, milliseconds, unavailable
-from distsys.tasks import cancellations
+from distsys.tasks import heard
 
 logger = logging.getLogger("distsys.idempotency")
 Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
@@ -143,20 +143,18 @@ class Dedup:
             await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
 
     async def _ask(self, command: Callable[..., Awaitable[Any]], *args: Any, **more: Any) -> Any:
-        before, now = cancellations(), asyncio.get_running_loop().time
+        now = asyncio.get_running_loop().time
         if now() < self._ask_after:
             return None
         try:
             async with asyncio.timeout(PATIENCE):
-                answer = await command(*args, **more)
+                return await heard(command(*args, **more))
         except Exception as error:
             if not unavailable(error):
                 raise
-            self._ask_after, answer = now() + PAUSE, None
+            self._ask_after = now() + PAUSE
             logger.warning("for %g s duplicates are found by the database alone: %r", PAUSE, error)
-        if cancellations() > before:  # redis-py on Python 3.11 can swallow one
-            raise asyncio.CancelledError
-        return answer
+            return None
 
 
 def redelivery_horizon(*, consumer_outage: float, redelivery: float, deliveries: int = 1) -> float:
