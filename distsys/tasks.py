@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import Any, TypeVar
 
@@ -25,6 +25,13 @@ async def heard(work: Awaitable[T]) -> T:
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
     return answer
+
+
+def cancellation() -> Callable[[], bool]:
+    """Whether the running task was asked to cancel since: for loops, around much that may swallow it."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    return lambda: bool(task and task.cancelling() > before)
 
 
 def try_cancel(body: asyncio.Task[Any]) -> bool:

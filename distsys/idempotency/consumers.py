@@ -19,7 +19,7 @@ from distsys.idempotency.claims import check_seconds
 from distsys.idempotency.database import check_name
 from distsys.idempotency.dedup import Dedup, Handler, Verdict
 from distsys.redis_scripts import async_client, milliseconds
-from distsys.tasks import heard
+from distsys.tasks import cancellation
 
 BLOCK = 1_000  # ms: it must end before the client's socket timeout
 MessageId = Callable[[Any], str] | None
@@ -42,24 +42,25 @@ async def consume_stream(
     message_id  of the fields, as the producer made it; None: the entry's id, which differs when a producer sends twice
     """
     redis, idle = async_client(redis), milliseconds(check_seconds("min_idle", min_idle))
-    group = dedup.group
+    group, cancelled = dedup.group, cancellation()
     try:
         await redis.xgroup_create(stream, group, id="0", mkstream=True)
     except ResponseError as error:
         if not str(error).startswith("BUSYGROUP"):
             raise
     start: Any = "0-0"
-    while True:
-        start, entries, *_ = await heard(redis.xautoclaim(stream, group, consumer, idle, start, count=batch))
+    while not cancelled():
+        start, entries, *_ = await redis.xautoclaim(stream, group, consumer, idle, start, count=batch)
         block = None if entries else min(BLOCK, idle)
-        found = await heard(redis.xreadgroup(group, consumer, {stream: ">"}, count=batch, block=block))
+        found = await redis.xreadgroup(group, consumer, {stream: ">"}, count=batch, block=block)
         for fresh in found.values() if isinstance(found, dict) else (each for _, each in found):
             entries = [*entries, *(fresh[0] if fresh and isinstance(fresh[0], list) else fresh)]  # RESP3 nests them
         for entry, fields in entries:
             if entry is not None:  # deleted from the stream while it was pending, as a Redis before 7 tells
                 place = entry.decode() if isinstance(entry, bytes) else entry
                 if (await _settle(dedup, stream, place, message_id, handler, fields)).ack:
-                    await heard(redis.xack(stream, group, entry))
+                    await redis.xack(stream, group, entry)
+    raise asyncio.CancelledError
 
 
 async def consume_kafka(
@@ -75,7 +76,8 @@ async def consume_kafka(
         raise ValueError("enable_auto_commit=True acknowledges what was never processed: make the consumer with False")
     kafka: Any = import_module("aiokafka")
     check_seconds("pause", pause, least=0.0)
-    while True:
+    cancelled = cancellation()
+    while not cancelled():
         record = await consumer.getone()
         place, verdict = kafka.TopicPartition(record.topic, record.partition), Verdict.NACK
         try:
@@ -90,6 +92,7 @@ async def consume_kafka(
                 await consumer.commit({place: record.offset + 1})
         else:
             await asyncio.sleep(pause)
+    raise asyncio.CancelledError
 
 
 async def _settle(
