@@ -12,14 +12,19 @@ import tomllib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import fastapi
 import nbformat
+import pydantic
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from psycopg_pool import AsyncConnectionPool
 
 import distsys
 from distsys import cli, decide
+from distsys.idempotency.database import ensure_schema
 from distsys.lab import experiments
 from distsys.lab.notebooks import KERNELSPEC, MAX_BYTES
 from distsys.lab.notebooks import faults as faults_of_outputs
@@ -206,7 +211,7 @@ def test_the_commands_of_a_checklist_are_understood(path: Path) -> None:
             assert set(options.experiments) <= set(experiments.names())
 
 
-async def test_the_code_of_the_readme_runs_as_written(redis: object) -> None:
+async def test_the_code_of_the_readme_runs_as_written(redis: object, pg_pool: AsyncConnectionPool) -> None:
     """The quick start, with nothing changed: only the names that it leaves to the reader are given."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     done = []
@@ -217,11 +222,22 @@ async def test_the_code_of_the_readme_runs_as_written(redis: object) -> None:
     async def handle_request() -> None:
         done.append("handled")
 
+    class PaymentCreate(pydantic.BaseModel):
+        amount: int
+
+    async def process() -> str:
+        done.append("paid")
+        return "paid"
+
+    await ensure_schema(pg_pool)
     scope = {"redis_client": redis, "process_payment": process_payment, "order_id": "order-123"}
-    scope |= {"user_id": 42, "handle_request": handle_request}
+    scope |= {"user_id": 42, "handle_request": handle_request, "router": fastapi.APIRouter(), "Header": fastapi.Header}
+    scope |= {"PaymentCreate": PaymentCreate, "db": pg_pool, "process": process}
     code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     await eval(code, scope)
-    assert done == ["order-123", "handled"]
+    create_payment: Any = scope["create_payment"]
+    assert [await create_payment(PaymentCreate(amount=1), "one-intent") for _ in range(2)] == ["paid", "paid"]
+    assert done == ["order-123", "handled", "paid"]
 
 
 # ---- the notebooks

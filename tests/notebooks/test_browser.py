@@ -92,7 +92,7 @@ def test_the_start_notebook_answers_a_reader(page: Page) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [("01_locks", "Dark"), ("02_resilience", "Dark"), ("04_rate_limiting", "Light")],
+    [("01_locks", "Dark"), ("02_resilience", "Dark"), ("03_idempotency", "Dark"), ("04_rate_limiting", "Light")],
     indirect=True,
     ids=lambda p: p[0],
 )
