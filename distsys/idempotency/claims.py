@@ -62,7 +62,7 @@ class Store(Protocol):
     ) -> Found:
         """Claims what is free, or whose outcome is unknown under the number `over`; else says what there is.
 
-        One that failed leaves no claim behind that nobody knows of, as far as the store can be told.
+        One that failed or was cancelled leaves no claim behind that nobody knows of, as far as the store can be told.
         """
 
     async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
@@ -71,7 +71,7 @@ class Store(Protocol):
     async def extend(self, key: str, fence: int, lease: float) -> bool:
         """The same."""
 
-    async def wait(self, key: str, timeout: float) -> None:
+    async def wait(self, key: str, fence: int, timeout: float) -> None:
         """Until the claim ends, which claim(waits=True) asked to be told of; or until the timeout."""
 
     def unavailable(self, error: Exception) -> bool:
@@ -214,7 +214,8 @@ class Claims:
         deadline, over = now() + self.wait, 0
         while True:
             asked = time.monotonic()
-            found = await self._ask(key, fingerprint, over, now() < deadline)
+            waits = now() < deadline
+            found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
             if found.state == "claimed":
                 return Claim(self, key, found.fence, until=asked + self.lease)
             seen[:] = [found]
@@ -226,27 +227,13 @@ class Claims:
             if found.state == "unknown":
                 over = await self._may_take_over(key, found.fence)
             elif (left := min(found.left, deadline - now())) > 0:
-                await self.store.wait(key, left)
+                await self.store.wait(key, found.fence, left)
             else:
                 raise KeyInProgress(
                     f"{key!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
                     key=key,
                     retry_after=min(1.0, found.left),
                 )
-
-    async def _ask(self, key: str, fingerprint: bytes, over: int, waits: bool) -> Found:
-        """Cancelled, it gives back what it claimed: nobody would carry that out, and it would end up unknown."""
-        options: dict[str, Any] = {"lease": self.lease, "ttl": self.ttl, "over": over, "waits": waits}
-        asking = asyncio.ensure_future(self.store.claim(key, fingerprint, **options))
-        try:
-            return await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            in_background(self._give_back(key, over, asking), f"giving back what may be claimed of {key!r}")
-            raise
-
-    async def _give_back(self, key: str, over: int, asking: asyncio.Future[Found]) -> None:
-        if (found := await asking).state == "claimed":
-            await self.store.end(key, found.fence, "unknown" if over else "free", b"", self.ttl)
 
     async def _may_take_over(self, key: str, fence: int) -> int:
         """The number of the claim whose outcome is unknown, if the policy lets another attempt begin."""

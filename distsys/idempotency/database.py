@@ -13,6 +13,7 @@ Source   Helland 2012 "Idempotence is not a medical condition"; PostgreSQL docum
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,7 @@ from distsys.errors import KeyInProgress
 from distsys.idempotency.answers import answer_of, is_response, kept, status_of
 from distsys.idempotency.claims import DAY, End, Found, check_same, check_seconds
 from distsys.idempotency.keys import fingerprint_of, parse_key
+from distsys.tasks import in_background
 
 Database = AsyncConnection[Any] | AsyncConnectionPool[Any]
 TRIES = 100  # to read a row that others claim and free in the meantime
@@ -156,8 +158,22 @@ class PostgresStore:
     async def claim(
         self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
     ) -> Found:
-        async with self._pool.connection() as conn:
-            return await claim(conn, self._scope, self._endpoint, key, fingerprint, lease=lease, ttl=ttl, over=over)
+        """Cancelled, it goes on in the background, and gives back what it claimed: nobody would carry that out."""
+
+        async def ask() -> Found:
+            async with self._pool.connection() as conn:
+                return await claim(conn, self._scope, self._endpoint, key, fingerprint, lease=lease, ttl=ttl, over=over)
+
+        async def give_back() -> None:
+            if (found := await asking).state == "claimed":
+                await self.end(key, found.fence, "unknown" if over else "free", b"", ttl)
+
+        asking = asyncio.ensure_future(ask())
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            in_background(give_back(), f"giving back what may be claimed of {key!r}")
+            raise
 
     async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
         facts = {"state": state, "answer": answer if state == "done" else None, "ttl": ttl}
@@ -170,7 +186,7 @@ class PostgresStore:
         async with self._pool.connection() as conn:
             return bool(await rows(conn, _EXTEND, {**self._row(key, fence), "lease": lease}))
 
-    async def wait(self, key: str, timeout: float) -> None:
+    async def wait(self, key: str, fence: int, timeout: float) -> None:
         async with self._pool.connection() as conn:
             before, listening = conn.autocommit, f'LISTEN "{_channel(key)}"'
             await conn.set_autocommit(True)

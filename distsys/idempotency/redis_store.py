@@ -14,8 +14,8 @@ from distsys.idempotency.claims import End, Found
 from distsys.redis_scripts import Script, Timed, hash_tag, milliseconds, unavailable
 from distsys.tasks import in_background
 
-# KEYS[1] - the record    KEYS[2] - a list that holds an element once the claim is over
-# ARGV - fingerprint, lease in ms, ttl in ms, number of a claim to take over, "1" to have KEYS[2] filled, who asks
+# KEYS[1] - the record
+# ARGV - fingerprint, lease in ms, ttl in ms, number of a claim to take over, "1" to be told of the end, who asks
 # Who heard no answer asks again, and is not held up by a claim of its own.
 # Returns {state, number, fingerprint, answer, ms of the lease left}. A running one past its lease is unknown.
 CLAIM = Script("""
@@ -30,14 +30,14 @@ if state and not (state == 'unknown' and record[2] == ARGV[4]) then
   return {state, fence, record[4], record[5] or '', state == 'running' and record[3] - now or 0}
 end
 fence = math.max(time[1] * 1000000 + time[2], fence + 1)
-redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[1], 'state', 'running', 'fence', string.format('%.0f', fence),
   'until', string.format('%.0f', now + ARGV[2]), 'fingerprint', ARGV[1], 'by', ARGV[6])
 redis.call('PEXPIRE', KEYS[1], ARGV[2] + ARGV[3])
 return {'claimed', fence, ARGV[1], '', ARGV[2]}
 """)
 
-# KEYS as above    ARGV - number, "done", "unknown", "free" or "running", answer, ttl or lease in ms
+# KEYS[1] - the record    KEYS[2] - a list, one for each number, which gets an element if somebody is to be told
+# ARGV - number, "done", "unknown", "free" or "running", answer, ttl or lease in ms
 # Returns 0 when the claim with that number is over; but who is not heard may say "done" again.
 END = Script("""
 local record = redis.call('HMGET', KEYS[1], 'state', 'fence', 'awaited')
@@ -77,14 +77,14 @@ class RedisStore:
         asked = "1" if waits else "", token_hex(8)
         args = fingerprint.hex(), milliseconds(lease), milliseconds(ttl), over, *asked
         try:
-            reply = await self._scripts.run(CLAIM, self._keys(key), *args)
-        except Exception:  # the server may have done it, and nobody would ever end it
+            reply = await self._scripts.run(CLAIM, self._keys(key)[:1], *args)
+        except BaseException:  # not heard, or cancelled: the server may have done it, and nobody would ever end it
             in_background(self._give_back(key, over, args), f"giving back what may be claimed of {key!r}")
             raise
         return self._found(reply)
 
     async def _give_back(self, key: str, over: int, args: tuple[Any, ...]) -> None:
-        found = self._found(await self._scripts.run(CLAIM, self._keys(key), *args))
+        found = self._found(await self._scripts.run(CLAIM, self._keys(key)[:1], *args))
         if found.state == "claimed":
             await self.end(key, found.fence, "unknown" if over else "free", b"", args[2] / 1000)
 
@@ -95,14 +95,14 @@ class RedisStore:
 
     async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
         text = answer.decode("latin-1")  # a client with decode_responses=True has to read it back
-        return bool(await self._scripts.run(END, self._keys(key), fence, state, text, milliseconds(ttl)))
+        return bool(await self._scripts.run(END, self._keys(key, fence), fence, state, text, milliseconds(ttl)))
 
     async def extend(self, key: str, fence: int, lease: float) -> bool:
-        return bool(await self._scripts.run(END, self._keys(key), fence, "running", "", milliseconds(lease)))
+        return bool(await self._scripts.run(END, self._keys(key, fence), fence, "running", "", milliseconds(lease)))
 
-    async def wait(self, key: str, timeout: float) -> None:
+    async def wait(self, key: str, fence: int, timeout: float) -> None:
         """The element goes round, so that it wakes all who wait."""
-        ended, now = self._keys(key)[1], asyncio.get_running_loop().time
+        ended, now = self._keys(key, fence)[1], asyncio.get_running_loop().time
         patience = self._redis.get_connection_kwargs().get("socket_timeout") or 2 * SLICE
         deadline, slice_ = now() + timeout, min(SLICE, patience / 2)
         while (left := deadline - now()) > 0:
@@ -113,9 +113,9 @@ class RedisStore:
     def unavailable(self, error: Exception) -> bool:
         return unavailable(error)
 
-    def _keys(self, key: str) -> tuple[str, str]:
+    def _keys(self, key: str, fence: int = 0) -> tuple[str, str]:
         record = f"{self._prefix}{{{hash_tag(key)}}}"
-        return record, f"{record}:ended"
+        return record, f"{record}:{fence}"
 
 
 def _text(reply: bytes | str) -> str:

@@ -307,7 +307,7 @@ async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: S
         seen.add(found.state)
         if not reached:
             break
-    assert seen == {"claimed", "unknown", "done"}
+    assert seen >= {"claimed", "done"}, "unknown, if a reply's arrival leaves that await its number"
 
 
 async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unknown(store: Store) -> None:
@@ -574,8 +574,8 @@ async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(stor
 async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     store = RedisStore(redis)
     claims = Claims(store, ttl=1_000, lease=10, wait=30)
-    record, ended = store._keys("k")
     async with await claims.begin("k", MINE) as claim:
+        record, ended = store._keys("k", claim.fence)
         waiting = asyncio.create_task(claims.begin("k", MINE))
         while not await redis.hexists(record, "awaited"):
             pass

@@ -255,6 +255,8 @@ async def test_another_request_with_the_same_key_is_422(redis: Redis, method: st
         refused = await client.request(method, url, headers=key(), content=body)
         again = await client.post(first.replace("b=2&a=1", "a=%31&b=2"), headers=key(), content=b"x")
     assert is_problem(refused, 422, "key-reused")
+    assert refused.json()["key"] == "k", "by the client's name, not by the store's"
+    assert refused.json()["detail"].startswith("'k' belongs to another request")
     assert (again.json(), again.headers["idempotent-replayed"]) == ({"effect": 1}, "true"), "the order does not count"
     assert shop.effects == 1
 
