@@ -19,8 +19,6 @@ from redis.exceptions import (
     RedisClusterException,
 )
 
-from distsys.tasks import heard
-
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -41,13 +39,18 @@ class Script:
         self.text, self.sha = text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     async def run(self, redis: Any, keys: Sequence[str], *args: Any) -> Any:
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
         try:
-            return await heard(redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args))
+            answer = await redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
         except NoScriptError:  # restarted, or SCRIPT FLUSH: EVAL brings the script along and loads it
-            return await heard(redis.eval(self.text, len(keys), *keys, *args))
+            answer = await redis.eval(self.text, len(keys), *keys, *args)
         except NoPermissionError as error:
             error.add_note("distsys decides in scripts: give the user  +evalsha +eval +@read +@write +time ~distsys:*")
             raise
+        if task and task.cancelling() > before:  # as distsys.tasks.heard, without a coroutine around each command
+            raise asyncio.CancelledError
+        return answer
 
 
 class Timed:

@@ -164,8 +164,9 @@ class TokenBucketLimiter:
         own = self._slices.get(key)
         if own is None or own.left < cost or own.now() >= own.until:
             return None
-        own.left -= cost
-        return self.limit.decision(own.used - own.left - cost, cost, cost, "lease")
+        own.left -= cost  # granted before: what limit.decision would say, without asking whether
+        limit, used = self.limit, own.used - own.left
+        return Decision(True, limit.capacity, max(0, (limit.full - used) // MICRO), 0.0, limit.seconds(used), "lease")
 
     async def _with_slice(self, key: str, cost: int, lease: Lease) -> Decision:
         """Asks for the request and a slice together; for the request alone while a slice is on its way."""
