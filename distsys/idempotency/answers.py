@@ -30,7 +30,7 @@ def kept(result: Any) -> bytes:
 
 
 def json_of(value: Any) -> str:
-    return json.dumps(value, default=_plain)
+    return _encode(value)
 
 
 def answer_of(answer: bytes) -> Any:
@@ -76,3 +76,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Decimal, UUID)):
         return str(value)
     raise TypeError(f"an answer is kept as JSON, and {value!r} is a {type(value).__name__}: return plain values")
+
+
+_encode = json.JSONEncoder(default=_plain).encode  # made once: json.dumps makes one for each call

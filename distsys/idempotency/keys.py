@@ -38,6 +38,7 @@ _UUID = re.compile(
 )
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _BARE = re.compile(r"[!#-+\--~]+")  # printable, without space, quote and comma
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # made once: json.dumps makes one for each call
 _known: OrderedDict[str, str] = OrderedDict()  # intents without their uuids -> their newest key
 
 
@@ -71,9 +72,9 @@ def canonical(value: Any, at: str = "value", depth: int = 0) -> str:
     if isinstance(value, Enum):
         return canonical(value.value, at, depth + 1)
     if value is None or isinstance(value, (bool, str)):
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"{at}={value!r} holds half of a character, a lone surrogate")
-        return json.dumps(value, ensure_ascii=False)
+        return _encode(value)
     if isinstance(value, (int, float, Decimal)):
         return _number(Decimal(float.__repr__(value)) if isinstance(value, float) else Decimal(value), at)
     if isinstance(value, datetime):
