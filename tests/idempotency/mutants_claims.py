@@ -181,7 +181,7 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
         "a record ends with its ttl while its owner lives",
         "END",
         "if redis.call('PTTL', KEYS[1]) < 2 * ARGV[4] then redis.call('PEXPIRE', KEYS[1], 2 * ARGV[4]) end",
-        "redis.call('PEXPIRE', KEYS[1], 1)",
+        "redis.call('PEXPIRE', KEYS[1], 0)",
         on(test_claims.test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives),
         (),
     ),
