@@ -41,7 +41,10 @@ def lab(tmp_path: Path, jupyter: dict[str, str]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "distsys", "lab", "--no-browser", "--port", str(port)]
-    with subprocess.Popen(command, cwd=folder.parent, env=jupyter, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=folder.parent, env=jupyter, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
+    ) as server:  # fmt: skip
         assert server.stderr
         try:
             yield next(line.strip() for line in server.stderr if line.strip().startswith("http://127.0.0.1"))
