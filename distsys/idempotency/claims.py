@@ -85,8 +85,11 @@ class Claim:
     unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `fence` where that is possible.
     """
 
-    def __init__(self, claims: Claims, key: str, fence: int, answer: bytes | None = None, until: float = 0.0) -> None:
+    def __init__(
+        self, claims: Claims, key: str, fence: int, answer: bytes | None = None, until: float = 0.0, name: str = ""
+    ) -> None:
         self.claims, self.key, self.fence, self.answer = claims, key, fence, answer
+        self.name = name or key  # what errors call it
         self.effect_began = self._overtaken = False
         self.open = answer is None and fence > 0
         self._timer: asyncio.TimerHandle | None = None
@@ -103,9 +106,9 @@ class Claim:
         self.effect_began = True
         if self.open and not await self._end("done", self.claims.sealed(answer)):
             raise OutcomeUnknown(
-                f"{self.key!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
+                f"{self.name!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
                 "another took over, or the store lost its claim; what this one did is on no record",
-                key=self.key,
+                key=self.name,
             )
 
     async def __aenter__(self) -> Claim:
@@ -194,13 +197,13 @@ class Claims:
                 await claim.done(claim.answer)
         return json.loads(claim.answer)
 
-    async def begin(self, key: str, fingerprint: bytes) -> Claim:
-        """The attempt of a request with this fingerprint."""
+    async def begin(self, key: str, fingerprint: bytes, *, name: str = "") -> Claim:
+        """The attempt of a request with this fingerprint; errors call the key by `name`, if its owner knows it so."""
         if not key:
             raise BadKey("the key is empty: an intent has a name")
         seen: list[Found] = []
         try:
-            return await self._begin(key, fingerprint, seen)
+            return await self._begin(key, fingerprint, name or key, seen)
         except Exception as error:
             if self.on_failure is None or not self.store.unavailable(error):
                 raise
@@ -209,7 +212,7 @@ class Claims:
             logger.warning("%r is carried out unprotected: %r", key, error)
             return Claim(self, key, 0)
 
-    async def _begin(self, key: str, fingerprint: bytes, seen: list[Found]) -> Claim:
+    async def _begin(self, key: str, fingerprint: bytes, name: str, seen: list[Found]) -> Claim:
         now = asyncio.get_running_loop().time
         deadline, over = now() + self.wait, 0
         while True:
@@ -217,36 +220,37 @@ class Claims:
             waits = now() < deadline
             found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
             if found.state == "claimed":
-                return Claim(self, key, found.fence, until=asked + self.lease)
+                return Claim(self, key, found.fence, until=asked + self.lease, name=name)
             seen[:] = [found]
-            check_same(found, fingerprint, key)
+            check_same(found, fingerprint, name)
             if found.state == "done":
                 if found.answer == NOT_KEPT:
-                    raise AnswerNotKept(key=key)
+                    raise AnswerNotKept(key=name)
                 return Claim(self, key, found.fence, self._decrypt(found.answer))
             if found.state == "unknown":
-                over = await self._may_take_over(key, found.fence)
+                over = await self._may_take_over(key, found.fence, name)
             elif (left := min(found.left, deadline - now())) > 0:
                 await self.store.wait(key, found.fence, left)
             else:
                 raise KeyInProgress(
-                    f"{key!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
-                    key=key,
+                    f"{name!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
+                    key=name,
                     retry_after=min(1.0, found.left),
                 )
 
-    async def _may_take_over(self, key: str, fence: int) -> int:
+    async def _may_take_over(self, key: str, fence: int, name: str) -> int:
         """The number of the claim whose outcome is unknown, if the policy lets another attempt begin."""
         if self.on_unknown == "block":
             raise OutcomeUnknown(
-                f"{key!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=key
+                f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=name
             )
         if callable(self.on_unknown):
             try:
                 answer = await self.on_unknown(key)
             except Exception as error:
                 logger.warning("what became of %r could not be found out: %r", key, error)
-                raise OutcomeUnknown(f"{key!r}: what became of an earlier attempt is not known yet", key=key) from error
+                text = f"{name!r}: what became of an earlier attempt is not known yet"
+                raise OutcomeUnknown(text, key=name) from error
             if answer is not None:
                 await self.store.end(key, fence, "done", self.sealed(answer), self.ttl)
         return fence

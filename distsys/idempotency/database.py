@@ -72,6 +72,10 @@ _EXTEND = f"""
 UPDATE distsys_idempotency SET leased_until = clock_timestamp() + make_interval(secs => %(lease)s),
   expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => 2 * %(lease)s)) WHERE {_MINE}
 """  # noqa: S608
+_DONE = """
+SELECT FROM distsys_idempotency
+WHERE (scope, endpoint, key, fence, state) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s, 'done')
+"""
 _RUNNING = """
 SELECT FROM distsys_idempotency WHERE (scope, endpoint, key, state) = (%(scope)s, %(endpoint)s, %(key)s, 'running')
 """
@@ -179,6 +183,8 @@ class PostgresStore:
         facts = {"state": state, "answer": answer if state == "done" else None, "ttl": ttl}
         async with self._pool.connection() as conn:
             ended = await rows(conn, _FREE if state == "free" else _END, {**self._row(key, fence), **facts})
+            if not ended and state == "done":  # said again, by one who was not heard
+                ended = await rows(conn, _DONE, self._row(key, fence))
             await conn.execute("SELECT pg_notify(%s, '')", (_channel(key),))
         return bool(ended)
 

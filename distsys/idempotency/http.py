@@ -80,12 +80,8 @@ class IdempotencyMiddleware:
             if isinstance(several, str):
                 raise TypeError(f"{name}={several!r} is a str: give a list of them")
         self.app, self.claims = app, Claims(store, **options)
-        self._caller, self._methods, self._required, self._fields = (
-            scope,
-            frozenset(map(str.upper, methods)),
-            required,
-            fields,
-        )
+        self._caller, self._required, self._fields = scope, required, fields
+        self._methods = frozenset(map(str.upper, methods))
         self._max_request, self._max_response = max_request, max_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,16 +93,15 @@ class IdempotencyMiddleware:
         if not given and not required:
             await self.app(scope, receive, send)
             return
-        key = name = ""
         try:
             name = parse_key(",".join(given))
             key = hashlib.sha256(f"{await self._who(scope)}\0{name}".encode()).hexdigest()
             body = await self._body(receive)
             if body is None:
                 return  # the client has gone, and nothing was begun
-            claim = await self.claims.begin(key, self._fingerprint(scope, body))
+            claim = await self.claims.begin(key, self._fingerprint(scope, body), name=name)
         except DistsysError as refusal:
-            await send_problem(send, _renamed(refusal, key, name))
+            await send_problem(send, refusal)
             return
         if claim.answer is not None:
             status, headers, body = http_response(claim.answer)
@@ -262,12 +257,6 @@ def problem(error: DistsysError) -> tuple[int, list[tuple[bytes, bytes]], bytes]
     if (wait := error.facts.get("retry_after")) is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(wait))).encode()))
     return error.status, headers, body
-
-
-def _renamed(error: DistsysError, key: str, name: str) -> DistsysError:
-    """The client knows its key by the name it gave it, not by the store's."""
-    facts = {**error.facts, "key": name} if "key" in error.facts else error.facts
-    return type(error)(str(error).replace(key, name) if key else str(error), **facts)
 
 
 async def send_problem(send: Send, error: DistsysError) -> None:

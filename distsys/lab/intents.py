@@ -18,9 +18,7 @@ from distsys.lab.history import Finding, History, Op
 from distsys.lab.spans import count
 from distsys.lab.worker import Worker
 
-_LEDGER = "CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL, token bigint)"
-
-
+_LEDGER = "CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL)"
 DEFAULTS: dict[str, Any] = {"intent": "order-1", "user": "ann", "amount": 10}
 
 
@@ -87,7 +85,7 @@ async def _attempt(
 
 
 async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
-    """Publishes the messages that the script orders, or consumes them: those of `messages`, of one in "orders".
+    """Publishes the message that an order names with `publish`; an order without it consumes what there is.
 
     The candidate gets redis, conn, pool, stream, consumer and handle, and runs until it is ended. `await
     handle(message, conn)` has the effect, on conn or at once. Its acknowledgement passes the point before-ack.

@@ -200,7 +200,7 @@ async def test_a_policy_can_find_out_what_happened(store: Store, found_out: byte
     async with await claims.begin("k", MINE) as claim:
         assert claim.answer == found_out
         await claim.done(b"done now")
-    assert (await claims.begin("k", MINE)).answer == found_out or b"done now"
+    assert (await claims.begin("k", MINE)).answer == (found_out or b"done now")
     assert asked == ["k"]
 
 
@@ -294,7 +294,8 @@ async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: S
             await asyncio.sleep(0)
             began.append(1)
             claim.effect_began = True
-            await asyncio.sleep(0)
+            for _ in range(10):  # the await's number is not the same in each run: replies come sooner or later
+                await asyncio.sleep(0)
             await claim.done(b"answer")
 
     seen = set()
@@ -307,7 +308,7 @@ async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: S
         seen.add(found.state)
         if not reached:
             break
-    assert seen >= {"claimed", "done"}, "unknown, if a reply's arrival leaves that await its number"
+    assert seen == {"claimed", "unknown", "done"}
 
 
 async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unknown(store: Store) -> None:
@@ -400,6 +401,7 @@ async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> No
     async with await Claims(store).begin("k", MINE) as claim:
         await claim.done(b"first")
         await claim.done(b"second")
+        assert await store.end("k", claim.fence, "done", b"third", 60), "by one who was not heard"
     assert (await Claims(store).begin("k", MINE)).answer == b"first"
 
 

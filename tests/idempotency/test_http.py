@@ -464,7 +464,9 @@ async def test_once_the_effect_began_a_failure_leaves_the_outcome_unknown(redis:
     await asyncio.wait([request])
     assert request.cancelled() or request.exception() or request.result()[0]["status"] == 500
     async with client_of(guarded(shop.app, redis)) as client:
-        assert is_problem(await client.post("/pay", headers=key()), 409, "outcome-unknown")
+        unknown = await client.post("/pay", headers=key())
+        assert is_problem(unknown, 409, "outcome-unknown")
+        assert unknown.json()["key"] == "k", "by the client's name, not by the store's"
     async with client_of(guarded(shop.app, redis, on_unknown="rerun")) as client:
         assert (await client.post("/pay", headers=key())).json() == {"effect": 2}
 

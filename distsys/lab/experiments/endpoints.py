@@ -71,7 +71,7 @@ def claimed(redis: Any, charge: Charge, lease: float = 30.0, wait: float = 0.0, 
     return pay
 
 
-def mark_after(redis: Any, charge: Charge, ttl_ms: int = DAY_MS, scoped: bool = True, checked: bool = True) -> Pay:
+def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = True) -> Pay:
     """Looks, pays, and writes down the answer."""
 
     async def pay(key: str, amount: int, user: str) -> str:
@@ -79,7 +79,7 @@ def mark_after(redis: Any, charge: Charge, ttl_ms: int = DAY_MS, scoped: bool = 
         if known := await redis.get(place):
             return str(known.decode())
         answer = await charge(amount)
-        await redis.set(place, answer, px=ttl_ms)
+        await redis.set(place, answer, px=DAY_MS)
         return answer
 
     return pay
@@ -161,7 +161,7 @@ def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
 
 
 def one_layer(redis: Any, charge: Charge) -> Pay:
-    """SET NX once the effect has happened, and nothing else remembers."""
+    """Looks into Redis, pays, and tells Redis: nothing else remembers."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         if not await redis.exists(f"seen:{key}"):

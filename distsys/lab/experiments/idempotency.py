@@ -1,7 +1,7 @@
 """What it takes to pay once: attempts that come twice, at once, too late, from somebody else, or after a crash.
 
 The effects are counted in a ledger, a table. The lab gives a candidate what its parameters name of redis, conn, pool,
-name and charge; it returns `pay(key, amount, user)`.
+name and charge; it has `pay(key, amount, user)`, or returns such a function.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ forgotten = paying(
     name="redis-only-dedup",
     claim="What only Redis remembers is gone with a restart or an eviction; the mark belongs to the effect's commit.",
     arms=(
-        breaks("SET NX in Redis", endpoints.one_layer),
+        breaks("EXISTS, pay, SET in Redis", endpoints.one_layer),
         holds("Dedup, two layers", endpoints.two_layers),
     ),
     script=redis_forgets,
