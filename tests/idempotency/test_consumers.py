@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from confluent_kafka import Producer
 from psycopg_pool import AsyncConnectionPool
 from redis.asyncio import Redis
+from testcontainers.community.kafka import KafkaContainer
 
 from distsys.idempotency.consumers import consume_kafka, consume_stream
 from distsys.idempotency.dedup import Dedup
@@ -198,16 +199,28 @@ async def test_without_the_database_a_consumer_ends_and_its_entry_comes_again(
 
 
 @pytest.fixture(scope="module")
-def brokers(request: Any) -> Any:
-    """Of KAFKA_URL, or librdkafka's mock of three brokers; which one is in the output."""
-    url, capture = os.environ.get("KAFKA_URL"), request.config.pluginmanager.get_plugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\nKafka: {url or 'the mock brokers in confluent-kafka; set KAFKA_URL for a real one'}")
-    if url:
+def brokers(request: Any) -> Iterator[str]:
+    """Of KAFKA_URL, or a container, or librdkafka's mock of three brokers; which one is in the output."""
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with ExitStack() as stack:
+        url, which = given_brokers(stack)
+        with capture.global_and_fixture_disabled():
+            print(f"\nKafka: {which}")
         yield url
-        return
+
+
+def given_brokers(stack: ExitStack) -> tuple[str, str]:
+    if url := os.environ.get("KAFKA_URL"):
+        return url, f"{url}, of KAFKA_URL"
+    try:
+        container = stack.enter_context(KafkaContainer().with_kraft().with_env("KAFKA_NUM_PARTITIONS", "4"))
+        return container.get_bootstrap_server(), f"a container of {container.image}"
+    except Exception as error:  # noqa: BLE001  no engine, no image: each with an error of its own library
+        why = type(error).__name__
     mock = Producer({"test.mock.num.brokers": 3})
-    yield ",".join(f"{each.host}:{each.port}" for each in mock.list_topics(timeout=10).brokers.values())
+    stack.callback(mock.flush, 0)
+    url = ",".join(f"{each.host}:{each.port}" for each in mock.list_topics(timeout=10).brokers.values())
+    return url, f"the mock brokers in confluent-kafka, for there is no container ({why}); KAFKA_URL names a real one"
 
 
 class Kafka:
@@ -357,13 +370,12 @@ async def _counted(pool: AsyncConnectionPool) -> bool:
     return await effects(pool) == 1
 
 
-@pytest.mark.skipif(
-    "KAFKA_URL" not in os.environ, reason="mock brokers refuse a second consumer's SyncGroup: KAFKA_URL"
-)
 async def test_two_consumers_of_a_group_that_come_and_go_lose_and_double_nothing(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
     """Each start and stop is a rebalance, with records under way."""
+    if "," in kafka.brokers and "KAFKA_URL" not in os.environ:
+        pytest.skip("mock brokers refuse a second consumer's SyncGroup: KAFKA_URL, or a container engine")
     values = [str(number).encode() for number in range(40)]
     await kafka.send(*values[:20], partition=0)
     await kafka.send(*values[20:], partition=1)
