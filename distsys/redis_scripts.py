@@ -19,6 +19,8 @@ from redis.exceptions import (
     RedisClusterException,
 )
 
+from distsys.tasks import heard
+
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -53,6 +55,16 @@ class Script:
         return answer
 
 
+class Command:
+    """A single command, sent as scripts are; `options` are what the client reads the reply by."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.options = name, options
+
+    def run(self, redis: Any, keys: Sequence[str], *args: Any) -> Awaitable[Any]:
+        return heard(redis.execute_command(self.name, *keys, *args, **self.options))
+
+
 class Timed:
     """Runs scripts on one Redis: TimeoutError after `timeout` seconds; None: as long as the client waits.
 
@@ -66,16 +78,16 @@ class Timed:
         self._lost = self._cluster = isinstance(client, redis.asyncio.RedisCluster)
         self._finding: asyncio.Task[Any] | None = None
 
-    def run(self, script: Script, keys: Sequence[str], *args: Any) -> Awaitable[Any]:
+    def run(self, script: Script | Command, keys: Sequence[str], *args: Any) -> Awaitable[Any]:
         if self.timeout is None:
             return script.run(self.redis, keys, *args)
         return (self._run_on_cluster if self._cluster else self._run_in_time)(script, keys, *args)
 
-    async def _run_in_time(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+    async def _run_in_time(self, script: Script | Command, keys: Sequence[str], *args: Any) -> Any:
         async with asyncio.timeout(self.timeout):
             return await script.run(self.redis, keys, *args)
 
-    async def _run_on_cluster(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+    async def _run_on_cluster(self, script: Script | Command, keys: Sequence[str], *args: Any) -> Any:
         """Cancelled, the client closes connections, or tries once more where Python 3.11 loses it: nobody waits."""
 
         async def find_and_run() -> Any:

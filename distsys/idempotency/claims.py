@@ -48,7 +48,7 @@ class Found(NamedTuple):
     """What a store has for a key."""
 
     state: Literal["claimed", "running", "done", "unknown"]  # claimed: by this very question
-    fence: int
+    owner: int  # of the claim; no two claims of a key have the same
     fingerprint: bytes
     answer: bytes
     left: float  # seconds of the owner's lease
@@ -60,18 +60,21 @@ class Store(Protocol):
     async def claim(
         self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
     ) -> Found:
-        """Claims what is free, or whose outcome is unknown under the number `over`; else says what there is.
+        """Claims what is free, or whose outcome is unknown and whose owner is `over`; else says what there is.
 
         One that failed or was cancelled leaves no claim behind that nobody knows of, as far as the store can be told.
         """
 
-    async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
-        """False, and nothing happens, when the claim with that number is over; done twice is done."""
+    async def end(self, key: str, owner: int, state: End, answer: bytes, ttl: float) -> bool:
+        """False, and nothing happens, when the claim of that owner is over; done twice is done."""
 
-    async def extend(self, key: str, fence: int, lease: float) -> bool:
+    async def extend(self, key: str, owner: int, lease: float) -> bool:
         """The same."""
 
-    async def wait(self, key: str, fence: int, timeout: float) -> None:
+    async def fence(self, key: str, owner: int) -> int:
+        """The claim's number, larger than those of all claims before it; 0 when it is over."""
+
+    async def wait(self, key: str, owner: int, timeout: float) -> None:
         """Until the claim ends, which claim(waits=True) asked to be told of; or until the timeout."""
 
     def unavailable(self, error: Exception) -> bool:
@@ -82,16 +85,17 @@ class Claim:
     """One attempt: either `answer` is that of an earlier one, or it is None and the attempt is yours.
 
     `async with claim:` carry it out, then `await claim.done(answer)`. A block that ends otherwise frees the key;
-    unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `fence` where that is possible.
+    unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `await claim.fence()` where
+    that is possible.
     """
 
     def __init__(
-        self, claims: Claims, key: str, fence: int, answer: bytes | None = None, until: float = 0.0, name: str = ""
+        self, claims: Claims, key: str, owner: int, answer: bytes | None = None, until: float = 0.0, name: str = ""
     ) -> None:
-        self.claims, self.key, self.fence, self.answer = claims, key, fence, answer
+        self.claims, self.key, self.owner, self.answer = claims, key, owner, answer
         self.name = name or key  # what errors call it
         self.effect_began = self._overtaken = False
-        self.open = answer is None and fence > 0
+        self.open = answer is None and owner > 0
         self._timer: asyncio.TimerHandle | None = None
         self._until = until  # when the lease ends at the latest, by time.monotonic
         self._beat_in(claims.lease / 3)
@@ -105,11 +109,26 @@ class Claim:
         """OutcomeUnknown when another attempt has taken over."""
         self.effect_began = True
         if self.open and not await self._end("done", self.claims.sealed(answer)):
-            raise OutcomeUnknown(
-                f"{self.name!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
-                "another took over, or the store lost its claim; what this one did is on no record",
-                key=self.name,
-            )
+            raise self._overtaken_by_another("what this one did is on no record")
+
+    async def fence(self) -> int:
+        """A number to write with, larger than those of all attempts before; 0 without the store (on_failure="open").
+
+        The resource refuses a write with a smaller number than it has seen. OutcomeUnknown as from `done`.
+        """
+        if not self.owner:
+            return 0
+        number = await self.claims.store.fence(self.key, self.owner)
+        if not number:
+            raise self._overtaken_by_another("write nothing")
+        return number
+
+    def _overtaken_by_another(self, advice: str) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"{self.name!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
+            f"another took over, or the store lost its claim; {advice}",
+            key=self.name,
+        )
 
     async def __aenter__(self) -> Claim:
         return self
@@ -127,9 +146,9 @@ class Claim:
         if self._timer is not None:
             self._timer.cancel()
         try:
-            return await store.end(self.key, self.fence, state, answer, ttl)
+            return await store.end(self.key, self.owner, state, answer, ttl)
         except asyncio.CancelledError:  # what has happened has to be written down all the same; twice does no harm
-            in_background(store.end(self.key, self.fence, state, answer, ttl), f"ending the claim of {self.key!r}")
+            in_background(store.end(self.key, self.owner, state, answer, ttl), f"ending the claim of {self.key!r}")
             raise
 
     # ---- the heartbeat
@@ -145,7 +164,7 @@ class Claim:
         lease, asked = self.claims.lease, time.monotonic()
         try:
             async with asyncio.timeout(lease / 3):
-                if await self.claims.store.extend(self.key, self.fence, lease):
+                if await self.claims.store.extend(self.key, self.owner, lease):
                     self._until = asked + lease
                 else:
                     self._overtaken = self.open  # else it is this very attempt that ended it
@@ -195,7 +214,7 @@ class Claims:
                 claim.effect_began = True
                 claim.answer = json_of(result).encode()
                 await claim.done(claim.answer)
-        return json.loads(claim.answer)
+        return json.loads(claim.answer.decode())  # of bytes it would guess the encoding
 
     async def begin(self, key: str, fingerprint: bytes, *, name: str = "") -> Claim:
         """The attempt of a request with this fingerprint; errors call the key by `name`, if its owner knows it so."""
@@ -213,33 +232,33 @@ class Claims:
             return Claim(self, key, 0)
 
     async def _begin(self, key: str, fingerprint: bytes, name: str, seen: list[Found]) -> Claim:
-        now = asyncio.get_running_loop().time
-        deadline, over = now() + self.wait, 0
+        asked, over = time.monotonic(), 0
+        deadline = asked + self.wait
         while True:
-            asked = time.monotonic()
-            waits = now() < deadline
+            waits = asked < deadline
             found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
             if found.state == "claimed":
-                return Claim(self, key, found.fence, until=asked + self.lease, name=name)
+                return Claim(self, key, found.owner, until=asked + self.lease, name=name)
             seen[:] = [found]
             check_same(found, fingerprint, name)
             if found.state == "done":
                 if found.answer == NOT_KEPT:
                     raise AnswerNotKept(key=name)
-                return Claim(self, key, found.fence, self._decrypt(found.answer))
+                return Claim(self, key, found.owner, self._decrypt(found.answer))
             if found.state == "unknown":
-                over = await self._may_take_over(key, found.fence, name)
-            elif (left := min(found.left, deadline - now())) > 0:
-                await self.store.wait(key, found.fence, left)
+                over = await self._may_take_over(key, found.owner, name)
+            elif (left := min(found.left, deadline - time.monotonic())) > 0:
+                await self.store.wait(key, found.owner, left)
             else:
                 raise KeyInProgress(
                     f"{name!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
                     key=name,
                     retry_after=min(1.0, found.left),
                 )
+            asked = time.monotonic()
 
-    async def _may_take_over(self, key: str, fence: int, name: str) -> int:
-        """The number of the claim whose outcome is unknown, if the policy lets another attempt begin."""
+    async def _may_take_over(self, key: str, owner: int, name: str) -> int:
+        """The owner of the claim whose outcome is unknown, if the policy lets another attempt begin."""
         if self.on_unknown == "block":
             raise OutcomeUnknown(
                 f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=name
@@ -252,8 +271,8 @@ class Claims:
                 text = f"{name!r}: what became of an earlier attempt is not known yet"
                 raise OutcomeUnknown(text, key=name) from error
             if answer is not None:
-                await self.store.end(key, fence, "done", self.sealed(answer), self.ttl)
-        return fence
+                await self.store.end(key, owner, "done", self.sealed(answer), self.ttl)
+        return owner
 
     def sealed(self, answer: bytes) -> bytes:
         return answer if answer == NOT_KEPT else self._encrypt(answer)

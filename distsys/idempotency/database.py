@@ -19,6 +19,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from types import FunctionType
 from typing import Any
 
 import psycopg
@@ -39,21 +40,22 @@ LONGEST = 700  # bytes: three such names and a key fit one entry of an index
 # Claims what is free, expired, or given up under the number %(over)s; else reads what is there, and writes nothing.
 # It waits for the transaction that holds the row. If that committed, its row is younger than this statement: no row
 # comes back, and the next look sees it.
-_FREE_TO_TAKE = """((mine.expires_at <= clock_timestamp() OR mine.fence = %(over)s AND mine.state <> 'done')
+_FREE_TO_TAKE = """((mine.expires_at <= clock_timestamp() OR mine.fence = %(over)s AND mine.answer IS NULL)
     AND coalesce(mine.leased_until, '-infinity') <= clock_timestamp())"""
 _CLAIM = f"""
 WITH known AS (
-  SELECT CASE WHEN state = 'running' AND leased_until <= clock_timestamp() THEN 'unknown' ELSE state END AS state,
-    fence, fingerprint, answer, extract(epoch FROM leased_until - clock_timestamp()) AS lease
+  SELECT CASE WHEN answer IS NOT NULL THEN 'done' WHEN leased_until <= clock_timestamp() THEN 'unknown'
+    ELSE 'running' END AS state, fence, fingerprint, answer,
+    extract(epoch FROM leased_until - clock_timestamp()) AS lease
   FROM distsys_idempotency AS mine
   WHERE (scope, endpoint, key) = (%(scope)s, %(endpoint)s, %(key)s) AND NOT {_FREE_TO_TAKE}
 ), claimed AS (
-  INSERT INTO distsys_idempotency AS mine (scope, endpoint, key, fingerprint, state, leased_until, request, expires_at)
-  SELECT %(scope)s, %(endpoint)s, %(key)s, %(fingerprint)s, 'running',
+  INSERT INTO distsys_idempotency AS mine (scope, endpoint, key, fingerprint, leased_until, request, expires_at)
+  SELECT %(scope)s, %(endpoint)s, %(key)s, %(fingerprint)s,
     clock_timestamp() + make_interval(secs => %(lease)s), %(request)s,
     clock_timestamp() + make_interval(secs => %(ttl)s)
   WHERE NOT EXISTS (SELECT FROM known)
-  ON CONFLICT (scope, endpoint, key) DO UPDATE SET fingerprint = excluded.fingerprint, state = 'running', answer = NULL,
+  ON CONFLICT (scope, endpoint, key) DO UPDATE SET fingerprint = excluded.fingerprint, answer = NULL,
     fence = excluded.fence, leased_until = excluded.leased_until, expires_at = excluded.expires_at,
     request = coalesce(excluded.request, mine.request)
   WHERE {_FREE_TO_TAKE}
@@ -62,9 +64,15 @@ WITH known AS (
 SELECT state, fence, fingerprint, coalesce(answer, ''), coalesce(lease, 0)::float FROM known
 UNION ALL SELECT 'claimed', fence, %(fingerprint)s, '', %(lease)s FROM claimed
 """  # noqa: S608  a condition that stands in it twice
-_MINE = "(scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s) AND state <> 'done' RETURNING 1"
+_MINE = "(scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s) AND answer IS NULL RETURNING 1"
+# Of a transaction's own claim: no column of an index changes, so that the row is updated where it is (HOT).
+_KEEP = """
+UPDATE distsys_idempotency SET answer = %s WHERE (scope, endpoint, key) = (%s, %s, %s)
+"""
 _END = f"""
-UPDATE distsys_idempotency SET state = %(state)s, answer = %(answer)s, leased_until = NULL,
+UPDATE distsys_idempotency SET answer = %(answer)s::bytea,
+  leased_until = CASE WHEN %(answer)s::bytea IS NULL THEN timestamptz 'epoch' END,
+  request = CASE WHEN %(answer)s::bytea IS NULL THEN request END,
   expires_at = clock_timestamp() + make_interval(secs => %(ttl)s) WHERE {_MINE}
 """  # noqa: S608  which rows, in three statements
 _FREE = f"DELETE FROM distsys_idempotency WHERE {_MINE}"  # noqa: S608
@@ -72,12 +80,10 @@ _EXTEND = f"""
 UPDATE distsys_idempotency SET leased_until = clock_timestamp() + make_interval(secs => %(lease)s),
   expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => 2 * %(lease)s)) WHERE {_MINE}
 """  # noqa: S608
-_DONE = """
+_IS = """
 SELECT FROM distsys_idempotency
-WHERE (scope, endpoint, key, fence, state) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s, 'done')
-"""
-_RUNNING = """
-SELECT FROM distsys_idempotency WHERE (scope, endpoint, key, state) = (%(scope)s, %(endpoint)s, %(key)s, 'running')
+WHERE (scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s)
+  AND CASE WHEN %(done)s THEN answer IS NOT NULL ELSE leased_until > 'epoch' END
 """
 
 
@@ -113,8 +119,8 @@ async def idempotent_execute(
                 result = await result
             if not 200 <= status_of(result) < 300:
                 raise Rollback(transaction)
-            answer, row = kept(result), {"scope": scope, "endpoint": endpoint, "key": name, "fence": found.fence}
-            await rows(conn, _END, {**row, "state": "done", "answer": answer, "ttl": ttl})
+            answer = kept(result)
+            await conn.execute(_KEEP, (answer, scope, endpoint, name))
             if not is_response(result):
                 result = answer_of(answer)  # as later attempts will be answered
     return result
@@ -133,12 +139,20 @@ async def claim(
     request: str | None = None,
 ) -> Found:
     """Without a lease it is that of the transaction. One that is running for others has a lease."""
-    names = {"scope": check_name("scope", scope, 0), "endpoint": check_name("endpoint", endpoint, 0), "key": key}
-    facts = {**names, "fingerprint": fingerprint, "request": request}
+    facts = {
+        "scope": check_name("scope", scope, 0),
+        "endpoint": check_name("endpoint", endpoint, 0),
+        "key": key,
+        "fingerprint": fingerprint,
+        "request": request,
+        "ttl": ttl + (lease or 0),
+        "lease": lease,
+        "over": over,
+    }
     for _ in range(TRIES):
-        if found := await rows(conn, _CLAIM, {**facts, "ttl": ttl + (lease or 0), "lease": lease, "over": over}):
-            state, fence, before, answer, left = found[0]
-            return Found(state, fence, bytes(before), bytes(answer), left or 0.0)
+        if found := await rows(conn, _CLAIM, facts):
+            state, owner, before, answer, left = found[0]
+            return Found(state, owner, bytes(before), bytes(answer), left or 0.0)
     raise KeyInProgress(f"{key!r} was claimed and freed by others {TRIES} times", key=key, retry_after=1.0)
 
 
@@ -162,51 +176,66 @@ class PostgresStore:
     async def claim(
         self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
     ) -> Found:
-        """Cancelled, it goes on in the background, and gives back what it claimed: nobody would carry that out."""
+        """Cancelled, it goes on in the background, and gives back what it claimed: nobody would carry that out.
+
+        In a transaction, whatever the pool does: when the reply to its COMMIT is lost, the owner is known.
+        """
+        found: Found | None = None
 
         async def ask() -> Found:
-            async with self._pool.connection() as conn:
-                return await claim(conn, self._scope, self._endpoint, key, fingerprint, lease=lease, ttl=ttl, over=over)
+            nonlocal found
+            async with self._pool.connection() as conn, conn.transaction():
+                found = await claim(
+                    conn, self._scope, self._endpoint, key, fingerprint, lease=lease, ttl=ttl, over=over
+                )
+            return found
 
         async def give_back() -> None:
-            if (found := await asking).state == "claimed":
-                await self.end(key, found.fence, "unknown" if over else "free", b"", ttl)
+            await asyncio.wait([asking])
+            if found and found.state == "claimed":
+                await self.end(key, found.owner, "unknown" if over else "free", b"", ttl)
 
         asking = asyncio.ensure_future(ask())
         try:
             return await asyncio.shield(asking)
-        except asyncio.CancelledError:
+        except BaseException:
             in_background(give_back(), f"giving back what may be claimed of {key!r}")
             raise
 
-    async def end(self, key: str, fence: int, state: End, answer: bytes, ttl: float) -> bool:
-        facts = {"state": state, "answer": answer if state == "done" else None, "ttl": ttl}
+    async def end(self, key: str, owner: int, state: End, answer: bytes, ttl: float) -> bool:
+        facts = {"answer": answer if state == "done" else None, "ttl": ttl}
         async with self._pool.connection() as conn:
-            ended = await rows(conn, _FREE if state == "free" else _END, {**self._row(key, fence), **facts})
+            ended = await rows(conn, _FREE if state == "free" else _END, {**self._row(key, owner), **facts})
             if not ended and state == "done":  # said again, by one who was not heard
-                ended = await rows(conn, _DONE, self._row(key, fence))
+                ended = await rows(conn, _IS, {**self._row(key, owner), "done": True})
             await conn.execute("SELECT pg_notify(%s, '')", (_channel(key),))
         return bool(ended)
 
-    async def extend(self, key: str, fence: int, lease: float) -> bool:
+    async def extend(self, key: str, owner: int, lease: float) -> bool:
         async with self._pool.connection() as conn:
-            return bool(await rows(conn, _EXTEND, {**self._row(key, fence), "lease": lease}))
+            return bool(await rows(conn, _EXTEND, {**self._row(key, owner), "lease": lease}))
 
-    async def wait(self, key: str, fence: int, timeout: float) -> None:
+    async def fence(self, key: str, owner: int) -> int:
+        async with self._pool.connection() as conn:
+            return owner if await rows(conn, _IS, {**self._row(key, owner), "done": False}) else 0
+
+    async def wait(self, key: str, owner: int, timeout: float) -> None:
         async with self._pool.connection() as conn:
             before, listening = conn.autocommit, f'LISTEN "{_channel(key)}"'
             await conn.set_autocommit(True)
             try:
                 await conn.execute(listening.encode())
-                if await rows(conn, _RUNNING, self._row(key, 0)):  # else it ended before anybody listened
+                if await rows(
+                    conn, _IS, {**self._row(key, owner), "done": False}
+                ):  # else it ended before anybody listened
                     async for _ in conn.notifies(timeout=timeout, stop_after=1):
                         pass
             finally:
                 await conn.execute(f"UN{listening}".encode())
                 await conn.set_autocommit(before)
 
-    def _row(self, key: str, fence: int) -> dict[str, Any]:
-        return {"scope": self._scope, "endpoint": self._endpoint, "key": key, "fence": fence}
+    def _row(self, key: str, owner: int) -> dict[str, Any]:
+        return {"scope": self._scope, "endpoint": self._endpoint, "key": key, "fence": owner}
 
     def unavailable(self, error: Exception) -> bool:
         return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError))
@@ -263,13 +292,16 @@ def check_name(what: str, text: object, least: int = 1) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{what}={text!r} is a {type(text).__name__}: give a str")
     size = len(text.encode(errors="surrogatepass"))
-    if not least <= size <= LONGEST or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+    odd = "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text))
+    if odd or not least <= size <= LONGEST:
         shown = text if size <= LONGEST else text[:40] + "..."
         raise ValueError(f"{what}={shown!r}: a str of {least} to {LONGEST} bytes, without NUL or half characters")
     return text
 
 
 def _takes_argument(operation: Callable[..., Any]) -> bool:
+    if type(operation) is FunctionType and not hasattr(operation, "__wrapped__"):  # signature() takes 20 times as long
+        return bool(operation.__code__.co_argcount or operation.__code__.co_flags & inspect.CO_VARARGS)
     kinds = {parameter.kind.name for parameter in inspect.signature(operation).parameters.values()}
     return bool(kinds - {"KEYWORD_ONLY", "VAR_KEYWORD"})
 

@@ -54,7 +54,7 @@ class IdempotencyMiddleware:
                  the `claim.key` of the attempt, and says http_answer(status, headers, body)
 
     The app finds its claim in the scope, as "distsys.idempotency": `claim.effect_began = True` says that from now on a
-    failure leaves the outcome unknown, and `claim.fence` is the number to write with.
+    failure leaves the outcome unknown, and `await claim.fence()` is the number to write with.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class _Response:
                     raise
                 logger.warning("an answer could not be kept: %r", error)
                 answer = NOT_KEPT
-            if answer == NOT_KEPT or not self._claim.fence:
+            if answer == NOT_KEPT or not self._claim.owner:
                 more = [(b"idempotency-stored", b"false")]
         else:
             await self._claim.__aexit__(None, None, None)  # before the client hears of it, and tries again

@@ -1,22 +1,24 @@
 -- What ensure_schema() creates, in one transaction; safe to run again. The constraints carry the invariants.
 CREATE SEQUENCE IF NOT EXISTS distsys_idempotency_fence;
 
+-- Done: it has an answer. Unknown: its lease is over. Running: anything else. Few checks, for each costs an INSERT as
+-- much as an index does.
 CREATE TABLE IF NOT EXISTS distsys_idempotency (
   scope        text        NOT NULL,  -- whose key it is
   endpoint     text        NOT NULL,
-  key          text        NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
-  fingerprint  bytea       NOT NULL CHECK (length(fingerprint) = 32),
-  state        text        NOT NULL CHECK (state IN ('running', 'done', 'unknown')),
+  key          text        NOT NULL,
+  fingerprint  bytea       NOT NULL,
   fence        bigint      NOT NULL DEFAULT nextval('distsys_idempotency_fence'),
-  leased_until timestamptz CHECK (leased_until IS NULL OR state <> 'done'),  -- NULL: until its transaction ends
-  request      json,                  -- for the completer of operations in steps
-  answer       bytea       CHECK ((answer IS NOT NULL) = (state = 'done')),
+  leased_until timestamptz,           -- NULL: until its transaction ends; 'epoch': its owner does not know either
+  request      json,                  -- of an operation in steps, until it is done
+  answer       bytea,
   expires_at   timestamptz NOT NULL,
-  PRIMARY KEY (scope, endpoint, key)
+  PRIMARY KEY (scope, endpoint, key),
+  CHECK (answer IS NULL OR leased_until IS NULL)
 );
 CREATE INDEX IF NOT EXISTS distsys_idempotency_expires ON distsys_idempotency (expires_at);
 CREATE INDEX IF NOT EXISTS distsys_idempotency_orphans ON distsys_idempotency (endpoint, fence)
-  WHERE state <> 'done' AND request IS NOT NULL;
+  WHERE request IS NOT NULL;
 
 CREATE TABLE IF NOT EXISTS distsys_steps (
   scope    text NOT NULL,

@@ -29,7 +29,7 @@ Operation = Callable[["Steps", Any], Awaitable[Any]]
 
 _ORPHANS = """
 SELECT scope, key, request, extract(epoch FROM expires_at - clock_timestamp())::float FROM distsys_idempotency
-WHERE endpoint = %s AND state <> 'done' AND request IS NOT NULL
+WHERE endpoint = %s AND answer IS NULL AND request IS NOT NULL
   AND coalesce(leased_until, '-infinity') <= clock_timestamp() AND expires_at > clock_timestamp()
 ORDER BY fence LIMIT %s
 """
@@ -38,7 +38,7 @@ _FORGET = "DELETE FROM distsys_steps WHERE (scope, endpoint, key) = (%s, %s, %s)
 _KEEP = """
 INSERT INTO distsys_steps (scope, endpoint, key, step, result) SELECT scope, endpoint, key, %s, %s
 FROM distsys_idempotency
-WHERE (scope, endpoint, key, fence, state) = (%s, %s, %s, %s, 'running') FOR UPDATE RETURNING 1
+WHERE (scope, endpoint, key, fence) = (%s, %s, %s, %s) AND leased_until > 'epoch' FOR UPDATE RETURNING 1
 """
 
 
@@ -142,11 +142,11 @@ async def _execute(
             await rows(conn, _FORGET, identity)  # of the same key, before it expired
         elif found.state == "unknown":
             check_same(found, fingerprint, key)
-            found = await claim(conn, *identity, fingerprint, ttl=ttl, lease=lease, over=found.fence)
+            found = await claim(conn, *identity, fingerprint, ttl=ttl, lease=lease, over=found.owner)
         if found.state != "claimed":
             return answer_of(answer_to(found, fingerprint, key))
-    async with Claim(claims, key, found.fence) as mine:
+    async with Claim(claims, key, found.owner) as mine:
         mine.effect_began = True  # what a failure leaves is no free key, but steps to go on with
-        answer = kept(await operation(Steps(pool, identity, found.fence), request))
+        answer = kept(await operation(Steps(pool, identity, found.owner), request))
         await mine.done(answer)
     return answer_of(answer)

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from distsys.idempotency import consumers, database, dedup, steps
 from distsys.lab.servers import Server
-from tests.idempotency import test_consumers, test_database, test_dedup, test_steps
+from tests.idempotency import test_claims, test_consumers, test_database, test_dedup, test_steps
 from tests.idempotency.test_consumers import Kafka, brokers
 from tests.idempotency.test_database import ledger
 from tests.survival import survived
@@ -84,8 +84,8 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
         "the effect commits before the mark",
         database,
         "idempotent_execute",
-        "answer, row = kept(result), {",
-        "await committed(conn)\n            answer, row = kept(result), {",
+        "answer = kept(result)",
+        "await committed(conn)\n            answer = kept(result)",
         test_database.test_an_answer_that_cannot_be_kept_is_an_error_and_nothing_is_done,
         {"answer": b"bytes", "text": "bytes"},
     ),
@@ -117,10 +117,28 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
         {},
     ),
     (
+        "a claim whose COMMIT is not heard of is nobody's",
+        database.PostgresStore,
+        "claim",
+        "conn, conn.transaction():",
+        "conn:",
+        test_claims.test_whichever_reply_of_postgresql_is_lost_there_is_one_effect,
+        {"autocommit": True},
+    ),
+    (
+        "a claim whose COMMIT failed is kept",
+        database.PostgresStore,
+        "claim",
+        "await asyncio.wait([asking])",
+        "await asking",
+        test_claims.test_whichever_reply_of_postgresql_is_lost_there_is_one_effect,
+        {"autocommit": False},
+    ),
+    (
         "an owner that was overtaken keeps its step",
         steps,
         "_KEEP",
-        "(scope, endpoint, key, fence, state) = (%s, %s, %s, %s, 'running')",
+        "(scope, endpoint, key, fence) = (%s, %s, %s, %s) AND leased_until > 'epoch'",
         "(scope, endpoint, key) = (%s, %s, %s) AND %s > 0",
         test_steps.test_an_owner_that_was_overtaken_can_keep_nothing,
         {},
@@ -224,6 +242,7 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
 async def test_a_planted_bug_is_caught(
     redis_server: Server,
     pg: str,
+    postgres: Server,
     ledger: AsyncConnectionPool,
     brokers: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -236,7 +255,7 @@ async def test_a_planted_bug_is_caught(
     parameters: dict[str, Any],
 ) -> None:
     """Each mutant by the test that is named beside it, which the rule as it is passes."""
-    given = {"pg": pg, "ledger": ledger, **parameters}
+    given = {"pg": pg, "postgres": postgres, "pg_pool": ledger, "ledger": ledger, **parameters}
     given["dedup"] = dedup.Dedup("g", ledger, retention=3_600, max_attempts=3)
 
     async def test(redis: Redis) -> None:

@@ -12,7 +12,9 @@ from functools import partial
 from secrets import token_hex
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool
 from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
@@ -57,7 +59,7 @@ async def fallen_silent(store: Store, key: str = "k") -> int:
     assert found.state == "claimed"
     while (await store.claim(key, MINE, lease=60, ttl=60)).state == "running":  # until the server's clock is past it
         pass
-    return found.fence
+    return found.owner
 
 
 async def no_effect() -> None:
@@ -207,30 +209,36 @@ async def test_a_policy_can_find_out_what_happened(store: Store, found_out: byte
 async def test_a_stale_owner_can_end_nothing(store: Store) -> None:
     stale = await fallen_silent(store)
     async with await Claims(store, on_unknown="rerun").begin("k", MINE) as claim:
-        assert claim.fence > stale
+        assert await claim.fence() > 0 == await store.fence("k", stale)
         for state in ("done", "unknown", "free"):
             assert not await store.end("k", stale, state, b"stale", 60)
         assert not await store.extend("k", stale, 60)
         await claim.done(b"new")
-    assert not await store.end("k", claim.fence, "free", b"", 60), "what is done stays done"
+    assert not await store.end("k", claim.owner, "free", b"", 60), "what is done stays done"
     assert (await Claims(store).begin("k", MINE)).answer == b"new"
 
 
 async def test_numbers_grow_also_where_the_record_in_between_was_deleted(store: Store) -> None:
-    numbers = []
+    numbers, owners = list[int](), list[int]()
     for _ in range(3):
         async with await Claims(store).begin("k", MINE) as claim:
-            numbers.append(claim.fence)
+            numbers.append(await claim.fence())
+            owners.append(claim.owner)
+            assert await claim.fence() == numbers[-1]
     assert numbers == sorted(set(numbers))
-    assert not await store.end("k", numbers[0], "done", b"", 60)
+    assert not await store.end("k", owners[0], "done", b"", 60)
 
 
 async def test_an_overtaken_attempt_is_told_that_its_outcome_is_on_no_record(store: Store) -> None:
     async with await Claims(store, lease=60).begin("k", MINE) as late:
-        await store.extend("k", late.fence, 0.001)
+        number = await late.fence()
+        await store.extend("k", late.owner, 0.001)
         while (await store.claim("k", MINE, lease=60, ttl=60)).state == "running":
             pass
         async with await Claims(store, on_unknown="rerun").begin("k", MINE) as claim:
+            assert await claim.fence() > number
+            with pytest.raises(OutcomeUnknown, match="took over"):
+                await late.fence()
             with pytest.raises(OutcomeUnknown, match="took over"):
                 await late.done(b"late")
             await claim.done(b"first")
@@ -241,9 +249,9 @@ async def test_the_heartbeat_keeps_a_claim_longer_than_its_lease(store: Store) -
     extended = asyncio.Event()
     extend, beats = store.extend, 0
 
-    async def counted(key: str, fence: int, lease: float) -> bool:
+    async def counted(key: str, owner: int, lease: float) -> bool:
         nonlocal beats
-        answer = await extend(key, fence, lease)
+        answer = await extend(key, owner, lease)
         beats += 1
         if beats == 4:
             extended.set()
@@ -351,6 +359,36 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
         assert len(ran) <= 1
 
 
+@pytest.mark.parametrize("autocommit", [False, True])
+async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
+    pg: str, pg_pool: AsyncConnectionPool, postgres: Server, autocommit: bool
+) -> None:
+    """Also that of a claim's COMMIT: nobody would carry out what it claimed."""
+    await ensure_schema(pg_pool)
+    reached = 0
+    for number in range(1, 100):
+        ran: list[int] = []
+
+        async def charge(ran: list[int] = ran) -> int:
+            ran.append(1)
+            return 7
+
+        async with TcpProxy(postgres.host, postgres.port) as link:
+            url, how = make_conninfo(pg, port=link.port), {"autocommit": autocommit}
+            async with AsyncConnectionPool(url, min_size=1, max_size=1, open=False, kwargs=how) as pool:
+                await pool.wait()
+                link.cut_reply(number)
+                with suppress(psycopg.OperationalError):
+                    assert await Claims(PostgresStore(pool)).run(f"lost {number}", charge) == 7
+                    reached = number
+                await settled()
+            found = await PostgresStore(pg_pool).claim(f"lost {number}", fingerprint_of(None), lease=60, ttl=60)
+        assert found.state in (("done", "unknown", "running") if ran else ("claimed",))
+        if reached:
+            break
+    assert reached > 4
+
+
 async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_counts_as_lost(
     redis: Redis, redis_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -374,8 +412,8 @@ async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_coun
 async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(store: Store) -> None:
     async with await Claims(store, lease=0.3).begin("k", MINE) as stale:
         while True:  # between two heartbeats, as after a long pause of the process
-            await store.extend("k", stale.fence, 0.001)
-            found = await store.claim("k", MINE, lease=60, ttl=60, over=stale.fence)
+            await store.extend("k", stale.owner, 0.001)
+            found = await store.claim("k", MINE, lease=60, ttl=60, over=stale.owner)
             if found.state == "claimed":
                 break
         while not stale.lost:
@@ -383,7 +421,7 @@ async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(st
         with pytest.raises(OutcomeUnknown):
             await stale.done(b"stale")
         await stale.done(b"said twice")
-    assert await store.end("k", found.fence, "done", b"new", 60)
+    assert await store.end("k", found.owner, "done", b"new", 60)
     assert (await Claims(store).begin("k", MINE)).answer == b"new"
 
 
@@ -401,7 +439,7 @@ async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> No
     async with await Claims(store).begin("k", MINE) as claim:
         await claim.done(b"first")
         await claim.done(b"second")
-        assert await store.end("k", claim.fence, "done", b"third", 60), "by one who was not heard"
+        assert await store.end("k", claim.owner, "done", b"third", 60), "by one who was not heard"
     assert (await Claims(store).begin("k", MINE)).answer == b"first"
 
 
@@ -417,7 +455,7 @@ async def test_who_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> N
     assert isinstance(refused.value.__cause__, ConnectionError)
     assert "bank" not in str(refused.value)
     found = await store.claim("k", MINE, lease=60, ttl=60)
-    assert (found.state, found.fence) == ("unknown", number)
+    assert (found.state, found.owner) == ("unknown", number)
 
 
 async def test_while_one_finds_out_another_may_take_over_and_its_answer_counts(store: Store) -> None:
@@ -479,9 +517,9 @@ async def test_answers_are_kept_encrypted_those_found_out_later_too(store: Store
 def test_a_loop_that_ends_with_open_claims_leaves_them_to_their_lease(redis_server: Server) -> None:
     """As a process that dies: no error, no warning, and nobody else is told that it was freed."""
 
-    async def ends_early(url: str, fence: list[int]) -> None:
+    async def ends_early(url: str, owner: list[int]) -> None:
         claim = await Claims(RedisStore(Redis.from_url(url)), lease=0.3).begin("closing", MINE)
-        fence.append(claim.fence)
+        owner.append(claim.owner)
 
     async def look(url: str) -> Found:
         async with Redis.from_url(url) as redis:
@@ -490,13 +528,13 @@ def test_a_loop_that_ends_with_open_claims_leaves_them_to_their_lease(redis_serv
             return found
 
     def both(url: str) -> tuple[list[int], Found]:
-        fence: list[int] = []
-        asyncio.run(ends_early(url, fence))
-        return fence, asyncio.run(look(url))
+        owner: list[int] = []
+        asyncio.run(ends_early(url, owner))
+        return owner, asyncio.run(look(url))
 
     with ThreadPoolExecutor() as pool:  # a thread of its own, for this one may have a loop
-        fence, found = pool.submit(both, redis_server.url).result()
-    assert (found.state, [found.fence]) == ("unknown", fence)
+        owner, found = pool.submit(both, redis_server.url).result()
+    assert (found.state, [found.owner]) == ("unknown", owner)
 
 
 def test_loops_in_several_threads_share_a_key(redis_server: Server) -> None:
@@ -569,7 +607,7 @@ async def test_a_year_is_as_good_as_a_second(store: Store) -> None:
 async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(store: Store) -> None:
     async with await Claims(store, ttl=0.001, lease=60).begin("k", MINE) as claim:
         for _ in range(20):
-            assert await store.extend("k", claim.fence, 60)
+            assert await store.extend("k", claim.owner, 60)
             assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "running"
 
 
@@ -577,7 +615,7 @@ async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     store = RedisStore(redis)
     claims = Claims(store, ttl=1_000, lease=10, wait=30)
     async with await claims.begin("k", MINE) as claim:
-        record, ended = store._keys("k", claim.fence)
+        record, ended = store._keys("k", claim.owner)
         waiting = asyncio.create_task(claims.begin("k", MINE))
         while (await redis.getrange(record, 1, 1)) != b"1":
             pass
@@ -587,6 +625,9 @@ async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     assert set(await redis.keys()) == {record.encode(), ended.encode()}
     assert await redis.ttl(record) == pytest.approx(1_000, abs=60)
     assert await redis.ttl(ended) == pytest.approx(60, abs=59)
+    taken_over = await store.claim("o", MINE, lease=10, ttl=1_000, over=await fallen_silent(store, "o"))
+    assert taken_over.state == "claimed"
+    assert await redis.ttl(store._keys("o")[0]) == pytest.approx(1_010, abs=60)
 
 
 async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Redis, redis_server: Server) -> None:

@@ -406,8 +406,8 @@ async def test_cleanup_reads_what_it_deletes_and_no_more(ledger: AsyncConnection
     """By the index, which clock_timestamp() could not use."""
     await expired(ledger)
     await conn.execute(
-        "INSERT INTO distsys_idempotency (scope, endpoint, key, fingerprint, state, answer, expires_at) SELECT '', "
-        "'e', 'key-' || n, sha256(''), 'done', '', now() + interval '1 day' FROM generate_series(1, 5000) AS n"
+        "INSERT INTO distsys_idempotency (scope, endpoint, key, fingerprint, answer, expires_at) SELECT '', "
+        "'e', 'key-' || n, sha256(''), '', now() + interval '1 day' FROM generate_series(1, 5000) AS n"
     )
     await conn.commit()
     await conn.execute("ANALYZE distsys_idempotency")

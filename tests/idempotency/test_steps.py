@@ -64,7 +64,7 @@ async def calls(pool: AsyncConnectionPool) -> list[int]:
 
 async def fell_silent(pool: AsyncConnectionPool) -> None:
     """Ends the lease of an attempt that died."""
-    await select(pool, "UPDATE distsys_idempotency SET leased_until = now() WHERE state = 'running' RETURNING 1")
+    await select(pool, "UPDATE distsys_idempotency SET leased_until = now() WHERE leased_until > now() RETURNING 1")
 
 
 async def works(worker: Any, candidate: Any, dsn: str) -> None:
