@@ -18,14 +18,3 @@ _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def elapsed() -> float:
     """Seconds, time spent suspended included."""
     return time.clock_gettime(_CLOCK)
-
-
-def check_timeout(timeout: float | None) -> float | None:
-    """How long to wait, in seconds: None for ever, 0 one try."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout={timeout!r} is a {type(timeout).__name__}; give seconds, 0: one try, None: for ever")
-    if not timeout >= 0:
-        raise ValueError(f"timeout={timeout!r}: a wait is not negative; 0 is one try, None waits for ever")
-    return float(timeout)

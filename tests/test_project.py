@@ -54,19 +54,21 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 
 @each_module
 def test_imports_point_one_way(path: Path) -> None:
-    """errors, clock, tasks <- redis_scripts <- one rule <- lab <- decide, widgets, cli. A rule takes one client."""
+    """errors, arguments, ... <- redis_scripts <- one rule <- lab <- decide, widgets, cli. A rule takes one client."""
     here = path.relative_to(ROOT)
     ours = {name for name in _imports(path) if name.split(".")[0] == "distsys"}
     others = {name.split(".")[0] for name in _imports(path)} - {"distsys"} - sys.stdlib_module_names
     others -= OPTIONAL.get(_name(path), set())
     package = here.parts[1] if len(here.parts) > 2 else here.stem
-    if package in ("errors", "clock", "tasks", "decide"):
+    if package in ("errors", "arguments", "clock", "tasks", "decide"):
         assert ours | others == set()
     elif package == "redis_scripts":
         assert ours <= {"distsys.tasks", "distsys.tasks.heard"}
         assert others == {"redis"}
     elif package in RULE_FOLDERS:
-        assert all(re.match(rf"distsys\.(errors|clock|tasks|redis_scripts|{package})(\.|$)", n) for n in ours), ours
+        assert all(
+            re.match(rf"distsys\.(errors|arguments|clock|tasks|redis_scripts|{package})(\.|$)", n) for n in ours
+        ), ours
         clients = {CLIENTS.get(name, f"{name}, which is no client") for name in others}
         assert len(clients) <= 1 + (str(here) in TWO_CLIENTS), clients
         assert clients <= {"redis", "psycopg"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import date
 from decimal import Decimal
 from enum import Enum
-from importlib import import_module
 from typing import Any
 from uuid import UUID
+
+from distsys.arguments import optional
 
 Headers = list[tuple[bytes, bytes]]
 # Never kept: secrets of one exchange, and what is true of it alone.
@@ -38,7 +39,7 @@ def answer_of(answer: bytes) -> Any:
     if not answer.startswith(b"\0"):
         return json.loads(answer)
     status, headers, body = http_response(answer)
-    response = import_module("starlette.responses").Response(body, status)
+    response = optional("starlette.responses", "web").Response(body, status)
     response.raw_headers = [*headers, (b"idempotent-replayed", b"true")]
     return response
 
@@ -52,9 +53,11 @@ def is_response(result: Any) -> bool:
     return hasattr(result, "raw_headers") and hasattr(result, "status_code")
 
 
-def http_answer(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+def http_answer(
+    status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, dropped: Collection[bytes] = DROPPED
+) -> bytes:
     """A zero byte, which no JSON begins with; status and headers as a line; the body."""
-    safe = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name.lower() not in DROPPED]
+    safe = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name.lower() not in dropped]
     return b"\0" + json.dumps([status, safe]).encode() + b"\n" + body
 
 

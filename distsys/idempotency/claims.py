@@ -20,6 +20,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
+from distsys.arguments import check_seconds
 from distsys.errors import (
     AnswerNotKept,
     BadKey,
@@ -276,14 +277,6 @@ class Claims:
 
     def sealed(self, answer: bytes) -> bytes:
         return answer if answer == NOT_KEPT else self._encrypt(answer)
-
-
-def check_seconds(name: str, value: float, least: float = 0.001) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give seconds as a number")
-    if not least <= value <= 366 * DAY:
-        raise ValueError(f"{name}={value!r}: seconds, from {least:g} to a year")
-    return value
 
 
 def check_same(found: Found, fingerprint: bytes, key: str) -> None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 from redis.exceptions import ResponseError
 
-from distsys.idempotency.claims import check_seconds
+from distsys.arguments import check_seconds, optional
 from distsys.idempotency.database import check_name
 from distsys.idempotency.dedup import Dedup, Handler, Verdict
 from distsys.redis_scripts import async_client, milliseconds
@@ -74,7 +73,7 @@ async def consume_kafka(
     """
     if getattr(consumer, "_enable_auto_commit", False):  # there is no public way to ask, and it would lose messages
         raise ValueError("enable_auto_commit=True acknowledges what was never processed: make the consumer with False")
-    kafka: Any = import_module("aiokafka")
+    kafka: Any = optional("aiokafka", "kafka")
     check_seconds("pause", pause, least=0.0)
     cancelled = cancellation()
     while not cancelled():

@@ -27,9 +27,10 @@ from psycopg import AsyncConnection, Rollback
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from distsys.arguments import check_count, check_seconds
 from distsys.errors import KeyInProgress
 from distsys.idempotency.answers import answer_of, is_response, kept, status_of
-from distsys.idempotency.claims import DAY, End, Found, check_same, check_seconds
+from distsys.idempotency.claims import DAY, End, Found, check_same
 from distsys.idempotency.keys import fingerprint_of, parse_key
 from distsys.tasks import in_background
 
@@ -258,8 +259,7 @@ async def delete_expired(db: Database, *, batch: int = 1_000) -> int:
 
 async def delete_batch(db: Database, table: str, condition: str, parameters: tuple[Any, ...], batch: int) -> int:
     """What others have locked is left to the next time. For clock_timestamp() no index would be used: now() it is."""
-    if type(batch) is not int or batch < 1:
-        raise ValueError(f"batch={batch!r}: a whole number of rows, 1 or more")
+    check_count("batch", batch, 1, "rows")
     chosen = f"SELECT ctid FROM {table} WHERE {condition} LIMIT %s FOR UPDATE SKIP LOCKED"  # noqa: S608  names of ours
     delete = f"DELETE FROM {table} WHERE ctid = ANY(ARRAY({chosen})) RETURNING 1"  # noqa: S608
     async with connection(db) as conn, conn.transaction():

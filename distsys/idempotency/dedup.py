@@ -20,8 +20,8 @@ from typing import Any
 
 from psycopg_pool import AsyncConnectionPool
 
+from distsys.arguments import check_seconds
 from distsys.idempotency.answers import json_of
-from distsys.idempotency.claims import check_seconds
 from distsys.idempotency.database import check_name, delete_batch, rows
 from distsys.redis_scripts import async_client, hash_tag, milliseconds, unavailable
 from distsys.tasks import heard

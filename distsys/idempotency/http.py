@@ -19,13 +19,13 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from decimal import Decimal
-from importlib import import_module
 from operator import itemgetter
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
+from distsys.arguments import optional
 from distsys.errors import BadKey, CallerUnknown, DistsysError, OutcomeUnknown
-from distsys.idempotency.answers import http_answer, http_response
+from distsys.idempotency.answers import DROPPED, http_answer, http_response
 from distsys.idempotency.claims import NOT_KEPT, Claim, Claims, Store, logger
 from distsys.idempotency.keys import canonical, fingerprint_of, parse_key
 
@@ -49,6 +49,7 @@ class IdempotencyMiddleware:
     methods      those that are looked at
     required     whether a key must be sent, for all of them or by the ASGI scope; without one a request passes
     fields       of a JSON body, that have to be the same in all attempts; None: the body, byte for byte
+    dropped      headers of a response that are not kept, besides Set-Cookie, Date and what is of one exchange alone
     max_request, max_response  that are kept in memory
     options      ttl, lease, wait, on_unknown, on_failure, encrypt, decrypt: see Claims. A function on_unknown is given
                  the `claim.key` of the attempt, and says http_answer(status, headers, body)
@@ -67,6 +68,7 @@ class IdempotencyMiddleware:
         methods: Collection[str] = ("POST", "PATCH"),
         required: bool | Callable[[Scope], bool] = False,
         fields: Collection[str] | None = None,
+        dropped: Collection[str] = (),
         max_request: int = MIB,
         max_response: int = MIB,
         **options: Any,
@@ -76,12 +78,13 @@ class IdempotencyMiddleware:
                 f"scope={scope!r}, public={public!r}: say whose keys they are, by scope=a function of the ASGI scope, "
                 "or public=True if everybody may be given everybody's answers"
             )
-        for name, several in (("methods", methods), ("fields", fields)):
+        for name, several in (("methods", methods), ("fields", fields), ("dropped", dropped)):
             if isinstance(several, str):
                 raise TypeError(f"{name}={several!r} is a str: give a list of them")
         self.app, self.claims = app, Claims(store, **options)
         self._caller, self._required, self._fields = scope, required, fields
         self._methods = frozenset(map(str.upper, methods))
+        self._dropped = DROPPED | {name.lower().encode() for name in dropped}
         self._max_request, self._max_response = max_request, max_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +150,7 @@ class IdempotencyMiddleware:
         return fingerprint_of(scope["method"], scope.get("root_path", "") + scope["path"], query, content)
 
     def answer(self, status: int, headers: Any, body: bytes) -> bytes:
-        return http_answer(status, headers, body) if len(body) <= self._max_response else NOT_KEPT
+        return http_answer(status, headers, body, self._dropped) if len(body) <= self._max_response else NOT_KEPT
 
 
 class TooLarge(BadKey):
@@ -227,18 +230,22 @@ class _Response:
 
 def idempotency_key_header(*, required: bool = True) -> Callable[..., Awaitable[str | None]]:
     """FastAPI: `key: str = Depends(idempotency_key_header())`, the header without quotes; 400 if it is malformed."""
-    http_exception: Any = import_module("starlette.exceptions").HTTPException
+    fastapi: Any = optional("fastapi", "web")
+    text = f"One for each intent, the same in all its attempts; {'required' if required else 'optional'}."
 
-    async def read(request: Any) -> str | None:
+    async def read(request: Any, in_openapi: Any) -> str | None:
         given = request.headers.getlist("idempotency-key")
         if not given and not required:
             return None
         try:
             return parse_key(",".join(given))
         except BadKey as error:
-            raise http_exception(error.status, str(error), {"content-type": PROBLEM}) from error
+            raise fastapi.HTTPException(error.status, str(error), {"content-type": PROBLEM}) from error
 
-    read.__annotations__["request"] = import_module("starlette.requests").Request
+    # To FastAPI the header is optional: what it finds missing by itself would be a 422.
+    header = Annotated[str | None, fastapi.Header(alias="Idempotency-Key", description=text)]
+    read.__annotations__ |= {"request": fastapi.Request, "in_openapi": header}
+    read.__defaults__ = (None,)
     return read
 
 
@@ -246,7 +253,7 @@ async def problem_response(_: Any, error: Exception) -> Any:
     """`app.add_exception_handler(DistsysError, problem_response)`: what idempotent_execute raises, in HTTP's words."""
     assert isinstance(error, DistsysError)
     status, headers, body = problem(error)
-    return import_module("starlette.responses").Response(
+    return optional("starlette.responses", "web").Response(
         body, status, {name.decode(): value.decode() for name, value in headers}
     )
 

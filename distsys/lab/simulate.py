@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from distsys.arguments import check_number
 from distsys.errors import DistsysError
 from distsys.lab import virtual_loop
 from distsys.lab.experiment import Expected
@@ -33,7 +34,6 @@ from distsys.lab.verdict import COLOUR, MARK, Status, Verdict, Verdicts, escape,
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
 from distsys.resilience.composed import Resilient
-from distsys.resilience.layers import check_number
 from distsys.resilience.retry import Retry, RetryBudget
 
 SERVERS = 10  # of the dependency: failure_share counts in tenths

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Generic, Literal, TypeVar
 
-from distsys.clock import Clock, check_timeout
+from distsys.arguments import check_timeout
+from distsys.clock import Clock
 from distsys.errors import LockLost, LockNotAcquired
 from distsys.tasks import in_background, try_cancel
 

@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable, Hashable
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-from distsys.ratelimit.http import web
+from distsys.arguments import optional
 
 if TYPE_CHECKING:
     import httpx
 else:
-    httpx = web("httpx")
+    httpx = optional("httpx", "web")
 
 PARTITIONS = 1_000  # held back at a time; beyond, the oldest is forgotten
 IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"}

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 from weakref import WeakValueDictionary
 
-from distsys.clock import check_timeout
+from distsys.arguments import check_positive, check_timeout
 from distsys.errors import RateLimited
 from distsys.redis_scripts import unavailable
 
@@ -207,15 +207,6 @@ class Queues(WeakValueDictionary[str, asyncio.Lock]):
     def _refusal(self, key: str, wait: float) -> RateLimited:
         message = f"{key!r} has no {self._left}; the next try can pass in {wait:.3g} s"
         return RateLimited(message, key=key, limit=self._limit, retry_after=wait)
-
-
-def check_positive(name: str, value: float, most: float, unit: str) -> float:
-    """A number above 0, and within what the scripts can count."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
-    if not 0 < value <= most:
-        raise ValueError(f"{name}={value!r}: {unit}, above 0 and at most {most:,.0f}")
-    return value
 
 
 def micro(name: str, tokens: float) -> int:

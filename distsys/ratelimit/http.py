@@ -18,10 +18,10 @@ import math
 import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
+from distsys.arguments import optional
 from distsys.errors import RateLimited
 from distsys.ratelimit.decision import Decision
 from distsys.ratelimit.keys import Scope, awaited, hashed
@@ -213,7 +213,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
     `app.add_exception_handler(RateLimited, problem_response)`. FastAPI adds no headers of a dependency to a Response
     that the route makes itself; the middleware does.
     """
-    http_exception: Any = web("starlette.exceptions").HTTPException
+    http_exception: Any = optional("starlette.exceptions", "web").HTTPException
     limit = RateLimit(limiter, **options)
 
     class Refused(RateLimited, http_exception):  # type: ignore[misc]
@@ -237,7 +237,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
             raise Refused(verdict)
         response.headers.raw.extend(_merge((), verdict.headers if verdict else []))
 
-    request, response = web("starlette.requests").Request, web("fastapi").Response
+    request, response = optional("starlette.requests", "web").Request, optional("fastapi", "web").Response
     check.__annotations__ = {"request": request, "response": response, "return": None}
     return check
 
@@ -246,7 +246,9 @@ async def problem_response(_: Any, error: Exception) -> Any:
     """A Starlette exception handler for RateLimited, also for that of `limiter.acquire(key, timeout=...)`."""
     assert isinstance(error, RateLimited)
     verdict = getattr(error, "verdict", None) or _refusal(429, [], error.facts.get("retry_after", 1), [])
-    return web("starlette.responses").Response(json.dumps(verdict.problem), verdict.status, _of_refusal(verdict))
+    return optional("starlette.responses", "web").Response(
+        json.dumps(verdict.problem), verdict.status, _of_refusal(verdict)
+    )
 
 
 # ---- words
@@ -304,10 +306,3 @@ def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> Headers:
 
 def _bounded(key: Any) -> Any:
     return hashed(key) if isinstance(key, str) and (len(key) > MAX_KEY or not key.isprintable()) else key
-
-
-def web(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is missing: pip install 'distsys[web]'") from error

@@ -19,6 +19,7 @@ import struct
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
+from distsys.arguments import check_positive
 from distsys.ratelimit.buckets import Clock
 from distsys.ratelimit.decision import (
     MAX_TOKENS,
@@ -30,7 +31,6 @@ from distsys.ratelimit.decision import (
     Queues,
     Request,
     check_key,
-    check_positive,
     never_passes,
 )
 from distsys.redis_scripts import Script, Timed, async_client, hash_tag

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from distsys.arguments import check_positive
 from distsys.ratelimit.buckets import Buckets, Clock
 from distsys.ratelimit.decision import (
     MAX_TOKENS,
@@ -28,7 +29,6 @@ from distsys.ratelimit.decision import (
     Queues,
     Request,
     check_key,
-    check_positive,
 )
 from distsys.redis_scripts import hash_tag
 from distsys.tasks import in_background

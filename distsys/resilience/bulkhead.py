@@ -20,9 +20,10 @@ from contextlib import contextmanager, suppress
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple, TypeVar
 
-from distsys.clock import Clock, check_timeout
+from distsys.arguments import check_count, check_timeout
+from distsys.clock import Clock
 from distsys.errors import BulkheadFull
-from distsys.resilience.layers import Function, check_count, decorate
+from distsys.resilience.layers import Function, decorate
 from distsys.resilience.listeners import emit
 
 T = TypeVar("T")

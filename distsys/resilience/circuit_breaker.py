@@ -19,9 +19,10 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from distsys.arguments import YEAR, check_count, check_number
 from distsys.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
-from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate
+from distsys.resilience.layers import Function, decorate
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import Window, window_of

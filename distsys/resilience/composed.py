@@ -15,9 +15,10 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from distsys.arguments import YEAR, check_number
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
-from distsys.resilience.layers import YEAR, Function, check_number, is_async, name_of
+from distsys.resilience.layers import Function, is_async, name_of
 from distsys.resilience.retry import Retry
 
 T = TypeVar("T")

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-YEAR = 366 * 86_400.0  # seconds: longer is a slip of the keyboard
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -41,20 +40,3 @@ def is_async(fn: Any) -> bool:
 def _ways_to_call(fn: Any) -> tuple[Any, ...]:
     """The function itself, or the method of what can be called like one."""
     return fn, None if isinstance(fn, type) else getattr(fn, "__call__", None)  # noqa: B004
-
-
-def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:
-    """Between the bounds, both included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
-    if not least <= value <= most:
-        raise ValueError(f"{name}={value!r}: {unit}, from {least:g} to {most:g}")
-    return value
-
-
-def check_count(name: str, value: int, least: int, unit: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a whole number")
-    if value < least:
-        raise ValueError(f"{name}={value!r}: {unit}, {least} or more")
-    return value

@@ -22,9 +22,10 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
+from distsys.arguments import YEAR, check_count, check_number
 from distsys.clock import Clock
 from distsys.errors import PatternOrderError
-from distsys.resilience.layers import YEAR, Function, check_count, check_number, decorate, layers, name_of
+from distsys.resilience.layers import Function, decorate, layers, name_of
 from distsys.resilience.listeners import emit
 from distsys.resilience.outcomes import NOT_DONE, UNKNOWN, Outcome, classify, retry_after
 

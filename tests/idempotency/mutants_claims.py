@@ -308,8 +308,8 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
     (
         "headers are dropped by their small letters only",
         answers.http_answer,
-        "name.lower() not in DROPPED",
-        "name not in DROPPED",
+        "name.lower() not in dropped",
+        "name not in dropped",
         test_http.test_the_first_answer_is_replayed_byte_for_byte,
         (),
     ),

@@ -596,7 +596,7 @@ async def test_a_mistake_is_named_with_its_remedy(
 
 @pytest.mark.parametrize("batch", [0, -1, "all", True])
 async def test_a_batch_of_no_rows_is_refused(ledger: AsyncConnectionPool, batch: Any) -> None:
-    with pytest.raises(ValueError, match=f"batch={batch!r}: a whole number of rows, 1 or more"):
+    with pytest.raises((TypeError, ValueError), match=f"batch={batch!r}.*(rows, 1 or more|rows as a whole number)"):
         await delete_expired(ledger, batch=batch)
 
 

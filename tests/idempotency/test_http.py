@@ -137,6 +137,15 @@ async def test_the_first_answer_is_replayed_byte_for_byte(redis: Redis) -> None:
     assert b"secret" not in (await redis.get(record))
 
 
+async def test_headers_of_ones_own_can_be_left_out(redis: Redis) -> None:
+    shop = Shop(Response(b"paid", headers={"X-Token": "secret", "X-A": "1"}))
+    async with client_of(guarded(shop.app, redis, dropped=["x-TOKEN"])) as client:
+        one, other = [await client.post("/pay", headers=key()) for _ in range(2)]
+    assert (one.headers["x-token"], other.headers.get("x-token"), other.headers["x-a"]) == ("secret", None, "1")
+    with pytest.raises(TypeError, match="dropped='x-token' is a str: give a list"):
+        guarded(shop.app, redis, dropped="x-token")
+
+
 async def test_quoted_and_bare_keys_are_one(redis: Redis) -> None:
     shop = Shop()
     async with client_of(guarded(shop.app, redis)) as client:
@@ -889,6 +898,13 @@ async def test_the_dependency_gives_the_key_without_quotes(redis: Redis) -> None
     async with client_of(fast(required=False)) as client:
         assert (await client.post("/pay")).json() is None
         assert (await client.post("/pay", headers=key("a b"))).status_code == 400
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_the_header_stands_in_openapi(required: bool) -> None:
+    (header,) = fast(required=required).openapi()["paths"]["/pay"]["post"]["parameters"]
+    assert (header["name"], header["in"]) == ("Idempotency-Key", "header")
+    assert ("required" if required else "optional") in header["description"]
 
 
 async def test_the_app_finds_its_claim_in_the_scope(redis: Redis) -> None:
