@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from distsys.arguments import check_seconds
 from distsys.errors import (
@@ -97,9 +98,8 @@ class Claim:
         self.name = name or key  # what errors call it
         self.effect_began = self._overtaken = False
         self.open = answer is None and owner > 0
-        self._timer: asyncio.TimerHandle | None = None
         self._until = until  # when the lease ends at the latest, by time.monotonic
-        self._beat_in(claims.lease / 3)
+        self._beating = claims.keep_alive(self) if self.open else set()
 
     @property
     def lost(self) -> bool:
@@ -144,34 +144,22 @@ class Claim:
 
     async def _end(self, state: End, answer: bytes) -> bool:
         store, ttl, self.open = self.claims.store, self.claims.ttl, False
-        if self._timer is not None:
-            self._timer.cancel()
+        self._beating.discard(self)
         try:
             return await store.end(self.key, self.owner, state, answer, ttl)
         except asyncio.CancelledError:  # what has happened has to be written down all the same; twice does no harm
             in_background(store.end(self.key, self.owner, state, answer, ttl), f"ending the claim of {self.key!r}")
             raise
 
-    # ---- the heartbeat
-
-    def _beat_in(self, seconds: float) -> None:
-        if self.open:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._beat)
-
-    def _beat(self) -> None:
-        in_background(self._extend(), f"the heartbeat of {self.key!r}")
-
-    async def _extend(self) -> None:
+    async def extend(self) -> None:
+        """One heartbeat. One that fails is not the last."""
         lease, asked = self.claims.lease, time.monotonic()
-        try:
-            async with asyncio.timeout(lease / 3):
-                if await self.claims.store.extend(self.key, self.owner, lease):
-                    self._until = asked + lease
-                else:
-                    self._overtaken = self.open  # else it is this very attempt that ended it
-        finally:
-            if not self._overtaken:
-                self._beat_in(lease / 3)
+        async with asyncio.timeout(lease / 3):
+            if await self.claims.store.extend(self.key, self.owner, lease):
+                self._until = asked + lease
+            else:
+                self._overtaken = self.open  # else it is this very attempt that ended it
+                self._beating.discard(self)
 
 
 class Claims:
@@ -206,6 +194,7 @@ class Claims:
             raise ValueError(f"on_failure={on_failure!r}: 'open', 'closed' or None")
         self.store, self.on_unknown, self.on_failure = store, on_unknown, on_failure
         self._encrypt, self._decrypt = encrypt, decrypt
+        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, set[Claim]] = WeakKeyDictionary()
 
     async def run(self, key: str, operation: Callable[[], Awaitable[Any]], *, request: Any = None) -> Any:
         """What `operation()` answers, as JSON: carried out once, and then remembered."""
@@ -215,48 +204,60 @@ class Claims:
                 claim.effect_began = True
                 claim.answer = json_of(result).encode()
                 await claim.done(claim.answer)
-        return json.loads(claim.answer.decode())  # of bytes it would guess the encoding
+        return _decode(claim.answer.decode())[0]
 
     async def begin(self, key: str, fingerprint: bytes, *, name: str = "") -> Claim:
         """The attempt of a request with this fingerprint; errors call the key by `name`, if its owner knows it so."""
         if not key:
             raise BadKey("the key is empty: an intent has a name")
-        seen: list[Found] = []
+        name, over, found = name or key, 0, None
+        deadline = time.monotonic() + self.wait
         try:
-            return await self._begin(key, fingerprint, name or key, seen)
+            while True:
+                asked = time.monotonic()
+                waits = asked < deadline
+                found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
+                if found.state == "claimed":
+                    return Claim(self, key, found.owner, until=asked + self.lease, name=name)
+                check_same(found, fingerprint, name)
+                if found.state == "done":
+                    if found.answer == NOT_KEPT:
+                        raise AnswerNotKept(key=name)  # noqa: TRY301  it passes, as KeyInProgress does
+                    return Claim(self, key, found.owner, self._decrypt(found.answer))
+                if found.state == "unknown":
+                    over = await self._may_take_over(key, found.owner, name)
+                elif (left := min(found.left, deadline - time.monotonic())) > 0:
+                    await self.store.wait(key, found.owner, left)
+                else:
+                    raise KeyInProgress(  # noqa: TRY301
+                        f"{name!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
+                        key=name,
+                        retry_after=min(1.0, found.left),
+                    )
         except Exception as error:
             if self.on_failure is None or not self.store.unavailable(error):
                 raise
-            if self.on_failure == "closed" or seen:  # of an earlier attempt that may be under way
+            if self.on_failure == "closed" or found:  # an earlier attempt may be under way
                 raise StoreUnavailable(retry_after=1.0) from error
             logger.warning("%r is carried out unprotected: %r", key, error)
             return Claim(self, key, 0)
 
-    async def _begin(self, key: str, fingerprint: bytes, name: str, seen: list[Found]) -> Claim:
-        asked, over = time.monotonic(), 0
-        deadline = asked + self.wait
-        while True:
-            waits = asked < deadline
-            found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
-            if found.state == "claimed":
-                return Claim(self, key, found.owner, until=asked + self.lease, name=name)
-            seen[:] = [found]
-            check_same(found, fingerprint, name)
-            if found.state == "done":
-                if found.answer == NOT_KEPT:
-                    raise AnswerNotKept(key=name)
-                return Claim(self, key, found.owner, self._decrypt(found.answer))
-            if found.state == "unknown":
-                over = await self._may_take_over(key, found.owner, name)
-            elif (left := min(found.left, deadline - time.monotonic())) > 0:
-                await self.store.wait(key, found.owner, left)
-            else:
-                raise KeyInProgress(
-                    f"{name!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
-                    key=name,
-                    retry_after=min(1.0, found.left),
-                )
-            asked = time.monotonic()
+    def keep_alive(self, claim: Claim) -> set[Claim]:
+        """Those whose hearts beat together: a timer for each would cost a claim more than all else it does here."""
+        loop = asyncio.get_running_loop()
+        if (claims := self._open.get(loop)) is None:
+            claims = self._open[loop] = set()
+            loop.call_later(self.lease / 3, self._beat, loop, claims)
+        claims.add(claim)
+        return claims
+
+    def _beat(self, loop: asyncio.AbstractEventLoop, claims: set[Claim]) -> None:
+        for claim in tuple(claims):
+            in_background(claim.extend(), f"the heartbeat of {claim.key!r}")
+        if claims:
+            loop.call_later(self.lease / 3, self._beat, loop, claims)
+        else:
+            del self._open[loop]
 
     async def _may_take_over(self, key: str, owner: int, name: str) -> int:
         """The owner of the claim whose outcome is unknown, if the policy lets another attempt begin."""
@@ -277,6 +278,9 @@ class Claims:
 
     def sealed(self, answer: bytes) -> bytes:
         return answer if answer == NOT_KEPT else self._encrypt(answer)
+
+
+_decode = json.JSONDecoder().raw_decode  # json.loads is three calls and two patterns around this one
 
 
 def check_same(found: Found, fingerprint: bytes, key: str) -> None:

@@ -9,8 +9,8 @@ deleted. Needs Redis 7.0: SET with NX and GET.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable
+from os import urandom
 from typing import Any
 
 from distsys.idempotency.claims import End, Found
@@ -88,8 +88,8 @@ class RedisStore:
     async def claim(
         self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
     ) -> Found:
-        owner, keys, lives = 1 + secrets.randbits(63), self._keys(key)[:1], milliseconds(lease) + milliseconds(ttl)
-        mine = f"r0{owner:016x}{0:016d}{fingerprint.hex()}{milliseconds(ttl):013d}"
+        owner, keys, kept = 1 + int.from_bytes(urandom(7)), self._keys(key)[:1], milliseconds(ttl)
+        mine, lives = f"r0{owner:016x}{0:016d}{fingerprint.hex()}{kept:013d}", milliseconds(lease) + kept
         try:
             there: Any = None if over else await self._scripts.run(CLAIM, keys, mine, "NX", "GET", "PX", lives)
             if there is None and not over:

@@ -220,7 +220,7 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
     (
         "unprotected beside one that runs",
         claims.Claims.begin,
-        'self.on_failure == "closed" or seen',
+        'self.on_failure == "closed" or found',
         'self.on_failure == "closed"',
         test_claims.test_what_is_known_to_run_is_not_carried_out_unprotected,
         (Server,),
@@ -243,9 +243,9 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
     ),
     (
         "no heart beats",
-        claims.Claim._beat_in,
-        "if self.open:",
-        "if False:",
+        claims.Claims._beat,
+        "for claim in tuple(claims):",
+        "for claim in ():",
         on(test_claims.test_the_heartbeat_keeps_a_claim_longer_than_its_lease),
         (),
     ),
