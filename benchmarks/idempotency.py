@@ -225,7 +225,7 @@ async def main() -> None:
                 ],
                 do=do,
                 note="""
-Ours compares the request's fingerprint, hands out a fencing number, keeps a heartbeat and wakes who waits; Powertools
+Ours compares the request's fingerprint, has a fencing number, keeps a heartbeat and wakes who waits; Powertools
 compares nothing unless told to, and has no fence. The raw commands do neither.""",
             )
         floor = "INSERT .. ON CONFLICT of such a row"
