@@ -67,9 +67,7 @@ UNION ALL SELECT 'claimed', fence, %(fingerprint)s, '', %(lease)s FROM claimed
 """  # noqa: S608  a condition that stands in it twice
 _MINE = "(scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s) AND answer IS NULL RETURNING 1"
 # Of a transaction's own claim: no column of an index changes, so that the row is updated where it is (HOT).
-_KEEP = """
-UPDATE distsys_idempotency SET answer = %s WHERE (scope, endpoint, key) = (%s, %s, %s)
-"""
+_KEEP = "UPDATE distsys_idempotency SET answer = %s WHERE (scope, endpoint, key) = (%s, %s, %s)"
 _END = f"""
 UPDATE distsys_idempotency SET answer = %(answer)s::bytea,
   leased_until = CASE WHEN %(answer)s::bytea IS NULL THEN timestamptz 'epoch' END,
@@ -206,19 +204,19 @@ class PostgresStore:
     async def end(self, key: str, owner: int, state: End, answer: bytes, ttl: float) -> bool:
         facts = {"answer": answer if state == "done" else None, "ttl": ttl}
         async with self._pool.connection() as conn:
-            ended = await rows(conn, _FREE if state == "free" else _END, {**self._row(key, owner), **facts})
+            ended = await self._rows(conn, _FREE if state == "free" else _END, key, owner, **facts)
             if not ended and state == "done":  # said again, by one who was not heard
-                ended = await rows(conn, _IS, {**self._row(key, owner), "done": True})
+                ended = await self._rows(conn, _IS, key, owner, done=True)
             await conn.execute("SELECT pg_notify(%s, '')", (_channel(key),))
         return bool(ended)
 
     async def extend(self, key: str, owner: int, lease: float) -> bool:
         async with self._pool.connection() as conn:
-            return bool(await rows(conn, _EXTEND, {**self._row(key, owner), "lease": lease}))
+            return bool(await self._rows(conn, _EXTEND, key, owner, lease=lease))
 
     async def fence(self, key: str, owner: int) -> int:
         async with self._pool.connection() as conn:
-            return owner if await rows(conn, _IS, {**self._row(key, owner), "done": False}) else 0
+            return owner if await self._rows(conn, _IS, key, owner, done=False) else 0
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
         async with self._pool.connection() as conn:
@@ -226,17 +224,17 @@ class PostgresStore:
             await conn.set_autocommit(True)
             try:
                 await conn.execute(listening.encode())
-                if await rows(
-                    conn, _IS, {**self._row(key, owner), "done": False}
-                ):  # else it ended before anybody listened
+                if await self._rows(conn, _IS, key, owner, done=False):  # else it ended before anybody listened
                     async for _ in conn.notifies(timeout=timeout, stop_after=1):
                         pass
             finally:
                 await conn.execute(f"UN{listening}".encode())
                 await conn.set_autocommit(before)
 
-    def _row(self, key: str, owner: int) -> dict[str, Any]:
-        return {"scope": self._scope, "endpoint": self._endpoint, "key": key, "fence": owner}
+    async def _rows(self, conn: AsyncConnection[Any], query: str, key: str, owner: int, **facts: Any) -> list[Any]:
+        return await rows(
+            conn, query, {"scope": self._scope, "endpoint": self._endpoint, "key": key, "fence": owner, **facts}
+        )
 
     def unavailable(self, error: Exception) -> bool:
         return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError))
