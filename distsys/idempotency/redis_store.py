@@ -97,7 +97,9 @@ class RedisStore:
             if over or there[:1] not in ("d", b"d"):
                 told = "1" if waits else ""
                 there = await self._scripts.run(CLAIM_OR_WAIT, keys, mine, lives, f"{over:016x}", told)
-        except BaseException:  # not heard, or cancelled: the server may have done it, and nobody would ever end it
+        except BaseException as error:  # not heard, or cancelled: the server may have done it, and nobody would end it
+            if str(error) == "syntax error":
+                error.add_note("claims need Redis 7.0 or Valkey: SET with both NX and GET")
             ended = self.end(key, owner, "unknown" if over else "free", b"", ttl)
             in_background(ended, f"giving back what may be claimed of {key!r}")
             raise
