@@ -66,8 +66,13 @@ SELECT state, fence, fingerprint, coalesce(answer, ''), coalesce(lease, 0)::floa
 UNION ALL SELECT 'claimed', fence, %(fingerprint)s, '', %(lease)s FROM claimed
 """  # noqa: S608  a condition that stands in it twice
 _MINE = "(scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s) AND answer IS NULL RETURNING 1"
-# Of a transaction's own claim: no column of an index changes, so that the row is updated where it is (HOT).
-_KEEP = "UPDATE distsys_idempotency SET answer = %s WHERE (scope, endpoint, key) = (%s, %s, %s)"
+# Of a transaction's own claim. After a short operation its end stays, nothing changes that an index is made of, and the
+# row is updated where it is (HOT).
+_KEEP = """
+UPDATE distsys_idempotency SET answer = %s,
+  expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => %s * 0.99))
+WHERE (scope, endpoint, key) = (%s, %s, %s)
+"""
 _END = f"""
 UPDATE distsys_idempotency SET answer = %(answer)s::bytea,
   leased_until = CASE WHEN %(answer)s::bytea IS NULL THEN timestamptz 'epoch' END,
@@ -105,6 +110,7 @@ async def idempotent_execute(
                frees the key
     request    what has to be the same in all attempts, in JSON: another one raises KeyReused
     scope      whose key it is: a user's, a tenant's. Keys are made by clients, and two may choose the same
+    ttl        how long the answer is kept, give or take a hundredth
     """
     name, fingerprint, _ = parse_key(key), fingerprint_of(request), check_seconds("ttl", ttl)
     result: Any = None
@@ -119,7 +125,7 @@ async def idempotent_execute(
             if not 200 <= status_of(result) < 300:
                 raise Rollback(transaction)
             answer = kept(result)
-            await conn.execute(_KEEP, (answer, scope, endpoint, name))
+            await conn.execute(_KEEP, (answer, ttl, scope, endpoint, name))
             if not is_response(result):
                 result = answer_of(answer)  # as later attempts will be answered
     return result

@@ -63,6 +63,15 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
         {"status": 500},
     ),
     (
+        "an answer that took long expires from its beginning",
+        database,
+        "_KEEP",
+        "greatest(expires_at, clock_timestamp() + make_interval(secs => %s * 0.99))",
+        "greatest(expires_at, to_timestamp(%s * 0))",
+        test_database.test_an_operation_longer_than_its_ttl_is_kept_from_its_end,
+        {},
+    ),
+    (
         "any request is answered",
         database,
         "answer_to",

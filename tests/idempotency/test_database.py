@@ -375,11 +375,11 @@ async def test_an_operation_longer_than_its_ttl_is_kept_from_its_end(
     ledger: AsyncConnectionPool, conn: Connection
 ) -> None:
     async def slow(conn: Connection) -> Any:
-        await conn.execute("SELECT pg_sleep(0.01)")
+        await conn.execute("SELECT pg_sleep(0.2)")
         return await charge(conn)
 
     first = await idempotent_execute(conn, "k", "e", slow, ttl=0.005)
-    left = await (await conn.execute("SELECT expires_at > now() + interval '0.01' FROM distsys_idempotency")).fetchone()
+    left = await (await conn.execute("SELECT expires_at > now() + interval '0.2' FROM distsys_idempotency")).fetchone()
     assert (left, first) == ((True,), {"number": 1})
 
 

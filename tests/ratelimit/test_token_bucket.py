@@ -314,7 +314,7 @@ async def test_a_lone_request_is_one_call_and_no_task(redis: Redis) -> None:
     tasks = asyncio.all_tasks()
     for _ in range(5):
         assert await bucket.is_allowed("k")
-        assert asyncio.all_tasks() == tasks
+        assert asyncio.all_tasks() <= tasks
     assert await calls(redis) - before == 5
 
 

@@ -58,21 +58,19 @@ class Dependency:
 
 
 def run_alone(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """As run(), but the task does not end with the error: asyncio's own frames would hold it."""
+    """As run(), but the task does not end with the error: it would hold it, or asyncio's own frames would."""
+    errors: list[Exception] = []
 
     async def caught() -> Any:
         try:
             return await coroutine
         except Exception as error:  # noqa: BLE001
-            return error
+            errors.append(error)
 
     result = run(caught())
-    try:
-        if isinstance(result, Exception):
-            raise result
-        return result
-    finally:
-        del result
+    if errors:
+        raise errors.pop()
+    return result
 
 
 def called(dependency: Dependency, **options: Any) -> Any:
