@@ -151,6 +151,10 @@ class Claim:
             in_background(store.end(self.key, self.owner, state, answer, ttl), f"ending the claim of {self.key!r}")
             raise
 
+    def beat(self) -> None:
+        if self in self._beating:
+            in_background(self.extend(), f"the heartbeat of {self.key!r}")
+
     async def extend(self) -> None:
         """One heartbeat. One that fails is not the last."""
         lease, asked = self.claims.lease, time.monotonic()
@@ -247,15 +251,19 @@ class Claims:
         loop = asyncio.get_running_loop()
         if (claims := self._open.get(loop)) is None:
             claims = self._open[loop] = set()
-            loop.call_later(self.lease / 3, self._beat, loop, claims)
+            loop.call_later(self.lease / 4, self._beat, loop, claims)
         claims.add(claim)
         return claims
 
     def _beat(self, loop: asyncio.AbstractEventLoop, claims: set[Claim]) -> None:
-        for claim in tuple(claims):
-            in_background(claim.extend(), f"the heartbeat of {claim.key!r}")
+        """One after the other: a pool has not a connection for each, and would refuse the same ones every time.
+
+        What each is late by, and the time between two beats, are a third of the lease together.
+        """
+        for number, claim in enumerate(claims):
+            loop.call_later(self.lease / 12 * number / len(claims), claim.beat)
         if claims:
-            loop.call_later(self.lease / 3, self._beat, loop, claims)
+            loop.call_later(self.lease / 4, self._beat, loop, claims)
         else:
             del self._open[loop]
 

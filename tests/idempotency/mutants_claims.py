@@ -244,8 +244,8 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
     (
         "no heart beats",
         claims.Claims._beat,
-        "for claim in tuple(claims):",
-        "for claim in ():",
+        "enumerate(claims)",
+        "enumerate(())",
         on(test_claims.test_the_heartbeat_keeps_a_claim_longer_than_its_lease),
         (),
     ),

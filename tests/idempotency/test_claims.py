@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -407,6 +408,32 @@ async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_coun
                 await claim.done(b"1")
     assert "the heartbeat of 'k' failed" in caplog.text
     assert (await Claims(RedisStore(redis)).begin("k", MINE)).answer == b"1"
+
+
+async def test_more_claims_than_the_client_has_connections_are_all_kept_alive(
+    redis: Redis, redis_server: Server
+) -> None:
+    """Its pool refuses who comes while all connections are taken: those must not be the same claims each time."""
+    beats: Counter[str] = Counter()
+    fourth = asyncio.Event()
+
+    class Counting(RedisStore):
+        async def extend(self, key: str, owner: int, lease: float) -> bool:
+            extended = await super().extend(key, owner, lease)
+            beats[key] += extended
+            if beats[key] == 4:
+                fourth.set()
+            return extended
+
+    async with Redis.from_url(redis_server.url, max_connections=2) as client:
+        claims = Claims(RedisStore(redis), lease=1.2)
+        begun = [await claims.begin(f"one of many {number}", MINE) for number in range(20)]
+        claims.store = Counting(client)
+        await fourth.wait()
+        claims.store = RedisStore(redis)
+        assert len(beats) == len(begun)
+        for claim in begun:
+            await claim.done(b"1")
 
 
 async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(store: Store) -> None:
