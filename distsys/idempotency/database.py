@@ -243,7 +243,9 @@ class PostgresStore:
         )
 
     def unavailable(self, error: Exception) -> bool:
-        return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError))
+        """Not by what another transaction did: that may be an attempt at the same key (classes 40 and 55)."""
+        other = isinstance(error, psycopg.Error) and (error.sqlstate or "")[:2] in ("40", "55")
+        return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError)) and not other
 
 
 async def ensure_schema(db: Database) -> None:

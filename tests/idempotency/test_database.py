@@ -21,7 +21,9 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from distsys.errors import BadKey, KeyInProgress, KeyReused
-from distsys.idempotency.database import delete_expired, ensure_schema, idempotent_execute
+from distsys.idempotency.claims import Claims
+from distsys.idempotency.database import PostgresStore, claim, delete_expired, ensure_schema, idempotent_execute
+from distsys.idempotency.keys import fingerprint_of
 
 Connection = AsyncConnection[Any]
 WRITTEN = """
@@ -338,6 +340,27 @@ async def test_above_read_committed_who_waited_has_to_begin_anew(
             await waiting
         assert await idempotent_execute(strict, "k", "e", charge) == first
     assert await effects(ledger) == 1
+
+
+@pytest.mark.parametrize("option", ["default_transaction_isolation=serializable", "lock_timeout=1"])
+async def test_who_loses_to_another_attempt_is_not_one_without_a_store(
+    pg: str, ledger: AsyncConnectionPool, conn: Connection, option: str
+) -> None:
+    """on_failure="open" would carry it out beside the other."""
+    ran: list[int] = []
+
+    async def attempt() -> None:
+        ran.append(1)
+
+    await claim(conn, "", "", "k", fingerprint_of(None), ttl=60, lease=60)
+    async with AsyncConnectionPool(pg, min_size=1, open=False, kwargs={"options": f"-c {option}"}) as strict:
+        losing = asyncio.create_task(Claims(PostgresStore(strict), on_failure="open").run("k", attempt))
+        if "isolation" in option:
+            await held_up(ledger)
+            await conn.commit()
+        with pytest.raises((psycopg.errors.SerializationFailure, psycopg.errors.LockNotAvailable)):
+            await losing
+    assert ran == []
 
 
 # ---- expiry
