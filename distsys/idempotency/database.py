@@ -82,8 +82,9 @@ UPDATE distsys_idempotency SET answer = %(answer)s::bytea,
 _FREE = f"DELETE FROM distsys_idempotency WHERE {_MINE}"  # noqa: S608
 _EXTEND = f"""
 UPDATE distsys_idempotency SET leased_until = clock_timestamp() + make_interval(secs => %(lease)s),
-  expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => 2 * %(lease)s)) WHERE {_MINE}
-"""  # noqa: S608
+  expires_at = greatest(expires_at, clock_timestamp() + make_interval(secs => 2 * %(lease)s))
+  WHERE leased_until > 'epoch' AND {_MINE}
+"""  # noqa: S608  a late heartbeat must not make an unknown outcome a running attempt
 _IS = """
 SELECT FROM distsys_idempotency
 WHERE (scope, endpoint, key, fence) = (%(scope)s, %(endpoint)s, %(key)s, %(fence)s)

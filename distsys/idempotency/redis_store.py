@@ -53,6 +53,7 @@ END = Script("""
 local record = redis.call('GET', KEYS[1])
 if not record or string.sub(record, 3, 18) ~= ARGV[1] then return 0 end
 if string.sub(record, 1, 1) == 'd' then return ARGV[2] == 'd' and 1 or 0 end
+if string.sub(record, 1, 1) == 'u' and (ARGV[2] == 'r' or ARGV[2] == 'n') then return 0 end
 if ARGV[2] == 'r' then return redis.call('PEXPIRE', KEYS[1], ARGV[4] + string.sub(record, 99, 111)) end
 if ARGV[2] == 'n' then
   local number = tonumber(string.sub(record, 19, 34))

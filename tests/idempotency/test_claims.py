@@ -436,6 +436,16 @@ async def test_more_claims_than_the_client_has_connections_are_all_kept_alive(
             await claim.done(b"1")
 
 
+async def test_a_heartbeat_that_comes_late_makes_no_unknown_outcome_a_running_attempt(store: Store) -> None:
+    """It was under way when its claim ended. Nor is there a number to write with."""
+    claim = await Claims(store, lease=60).begin("k", MINE)
+    async with claim:
+        claim.effect_began = True
+    assert not await store.extend("k", claim.owner, 60)
+    assert not await store.fence("k", claim.owner)
+    assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "unknown"
+
+
 async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(store: Store) -> None:
     async with await Claims(store, lease=0.3).begin("k", MINE) as stale:
         while True:  # between two heartbeats, as after a long pause of the process
