@@ -235,8 +235,11 @@ class PostgresStore:
                     async for _ in conn.notifies(timeout=timeout, stop_after=1):
                         pass
             finally:
-                await conn.execute(f"UN{listening}".encode())
-                await conn.set_autocommit(before)
+                try:
+                    await conn.execute(f"UN{listening}".encode())
+                finally:  # cancelled, too: a connection that commits by itself would be given to others
+                    if not conn.closed:
+                        await conn.set_autocommit(before)
 
     async def _rows(self, conn: AsyncConnection[Any], query: str, key: str, owner: int, **facts: Any) -> list[Any]:
         return await rows(

@@ -320,6 +320,22 @@ async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: S
     assert seen == {"claimed", "unknown", "done"}
 
 
+async def test_cancelled_at_any_await_who_waits_gives_its_connection_back_as_it_was(
+    pg: str, pg_pool: AsyncConnectionPool
+) -> None:
+    await ensure_schema(pg_pool)
+    async with AsyncConnectionPool(pg, min_size=1, max_size=1, open=False) as pool:
+        store = PostgresStore(pool)
+        found = await store.claim("k", MINE, lease=60, ttl=60)
+        for point in range(1_000):
+            reached = await cancelled_at(point, store.wait("k", found.owner, 0.01))
+            async with pool.connection() as conn:
+                assert not conn.autocommit, f"cancelled at await {point}"
+            if not reached:
+                break
+        assert point > 2
+
+
 async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unknown(store: Store) -> None:
     for point in range(1_000):
         await fallen_silent(store, f"k{point}")
