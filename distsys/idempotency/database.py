@@ -40,7 +40,7 @@ LONGEST = 700  # bytes: three such names and a key fit one entry of an index
 
 # Claims what is free, expired, or given up under the number %(over)s; else reads what is there, and writes nothing.
 # It waits for the transaction that holds the row. If that committed, its row is younger than this statement: no row
-# comes back, and the next look sees it.
+# comes back, and the next look sees it. While it waited, another may have drawn a number above excluded.fence.
 _FREE_TO_TAKE = """((mine.expires_at <= clock_timestamp() OR mine.fence = %(over)s AND mine.answer IS NULL)
     AND coalesce(mine.leased_until, '-infinity') <= clock_timestamp())"""
 _CLAIM = f"""
@@ -57,7 +57,8 @@ WITH known AS (
     clock_timestamp() + make_interval(secs => %(ttl)s)
   WHERE NOT EXISTS (SELECT FROM known)
   ON CONFLICT (scope, endpoint, key) DO UPDATE SET fingerprint = excluded.fingerprint, answer = NULL,
-    fence = excluded.fence, leased_until = excluded.leased_until, expires_at = excluded.expires_at,
+    fence = nextval('distsys_idempotency_fence'), leased_until = excluded.leased_until,
+    expires_at = excluded.expires_at,
     request = coalesce(excluded.request, mine.request)
   WHERE {_FREE_TO_TAKE}
   RETURNING fence

@@ -342,6 +342,22 @@ async def test_above_read_committed_who_waited_has_to_begin_anew(
     assert await effects(ledger) == 1
 
 
+async def test_who_waited_for_another_claim_gets_the_larger_number(
+    ledger: AsyncConnectionPool, conn: Connection
+) -> None:
+    """Although it asked first: numbers are drawn by who has the row."""
+    await expired(ledger)
+    await conn.execute("SELECT FROM distsys_idempotency FOR UPDATE")
+    waiting = asyncio.create_task(PostgresStore(ledger, endpoint="e").claim("k", bytes(32), lease=60, ttl=60))
+    await held_up(ledger)
+    first = await claim(conn, "", "e", "k", bytes(32), lease=0.001, ttl=0.001)
+    await conn.execute("SELECT pg_sleep(0.01)")  # by now it is expired
+    await conn.commit()
+    second = await waiting
+    assert (first.state, second.state) == ("claimed", "claimed")
+    assert second.owner > first.owner
+
+
 @pytest.mark.parametrize("option", ["default_transaction_isolation=serializable", "lock_timeout=1"])
 async def test_who_loses_to_another_attempt_is_not_one_without_a_store(
     pg: str, ledger: AsyncConnectionPool, conn: Connection, option: str
