@@ -207,6 +207,23 @@ async def test_a_policy_can_find_out_what_happened(store: Store, found_out: byte
     assert asked == ["k"]
 
 
+@pytest.mark.parametrize("found_out", [b' {"paid": 1}', b'\r\n{"paid": 1}\n', b'{"paid": 1} {"paid": 2}'])
+async def test_what_a_policy_found_out_is_read_as_any_json(store: Store, found_out: bytes) -> None:
+    """With white space around it; and two of them are none."""
+
+    async def reconcile(key: str) -> bytes:
+        return found_out
+
+    found = await store.claim("k", fingerprint_of(None), lease=60, ttl=60)
+    await store.end("k", found.owner, "unknown", b"", 60)
+    claims = Claims(store, on_unknown=reconcile)
+    if b"2" in found_out:
+        with pytest.raises(ValueError, match="Extra data"):
+            await claims.run("k", no_effect)
+    else:
+        assert await claims.run("k", no_effect) == {"paid": 1}
+
+
 async def test_a_stale_owner_can_end_nothing(store: Store) -> None:
     stale = await fallen_silent(store)
     async with await Claims(store, on_unknown="rerun").begin("k", MINE) as claim:
