@@ -38,6 +38,7 @@ from distsys.tasks import in_background
 logger = logging.getLogger("distsys.idempotency")
 NOT_KEPT = b"\0not kept"  # instead of an answer too long to be kept
 DAY = 86_400.0
+FINGERPRINT = 32  # bytes: a record has its place
 End = Literal["done", "unknown", "free"]
 OnUnknown = Literal["block", "rerun"] | Callable[[str], Awaitable[bytes | None]]
 
@@ -214,6 +215,8 @@ class Claims:
         """The attempt of a request with this fingerprint; errors call the key by `name`, if its owner knows it so."""
         if not key:
             raise BadKey("the key is empty: an intent has a name")
+        if len(fingerprint) != FINGERPRINT:
+            raise ValueError(f"fingerprint={fingerprint!r}: {FINGERPRINT} bytes, as fingerprint_of(request) makes them")
         name, over, found = name or key, 0, None
         deadline = time.monotonic() + self.wait
         try:

@@ -641,6 +641,14 @@ async def test_any_text_is_a_key_and_no_two_share_a_claim(store: Store) -> None:
         await Claims(store).begin("", MINE)
 
 
+@pytest.mark.parametrize("fingerprint", [b"", b"short", b"l" * 33])
+async def test_a_fingerprint_of_another_length_claims_nothing(store: Store, fingerprint: bytes) -> None:
+    """A record of Redis with one could be read by nobody."""
+    with pytest.raises(ValueError, match="32 bytes"):
+        await Claims(store).begin("k", fingerprint)
+    assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "claimed"
+
+
 async def test_stores_with_other_names_keep_other_claims(redis: Redis) -> None:
     for name in ("", "a", "a:{b}", "a:b"):
         async with await Claims(RedisStore(redis, name=name)).begin("k", MINE) as claim:
