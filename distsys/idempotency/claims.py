@@ -78,7 +78,7 @@ class Store(Protocol):
         """The claim's number, larger than those of all claims before it; 0 when it is over."""
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
-        """Until the claim ends, which claim(waits=True) asked to be told of; or until the timeout."""
+        """Until the claim ends, which claim(waits=True) asked to be told of; at most for the timeout."""
 
     def unavailable(self, error: Exception) -> bool:
         """Whether the store could not be asked."""

@@ -174,7 +174,7 @@ def answer_to(found: Found, fingerprint: bytes, key: str) -> bytes:
 class PostgresStore:
     """`Claims(PostgresStore(pool))`: for answers that have to survive Redis. Needs `ensure_schema`.
 
-    Who waits for another's answer takes a connection of the pool meanwhile.
+    Who waits for another's answer takes a connection of the pool, and gives it back now and then: owners need one, too.
     """
 
     def __init__(self, pool: AsyncConnectionPool[Any], *, scope: str = "", endpoint: str = "") -> None:
@@ -227,13 +227,14 @@ class PostgresStore:
             return owner if await self._rows(conn, _IS, key, owner, done=False) else 0
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
+        slice_ = min(timeout, max(0.02, min(1.0, timeout / 6)))  # so that no pool is full of those who wait for a lease
         async with self._pool.connection() as conn:
             before, listening = conn.autocommit, f'LISTEN "{_channel(key)}"'
             await conn.set_autocommit(True)
             try:
                 await conn.execute(listening.encode())
                 if await self._rows(conn, _IS, key, owner, done=False):  # else it ended before anybody listened
-                    async for _ in conn.notifies(timeout=timeout, stop_after=1):
+                    async for _ in conn.notifies(timeout=slice_, stop_after=1):
                         pass
             finally:
                 try:

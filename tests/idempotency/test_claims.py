@@ -505,6 +505,20 @@ async def test_of_many_who_take_over_an_unknown_outcome_one_may(store: Store) ->
         await claim.done(b"once")
 
 
+async def test_who_waits_in_postgresql_leaves_the_owner_a_connection(pg: str) -> None:
+    """There is but one, and three who wait want it: the owner's heart beats, and its answer is kept."""
+    async with AsyncConnectionPool(pg, min_size=1, max_size=1, open=False, timeout=10) as pool:
+        await ensure_schema(pool)
+        store = PostgresStore(pool)
+        async with await Claims(store, lease=60).begin("k", MINE) as claim:
+            waiting = [asyncio.create_task(Claims(store, wait=60).begin("k", MINE)) for _ in range(3)]
+            while pool.get_stats().get("requests_waiting", 0) < 2:
+                await asyncio.sleep(0)
+            assert await store.extend("k", claim.owner, 60)
+            await claim.done(b"1")
+        assert [(await each).answer for each in waiting] == [b"1"] * 3
+
+
 async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> None:
     async with await Claims(store).begin("k", MINE) as claim:
         await claim.done(b"first")
