@@ -7,7 +7,7 @@ Not      one effect by itself, see claims.py; Set-Cookie, Date and the like are 
          than `max_response`, passes with Idempotency-Stored: false, and later requests are told that it was done.
 Units    seconds, bytes.
 Errors   as application/problem+json: 400 no key or a malformed one, 401 no caller, 409 still running (Retry-After) or
-         unknown, 413, 422 another request, 503 no store.
+         unknown or not kept, 413, 422 another request, 503 no store (on_failure="closed"; else its error passes).
 Source   draft-ietf-httpapi-idempotency-key-header-07; Stripe's API, "Idempotent requests"; RFC 9457.
 """
 
@@ -44,8 +44,9 @@ UNREAD = frozenset({"http.response.pathsend", "http.response.zerocopysend", "htt
 class IdempotencyMiddleware:
     """`app.add_middleware(IdempotencyMiddleware, store=RedisStore(redis), scope=lambda scope: scope["user"].id)`
 
-    scope        who calls, from the ASGI scope; may be async. Without it `public=True` has to say that every caller
-                 may be given every answer
+    scope        who calls, from the ASGI scope; may be async. Whoever authenticates comes before this middleware: a
+                 dependency of the route is too late. Without it `public=True` has to say that every caller may be
+                 given every answer
     methods      those that are looked at
     required     whether a key must be sent, for all of them or by the ASGI scope; without one a request passes
     fields       of a JSON body, that have to be the same in all attempts; None: the body, byte for byte
