@@ -237,7 +237,7 @@ class Claims:
                     await self.store.wait(key, found.owner, left)
                 else:
                     raise KeyInProgress(  # noqa: TRY301
-                        f"{name!r}: an earlier attempt is running, and waited for {found.left:.3g} s more",
+                        f"{name!r}: an earlier attempt is running; its lease has {found.left:.3g} s left",
                         key=name,
                         retry_after=min(1.0, found.left),
                     )

@@ -16,6 +16,7 @@ from distsys.lab.experiment import Run
 from distsys.lab.experiments.lock_scripts import on_redis
 from distsys.lab.history import Finding, History, Op
 from distsys.lab.spans import count
+from distsys.lab.story import error
 from distsys.lab.worker import Worker
 
 _LEDGER = "CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL)"
@@ -132,6 +133,14 @@ async def effect(worker: Worker, intent: str, conn: Any) -> None:
 # ---- checks
 
 
+def somebody_answered(history: History) -> Finding:
+    """An endpoint that never answers does nothing twice; that proves nothing."""
+    if told := history.where("told"):
+        return Finding("HELD", count(len(told), "answer"))
+    failed = [error(op) for op in history.where("request") if op.status != "ok"]
+    return Finding("INCONCLUSIVE", f"nobody was answered: {failed[0] if failed else 'nobody asked'}")
+
+
 def right_answers(history: History) -> Finding:
     """Who asks is told of what it asked, not of what another did with the same key."""
     told = [(op, *_parts(op)) for op in history.where("told")]
@@ -140,6 +149,8 @@ def right_answers(history: History) -> Finding:
         rows = [(history.at(op.end), op.process, f"asked for {asked}, was told: {got}") for op, asked, got in wrong]
         summary = f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}"
         return Finding("VIOLATED", summary, tuple(op for op, *_ in wrong), tuple(rows))
+    if not told:
+        return somebody_answered(history)
     if len(asked := history.where("request")) < 2:
         return Finding("INCONCLUSIVE", f"only {count(len(asked), 'request')}")
     return Finding("HELD", f"{count(len(told), 'answer')} to {count(len(asked), 'request')}, none of them another's")

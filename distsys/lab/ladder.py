@@ -13,6 +13,7 @@ from distsys.lab.checks import all_of, answered, exactly_once, no_lost_update
 from distsys.lab.experiment import Arm, Run, name_of
 from distsys.lab.experiments.lock_scripts import on_both, own_redis
 from distsys.lab.experiments.resilience import RETRY as TRIES
+from distsys.lab.intents import somebody_answered
 from distsys.lab.proxy import TcpProxy
 from distsys.lab.verdict import MARK, Verdict, escape, table
 
@@ -107,9 +108,10 @@ RETRY = (
 
 ENDPOINT = (
     Level("the client sends it again", "key-per-attempt",
-        "What of the first attempt is remembered, under which name, and does the second one look there?", {}),
+        "What of the first attempt is remembered, under which name, and does the second one look there?",
+        {"check": all_of(exactly_once, somebody_answered)}),
     Level("another user has chosen the same key", "other-user",
-        "Keys are made by clients. What besides the key tells whose it is?", {}),
+        "Keys are made by clients. What besides the key tells whose it is? (What charge answered, pay answers.)", {}),
     Level("the key comes back with another amount", "other-payload",
         "An answer to another request is wrong. What has to be kept beside the answer, to be compared?", {}),
     Level("two attempts at once", "two-attempts-at-once",

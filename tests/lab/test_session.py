@@ -281,6 +281,29 @@ async def test_an_endpoint_climbs_as_far_as_it_is_right(lab: Lab, candidate: obj
     assert climb.passed or ladder.ENDPOINT[level].hint in str(climb)
 
 
+class Mute:
+    """Pays nobody, and so nobody twice."""
+
+    async def pay(self, key: str, amount: int, user: str) -> str:
+        raise KeyError("card")
+
+
+class Blocked:
+    """Not async, as a beginner writes it."""
+
+    def pay(self, key: str, amount: int, user: str) -> str:
+        return "paid"
+
+
+@pytest.mark.parametrize(("candidate", "why"), [(Mute, "KeyError"), (Blocked, "TypeError")])
+async def test_an_endpoint_that_answers_nobody_climbs_nowhere_and_is_told_why(
+    lab: Lab, candidate: object, why: str
+) -> None:
+    climb = await lab.try_endpoint(candidate)
+    assert (climb.level, climb.verdicts[0].status) == (0, "INCONCLUSIVE")
+    assert f"nobody was answered: {why}" in str(climb)
+
+
 async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
     """Simulated arms stand beside those that ran live; in processes of their own, to the same last bit."""
     simulation = await lab.simulate(["no retries", "full jitter"], clients=2_000)
