@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIMIT, LANES, MARKS = 60, 12, 160  # shown of the bars, lanes and marks
+ORDER = {"apply": 0, "read": 2}  # of marks: who comes first has room for its words; effects before what asked for them
 DECIDED = {"admit": "admitted", "call": "answered", "arrive": "arrived"}
 LANE, BAR, FLAG = 40, 17, 15  # heights in px
 
@@ -242,7 +243,7 @@ class _Picture:
         ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == ("admit", "info")]
         if self.history.where("call"):  # of what goes on inside of a call only the counterexample
             ops = [op for op in ops if op.name in ("apply", "wait") and op in self.finding.witness]
-        for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, op.name == "read"))[:MARKS]:
+        for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in told, ORDER.get(op.name, 1)))[:MARKS]:
             refused, key = op.status == "fail", op.status == "fail" or op in told
             x, y = self.x(op.end), self.lane[op.process] + 4 + BAR
             in_full = op.name == "release"
@@ -250,12 +251,13 @@ class _Picture:
             if key and op.value is not None and not isinstance(op.value, dict):
                 text = cut(f"{text} {op.value}", 60, 11)
             self.out.append(hollow_cross(x, y + 8) if refused else path(f"M{x:.1f} {y}v5", "k"))
-            for shift in (6.0,) if refused else (-2.0, 1.0, 4.0, -6.0):
-                wide = width_of(text, 11)
+            shifts = (6.0,) if refused else (-2.0, 1.0, 4.0, -6.0)
+            for words, shift in product(dict.fromkeys((text, text if in_full else text.split()[0])), shifts):
+                wide = width_of(words, 11, bold=key) + 3
                 start = min(x + shift, WIDTH - MARGIN - wide)
                 if all(start > b or start + wide < a for a, b in taken[op.process]):
                     taken[op.process].append((start, start + wide))
-                    self.out.append(put(start, y + 15, text, "i z b" if key else "i z"))
+                    self.out.append(put(start, y + 15, words, "i z b" if key else "i z"))
                     break
             if not in_full:
                 self.icons[op.name] = put(-4, 4, op.name[0], "i"), 8
