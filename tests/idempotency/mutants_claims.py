@@ -196,8 +196,8 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
     (
         "a cancelled attempt keeps its claim",
         redis_store.RedisStore.claim,
-        "except BaseException:",
-        "except Exception:",
+        "except BaseException as error:",
+        "except Exception as error:",
         on(test_claims.test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind),
         (),
     ),
