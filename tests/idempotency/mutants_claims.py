@@ -146,6 +146,14 @@ MUTANTS: list[tuple[str, Any, str, str, Test, tuple[Any, ...]]] = [
         (),
     ),
     (
+        "a number is the time, whatever it was before",
+        "CLAIM_OR_WAIT",
+        "math.max(time[1] * 1000000 + time[2], string.sub(record, 19, 34) + 1)",
+        "time[1] * 1000000 + time[2]",
+        test_claims.test_a_number_grows_also_where_the_clock_of_redis_was_set_back,
+        (),
+    ),
+    (
         "a stale owner draws a number",
         "END",
         "if not record or string.sub(record, 3, 18) ~= ARGV[1] then return 0 end",

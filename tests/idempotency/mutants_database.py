@@ -72,6 +72,15 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
         {},
     ),
     (
+        "an answer moves its row",
+        database,
+        "_KEEP",
+        "greatest(expires_at, ",
+        "greatest(expires_at + interval '1 s', ",
+        test_database.test_an_answer_is_written_where_its_row_is,
+        {},
+    ),
+    (
         "any request is answered",
         database,
         "answer_to",

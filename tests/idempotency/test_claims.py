@@ -247,6 +247,15 @@ async def test_numbers_grow_also_where_the_record_in_between_was_deleted(store: 
     assert not await store.end("k", owners[0], "done", b"", 60)
 
 
+async def test_a_number_grows_also_where_the_clock_of_redis_was_set_back(redis: Redis) -> None:
+    """The one before is as if drawn in a future that the clock has left."""
+    store, future = RedisStore(redis), 2**52
+    over = await fallen_silent(store)
+    await redis.setrange(store._keys("k")[0], 18, f"{future:016d}")
+    taken = await store.claim("k", MINE, lease=60, ttl=60, over=over)
+    assert await store.fence("k", taken.owner) == future + 1
+
+
 async def test_an_overtaken_attempt_is_told_that_its_outcome_is_on_no_record(store: Store) -> None:
     async with await Claims(store, lease=60).begin("k", MINE) as late:
         number = await late.fence()

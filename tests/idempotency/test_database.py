@@ -422,6 +422,13 @@ async def test_an_operation_longer_than_its_ttl_is_kept_from_its_end(
     assert (left, first) == ((True,), {"number": 1})
 
 
+async def test_an_answer_is_written_where_its_row_is(ledger: AsyncConnectionPool, conn: Connection) -> None:
+    """No index has to be told of it (HOT)."""
+    await idempotent_execute(conn, "k", "e", charge)
+    counts = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'distsys_idempotency'"
+    assert await (await conn.execute(counts)).fetchone() == (1, 1)
+
+
 async def test_cleanup_deletes_what_has_expired_in_batches(ledger: AsyncConnectionPool) -> None:
     for number in range(5):
         await expired(ledger, f"old-{number}")
@@ -633,9 +640,15 @@ async def test_a_mistake_is_named_with_its_remedy(
     assert await effects(ledger) == 0
 
 
-@pytest.mark.parametrize("batch", [0, -1, "all", True])
-async def test_a_batch_of_no_rows_is_refused(ledger: AsyncConnectionPool, batch: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"batch={batch!r}.*(rows, 1 or more|rows as a whole number)"):
+@pytest.mark.parametrize(
+    ("batch", "error", "remedy"),
+    [(0, ValueError, "1 or more"), (-1, ValueError, "1 or more")]
+    + [(odd, TypeError, "rows as a whole number") for odd in ("all", True)],
+)
+async def test_a_batch_of_no_rows_is_refused(
+    ledger: AsyncConnectionPool, batch: Any, error: type[Exception], remedy: str
+) -> None:
+    with pytest.raises(error, match=f"batch={batch!r}.*{remedy}"):
         await delete_expired(ledger, batch=batch)
 
 

@@ -106,6 +106,13 @@ def contrast(a: str, b: str) -> float:
 # --- legible
 
 
+def test_what_was_done_twice_is_written_twice() -> None:
+    """The request around an effect does not take its words their place."""
+    ops = [op("w1", name, t, t + 0.2, "order-1") for t in (1.0, 4.0) for name in ("request", "apply")]
+    past = history(*ops, applied={"order-1": 2})
+    assert timeline_svg(past, checks.exactly_once(past)).count(">a order-1<") == 2
+
+
 @pytest.mark.parametrize(("ink", "ground"), svg.TEXT_ON)
 def test_text_stands_out_from_its_ground(ink: str, ground: str) -> None:
     """WCAG AA asks for 4.5 to 1."""
