@@ -25,9 +25,10 @@ check: $(READY)
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache
 
 notebooks: $(READY)
-	@$(PY) -m distsys.lab.notebooks $(ARGS)
+	@$(PY) -m distsys.lab.notebook.execute $(ARGS)
 
 bench: $(READY)
 	@for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do $(PY) "$$script" $(ARGS) || exit 1; done

@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from distsys.lab.processes import Process, Processes
-from distsys.lab.servers import _COPY_AND_START, _POSTGRES, Server, Servers, ServerUnavailable
+from distsys.lab.testbed.processes import Process, Processes
+from distsys.lab.testbed.servers import _COPY_AND_START, _POSTGRES, Server, Servers, ServerUnavailable
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER = 120.0  # seconds within which a child answers, or the run fails

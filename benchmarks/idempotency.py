@@ -132,7 +132,7 @@ async def insert(dsn: str, how: str = "") -> Calls:
     """The floor of a claim: an INSERT .. ON CONFLICT of its row that commits; of a new key, or of one that is taken."""
     import psycopg
 
-    from distsys.idempotency.database import ensure_schema
+    from distsys.schema import ensure_schema
 
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
         await ensure_schema(conn)
@@ -155,7 +155,8 @@ async def claimed(dsn: str) -> Calls:
     """The statement of ours: it claims, or reads what is there."""
     import psycopg
 
-    from distsys.idempotency.database import claim, ensure_schema
+    from distsys.idempotency.database import claim
+    from distsys.schema import ensure_schema
 
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
         await ensure_schema(conn)
@@ -192,7 +193,8 @@ async def executed(dsn: str, pooled: str) -> Calls:
     import psycopg
     from psycopg_pool import AsyncConnectionPool
 
-    from distsys.idempotency.database import ensure_schema, idempotent_execute
+    from distsys.idempotency.database import idempotent_execute
+    from distsys.schema import ensure_schema
 
     async def operation() -> Any:
         return ANSWER

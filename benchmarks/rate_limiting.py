@@ -55,7 +55,7 @@ async def raw(url: str) -> AsyncIterator[Allow]:
 
 @asynccontextmanager
 async def token_bucket(url: str) -> AsyncIterator[Allow]:
-    from distsys.ratelimit.token_bucket import TokenBucketLimiter
+    from distsys.rate_limiting.token_bucket import TokenBucketLimiter
 
     async with client(url) as redis:
         yield TokenBucketLimiter(redis, capacity=FULL, refill_rate=FULL).is_allowed
@@ -63,17 +63,17 @@ async def token_bucket(url: str) -> AsyncIterator[Allow]:
 
 @asynccontextmanager
 async def leased(url: str) -> AsyncIterator[Allow]:
-    from distsys.ratelimit.token_bucket import Lease, TokenBucketLimiter
+    from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
 
     async with client(url) as redis:
-        limiter = TokenBucketLimiter(redis, capacity=FULL, refill_rate=FULL, lease=Lease(tokens=64, seconds=0.05))
+        limiter = TokenBucketLimiter(redis, capacity=FULL, refill_rate=FULL, lease=TokenLease(tokens=64, seconds=0.05))
         yield limiter.is_allowed
         await limiter.aclose()
 
 
 @asynccontextmanager
 async def sliding_window(url: str, precision: str) -> AsyncIterator[Allow]:
-    from distsys.ratelimit.sliding_window import SlidingWindowLimiter
+    from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
 
     async with client(url) as redis:
         yield SlidingWindowLimiter(redis, limit=FULL, window=1, precision=precision).is_allowed
@@ -164,10 +164,10 @@ async def bare(url: str) -> AsyncIterator[Handle]:
 
 @asynccontextmanager
 async def limited(url: str, slice_of: str = "") -> AsyncIterator[Handle]:
-    from distsys.ratelimit.http import RateLimitMiddleware, client_address
-    from distsys.ratelimit.token_bucket import Lease, TokenBucketLimiter
+    from distsys.rate_limiting.http import RateLimitMiddleware, client_address
+    from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
 
-    lease = Lease(tokens=float(slice_of), seconds=0.05) if slice_of else None
+    lease = TokenLease(tokens=float(slice_of), seconds=0.05) if slice_of else None
     async with client(url) as redis:
         limiter = TokenBucketLimiter(redis, capacity=FULL, refill_rate=FULL, lease=lease)
         yield through(RateLimitMiddleware(bare_app(), limiter, key=client_address()))

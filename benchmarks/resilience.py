@@ -113,9 +113,9 @@ def ours_breaker(fn: Call) -> Call:
 
 
 def ours_breaker_of_a_minute(fn: Call) -> Call:
-    from distsys import circuit_breaker, seconds
+    from distsys import TimeWindow, circuit_breaker
 
-    return circuit_breaker(window=seconds(60), failure_rate=0.5)(fn)
+    return circuit_breaker(window=TimeWindow(60), failure_rate=0.5)(fn)
 
 
 def ours_bulkhead(fn: Call) -> Call:

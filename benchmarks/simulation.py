@@ -46,7 +46,7 @@ async def program(clients: int) -> int:
 
 @asynccontextmanager
 async def ours(clients: str) -> AsyncIterator[Work]:
-    from distsys.lab import virtual_loop
+    from distsys.lab.simulate import virtual_loop
 
     yield lambda: virtual_loop.run(program(int(clients)))
 
@@ -64,7 +64,7 @@ async def looptime(clients: str) -> AsyncIterator[Work]:
 
 @asynccontextmanager
 async def storm(arm: str) -> AsyncIterator[Work]:
-    from distsys.lab.simulate import simulate
+    from distsys.lab.simulate.simulation import simulate
 
     def work() -> int:
         (done,) = simulate([arm]).arms

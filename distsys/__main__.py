@@ -2,6 +2,6 @@
 
 import sys
 
-from distsys.cli import main
+from distsys.cli.main import main
 
 sys.exit(main())

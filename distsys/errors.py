@@ -6,13 +6,19 @@ problem. The docstring of an error is its default message.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
+
+MAX_SECONDS = 999_999_999_999_999  # the largest integer of a structured field
 
 
 class DistsysError(Exception):
     """A rule of distsys refused or lost something."""
 
     status = 500  # HTTP status of the RFC 9457 problem
+    problem_type: tuple[str, str] | None = None  # type and title, where IANA has registered a type
+    http_headers: Sequence[tuple[bytes, bytes]] | None = None  # of the response; None: Retry-After alone
 
     def __init__(self, message: str | None = None, /, **facts: Any) -> None:
         super().__init__(message or (type(self).__doc__ or "").splitlines()[0])
@@ -30,10 +36,12 @@ class DistsysError(Exception):
     def problem(self) -> dict[str, Any]:
         """This error as an RFC 9457 problem: status, type, title, detail, and the facts as extension members."""
         facts = {k: v for k, v in self.facts.items() if isinstance(v, (str, int, float, bool, type(None)))}
+        ours = f"urn:distsys:{_kebab(type(self).__name__)}", (type(self).__doc__ or "").splitlines()[0].rstrip(".")
+        kind, title = self.problem_type or ours
         return {
             **facts,
-            "type": f"urn:distsys:{_kebab(type(self).__name__)}",
-            "title": (type(self).__doc__ or "").splitlines()[0].rstrip("."),
+            "type": kind,
+            "title": title,
             "status": self.status,
             "detail": str(self),
         }
@@ -79,6 +87,17 @@ class RateLimited(Rejected):
     """The limit is used up for now."""  # key, limit, retry_after
 
     status = 429
+    problem_type = (
+        "https://iana.org/assignments/http-problem-types#quota-exceeded",
+        "Request cannot be satisfied as assigned quota has been exceeded",
+    )
+
+    def problem(self) -> dict[str, Any]:
+        """As any error's, but without the key: it may name somebody, and the client knows who it is."""
+        told = {name: value for name, value in super().problem().items() if name not in ("key", "limit", "retry_after")}
+        told["violated-policies"] = self.facts.get("violated-policies", [])
+        wait = self.facts.get("retry_after")
+        return told if wait is None else told | {"detail": f"Come again in {whole_seconds(wait)} s."}
 
 
 class CircuitOpen(Rejected):
@@ -146,6 +165,11 @@ class OutcomeUnknown(Indeterminate):
     """An earlier attempt ended without saying whether it took effect."""  # key
 
     status = 409
+
+
+def whole_seconds(seconds: float) -> int:
+    """Return the seconds for a Retry-After: rounded up, at least 1, and no larger than a structured field allows."""
+    return max(1, math.ceil(min(seconds, MAX_SECONDS)))
 
 
 def _kebab(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
@@ -11,8 +11,9 @@ from hypothesis import settings
 from psycopg_pool import AsyncConnectionPool
 from redis.asyncio import Redis, RedisCluster
 
-from distsys.lab.processes import Processes
-from distsys.lab.servers import Server, Servers
+from distsys.lab.testbed.processes import Processes
+from distsys.lab.testbed.servers import Server, Servers
+from tests import bugs
 
 settings.register_profile("distsys", deadline=None)  # a loaded machine is no bug
 settings.load_profile("distsys")
@@ -78,3 +79,27 @@ async def own_redis(servers: Servers) -> AsyncIterator[Server]:
     yield server
     if server.process is not None and server.process.state != "exited":
         await server.kill()
+
+
+# ---- bugs planted by @kills
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    bugs.parametrize(metafunc)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = bugs.select(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    bug = bugs.bug_of(item)
+    return (yield) if bug is None else (yield from bugs.run(item, bug))
+
+
+@pytest.fixture
+def planted_bug(request: pytest.FixtureRequest) -> bugs.Bug | None:
+    """The bug under which this test has to die; `bugs.run` plants it around the test alone."""
+    bug: bugs.Bug | None = request.param
+    return bug

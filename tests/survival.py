@@ -8,7 +8,7 @@ from typing import Any
 
 import redis.asyncio
 
-from distsys.lab.servers import Server
+from distsys.lab.testbed.servers import Server
 
 
 async def survived(test: Callable[..., Awaitable[None]], server: Server, *arguments: Any) -> bool:

@@ -48,8 +48,9 @@ def test_every_error_is_an_rfc_9457_problem(error: type[DistsysError]) -> None:
     problem = error("what happened", name="n", token=7, title="not mine", errors=[ValueError()]).problem()
     assert json.loads(json.dumps(problem)) == problem
     assert problem["detail"] == "what happened"
-    assert problem["type"].startswith("urn:distsys:")
-    assert problem["title"] + "." == (error.__doc__ or "").splitlines()[0]
+    assert problem["type"].startswith(("urn:distsys:", "https://iana.org/assignments/http-problem-types#"))
+    ours = (error.__doc__ or "").splitlines()[0].removesuffix(".")
+    assert problem["title"] == (error.problem_type[1] if error.problem_type else ours)
     assert 400 <= problem["status"] < 600
     assert (problem["name"], problem["token"], "errors" in problem) == ("n", 7, False)
 

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from distsys.arguments import optional
+from distsys._support.arguments import optional
 
 Headers = list[tuple[bytes, bytes]]
 # Never kept: secrets of one exchange, and what is true of it alone.

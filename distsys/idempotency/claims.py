@@ -21,7 +21,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from distsys.arguments import check_seconds
+from distsys._support.arguments import check_seconds
+from distsys._support.cancellation import in_background
 from distsys.errors import (
     AnswerNotKept,
     BadKey,
@@ -33,7 +34,6 @@ from distsys.errors import (
 )
 from distsys.idempotency.answers import json_of
 from distsys.idempotency.keys import fingerprint_of
-from distsys.tasks import in_background
 
 logger = logging.getLogger("distsys.idempotency")
 NOT_KEPT = b"\0not kept"  # instead of an answer too long to be kept

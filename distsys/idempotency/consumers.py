@@ -14,11 +14,11 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from distsys.arguments import check_seconds, optional
-from distsys.idempotency.database import check_name
-from distsys.idempotency.dedup import Dedup, Handler, Verdict
-from distsys.redis_scripts import async_client, milliseconds
-from distsys.tasks import cancellation
+from distsys._support.arguments import check_seconds, optional
+from distsys._support.cancellation import cancellation
+from distsys._support.redis import async_client, milliseconds
+from distsys.idempotency.database import check_column
+from distsys.idempotency.dedup import Dedup, Delivery, Handler
 
 BLOCK = 1_000  # ms: it must end before the client's socket timeout
 MessageId = Callable[[Any], str] | None
@@ -78,7 +78,7 @@ async def consume_kafka(
     cancelled = cancellation()
     while not cancelled():
         record = await consumer.getone()
-        place, verdict = kafka.TopicPartition(record.topic, record.partition), Verdict.NACK
+        place, verdict = kafka.TopicPartition(record.topic, record.partition), Delivery.NACK
         try:
             name = f"{record.partition}-{record.offset}"
             verdict = await _settle(dedup, record.topic, name, message_id, handler, record)
@@ -96,10 +96,10 @@ async def consume_kafka(
 
 async def _settle(
     dedup: Dedup, source: str, place: str, message_id: MessageId, handler: Handler, message: Any
-) -> Verdict:
+) -> Delivery:
     """Without an id that can be read a message fails as by its handler, under its place."""
     try:
-        name = check_name("message_id", message_id(message)) if message_id else place
+        name = check_column("message_id", message_id(message)) if message_id else place
     except Exception as error:  # noqa: BLE001  counted, and told, as the handler's
         name, failure = place, error
 

@@ -16,27 +16,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from importlib.resources import files
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, Rollback
-from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from distsys.arguments import check_count, check_seconds
+from distsys._support.arguments import check_count, check_seconds, check_text
+from distsys._support.cancellation import in_background
+from distsys._support.postgres import Database, connection, rows
 from distsys.errors import KeyInProgress
 from distsys.idempotency.answers import answer_of, is_response, kept, status_of
 from distsys.idempotency.claims import DAY, End, Found, check_same
 from distsys.idempotency.keys import fingerprint_of, parse_key
-from distsys.tasks import in_background
 
-Database = AsyncConnection[Any] | AsyncConnectionPool[Any]
 TRIES = 100  # to read a row that others claim and free in the meantime
-LONGEST = 700  # bytes: three such names and a key fit one entry of an index
+MAX_COLUMN_BYTES = 700  # bytes: three such names and a key fit one entry of an index
 
 # Claims what is free, expired, or given up under the number %(over)s; else reads what is there, and writes nothing.
 # It waits for the transaction that holds the row. If that committed, its row is younger than this statement: no row
@@ -147,8 +144,8 @@ async def claim(
 ) -> Found:
     """Without a lease it is that of the transaction. One that is running for others has a lease."""
     facts = {
-        "scope": check_name("scope", scope, 0),
-        "endpoint": check_name("endpoint", endpoint, 0),
+        "scope": check_column("scope", scope, 0),
+        "endpoint": check_column("endpoint", endpoint, 0),
         "key": key,
         "fingerprint": fingerprint,
         "request": request,
@@ -254,15 +251,6 @@ class PostgresStore:
         return isinstance(error, (psycopg.OperationalError, PoolTimeout, OSError)) and not other
 
 
-async def ensure_schema(db: Database) -> None:
-    """Runs schema.sql unless its last table is there. Many may call it at once."""
-    async with connection(db) as conn, conn.transaction():
-        # CREATE INDEX IF NOT EXISTS waits for all who write to the table, and holds up those who come after it
-        if await rows(conn, "SELECT 1 WHERE to_regclass('distsys_failures') IS NULL", ()):
-            await conn.execute("SELECT pg_advisory_xact_lock(hashtext('distsys_idempotency'))")
-            await conn.execute(files(__package__).joinpath("schema.sql").read_text())
-
-
 async def delete_expired(db: Database, *, batch: int = 1_000) -> int:
     """Deletes expired rows, at most so many, and says how many: call it until none is left. No writer waits for it."""
     expired = "expires_at <= now() AND coalesce(leased_until, '-infinity') <= now()"
@@ -278,37 +266,9 @@ async def delete_batch(db: Database, table: str, condition: str, parameters: tup
         return len(await rows(conn, delete, (*parameters, batch)))
 
 
-@asynccontextmanager
-async def connection(db: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    given: object = db
-    if isinstance(given, AsyncConnection):
-        yield given
-    elif isinstance(given, AsyncConnectionPool):
-        async with given.connection() as conn:
-            yield conn
-    else:
-        raise TypeError(f"db={db!r} is a {type(db).__name__}: pass a psycopg AsyncConnection or an AsyncConnectionPool")
-
-
-async def rows(conn: AsyncConnection[Any], query: str, parameters: Any) -> list[Any]:
-    """As tuples, whatever rows the connection makes."""
-    try:
-        return await (await conn.cursor(row_factory=tuple_row).execute(query.encode(), parameters)).fetchall()
-    except psycopg.errors.UndefinedTable as error:
-        error.add_note("await distsys.idempotency.database.ensure_schema(db) creates it, once, as at a deployment")
-        raise
-
-
-def check_name(what: str, text: object, least: int = 1) -> str:
-    """A text that can be part of a primary key."""
-    if not isinstance(text, str):
-        raise TypeError(f"{what}={text!r} is a {type(text).__name__}: give a str")
-    size = len(text.encode(errors="surrogatepass"))
-    odd = "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text))
-    if odd or not least <= size <= LONGEST:
-        shown = text if size <= LONGEST else text[:40] + "..."
-        raise ValueError(f"{what}={shown!r}: a str of {least} to {LONGEST} bytes, without NUL or half characters")
-    return text
+def check_column(name: str, value: object, least: int = 1) -> str:
+    """Return the text if it can be part of a primary key."""
+    return check_text(name, value, least=least, most=MAX_COLUMN_BYTES)
 
 
 def _takes_argument(operation: Callable[..., Any]) -> bool:

@@ -5,7 +5,7 @@ Promise  the mark of a processed message commits with its effect, or neither doe
 Not      for effects outside of the database (give them the message id as idempotency key); not for ever: a mark is kept
          for `retention`, which has to be longer than the broker may deliver a message again.
 Units    seconds.
-Errors   the handler's own are counted and answered by Verdict.NACK; after `max_attempts` the message is parked.
+Errors   the handler's own are counted and answered by Delivery.NACK; after `max_attempts` the message is parked.
 Source   Hohpe & Woolf 2003 (Idempotent Receiver); Richardson (Transactional inbox); Redis XAUTOCLAIM.
 """
 
@@ -20,11 +20,12 @@ from typing import Any
 
 from psycopg_pool import AsyncConnectionPool
 
-from distsys.arguments import check_seconds
+from distsys._support.arguments import check_seconds
+from distsys._support.cancellation import heard
+from distsys._support.postgres import rows
+from distsys._support.redis import async_client, hash_tag, milliseconds, unavailable
 from distsys.idempotency.answers import json_of
-from distsys.idempotency.database import check_name, delete_batch, rows
-from distsys.redis_scripts import async_client, hash_tag, milliseconds, unavailable
-from distsys.tasks import heard
+from distsys.idempotency.database import check_column, delete_batch
 
 logger = logging.getLogger("distsys.idempotency")
 Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
@@ -45,7 +46,7 @@ RETURNING parked_at IS NOT NULL
 _FORGIVE = "DELETE FROM distsys_failures WHERE (consumer_group, source, message_id) = (%s, %s, %s) RETURNING 1"
 
 
-class Verdict(StrEnum):
+class Delivery(StrEnum):
     """What became of a delivery; all but NACK mean that the broker may forget it."""
 
     DONE = "done"
@@ -55,7 +56,7 @@ class Verdict(StrEnum):
 
     @property
     def ack(self) -> bool:
-        return self is not Verdict.NACK
+        return self is not Delivery.NACK
 
 
 class Dedup:
@@ -79,33 +80,33 @@ class Dedup:
     ) -> None:
         if type(max_attempts) is not int or max_attempts < 1:
             raise ValueError(f"max_attempts={max_attempts!r}: a whole number, 1 or more")
-        self.group, self.pool = check_name("group", group), pool
+        self.group, self.pool = check_column("group", group), pool
         self.retention = check_seconds("retention", retention)
         self.redis = None if redis is None else async_client(redis)
         self.max_attempts, self._ask_after = max_attempts, 0.0
 
     def __call__(
         self, *, source: str, message_id: Callable[[Any], str]
-    ) -> Callable[[Handler], Callable[[Any], Awaitable[Verdict]]]:
+    ) -> Callable[[Handler], Callable[[Any], Awaitable[Delivery]]]:
         """`@dedup(source="orders", message_id=lambda message: message["id"])` above an async handler(conn, message)."""
 
-        def decorate(handler: Handler) -> Callable[[Any], Awaitable[Verdict]]:
+        def decorate(handler: Handler) -> Callable[[Any], Awaitable[Delivery]]:
             @functools.wraps(handler)
-            async def handle(message: Any) -> Verdict:
+            async def handle(message: Any) -> Delivery:
                 return await self.handle(source, message_id(message), handler, message)
 
             return handle
 
         return decorate
 
-    async def handle(self, source: str, message_id: str, handler: Handler, message: Any = None) -> Verdict:
+    async def handle(self, source: str, message_id: str, handler: Handler, message: Any = None) -> Delivery:
         """Runs `handler(connection, message)` unless this message has been processed.
 
         Cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
         """
-        identity = (self.group, check_name("source", source), check_name("message_id", message_id))
+        identity = (self.group, check_column("source", source), check_column("message_id", message_id))
         if await self._seen(identity):
-            return Verdict.DUPLICATE
+            return Delivery.DUPLICATE
         async with self.pool.connection() as conn:
             try:
                 async with conn.transaction():
@@ -118,20 +119,20 @@ class Dedup:
                     raise
                 return await self._failed(conn, identity, error, message)
         await self._remember(identity)
-        return Verdict.DONE if fresh else Verdict.DUPLICATE
+        return Delivery.DONE if fresh else Delivery.DUPLICATE
 
     async def delete_old(self, *, batch: int = 1_000) -> int:
         """Deletes marks older than the retention, at most so many, and says how many. No consumer waits for it."""
         old = "consumer_group = %s AND processed_at < now() - make_interval(secs => %s)"
         return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention), batch)
 
-    async def _failed(self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any) -> Verdict:
+    async def _failed(self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any) -> Delivery:
         group, source, message_id = identity
         facts = {"group": group, "source": source, "id": message_id, "message": _shown(message), "error": _shown(error)}
         async with conn.transaction():
             ((parked,),) = await rows(conn, _COUNT, {**facts, "most": self.max_attempts})
         logger.warning("%s of %s failed%s: %s", message_id, source, ", and is parked" if parked else "", facts["error"])
-        return Verdict.PARKED if parked else Verdict.NACK
+        return Delivery.PARKED if parked else Delivery.NACK
 
     # ---- the fast layer: what it says "yes" to has been committed
 

@@ -16,27 +16,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection
 from decimal import Decimal
 from operator import itemgetter
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
-from distsys.arguments import optional
+from distsys._support.arguments import optional
+from distsys._support.http import PROBLEM, App, Message, Receive, Scope, Send, respond, send_problem
 from distsys.errors import BadKey, CallerUnknown, DistsysError, OutcomeUnknown
 from distsys.idempotency.answers import DROPPED, http_answer, http_response
 from distsys.idempotency.claims import NOT_KEPT, Claim, Claims, Store, logger
 from distsys.idempotency.keys import canonical, fingerprint_of, parse_key
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Caller = Callable[[Scope], str | Awaitable[str]]
 MIB = 1_048_576
-PROBLEM = "application/problem+json"
 # Ways to answer that this module could not read back.
 UNREAD = frozenset({"http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"})
 
@@ -109,7 +103,7 @@ class IdempotencyMiddleware:
             return
         if claim.answer is not None:
             status, headers, body = http_response(claim.answer)
-            await _respond(send, status, [*headers, (b"idempotent-replayed", b"true")], body)
+            await respond(send, status, [*headers, (b"idempotent-replayed", b"true")], body)
             return
         scope["distsys.idempotency"] = claim
         extensions = scope.get("extensions") or {}
@@ -248,32 +242,6 @@ def idempotency_key_header(*, required: bool = True) -> Callable[..., Awaitable[
     read.__annotations__ |= {"request": fastapi.Request, "in_openapi": header}
     read.__defaults__ = (None,)
     return read
-
-
-async def problem_response(_: Any, error: Exception) -> Any:
-    """`app.add_exception_handler(DistsysError, problem_response)`: what idempotent_execute raises, in HTTP's words."""
-    assert isinstance(error, DistsysError)
-    status, headers, body = problem(error)
-    return optional("starlette.responses", "web").Response(
-        body, status, {name.decode(): value.decode() for name, value in headers}
-    )
-
-
-def problem(error: DistsysError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    body = json.dumps(error.problem()).encode()
-    headers = [(b"content-type", PROBLEM.encode()), (b"content-length", str(len(body)).encode())]
-    if (wait := error.facts.get("retry_after")) is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(wait))).encode()))
-    return error.status, headers, body
-
-
-async def send_problem(send: Send, error: DistsysError) -> None:
-    await _respond(send, *problem(error))
-
-
-async def _respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

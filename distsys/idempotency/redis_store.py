@@ -13,9 +13,9 @@ from collections.abc import Awaitable
 from os import urandom
 from typing import Any
 
+from distsys._support.cancellation import in_background
+from distsys._support.redis import Command, Script, Timed, hash_tag, milliseconds, unavailable
 from distsys.idempotency.claims import End, Found
-from distsys.redis_scripts import Command, Script, Timed, hash_tag, milliseconds, unavailable
-from distsys.tasks import in_background
 
 # A record is one string, so that each step reads and writes it in one command. Its parts, from 1 as Lua counts:
 #   1 r(unning), d(one), u(nknown)     2 whether somebody is to be told of its end     3-18 owner, in hexadecimal

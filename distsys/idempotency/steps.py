@@ -19,10 +19,11 @@ from typing import Any
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
+from distsys._support.postgres import rows
 from distsys.errors import OutcomeUnknown
 from distsys.idempotency.answers import answer_of, json_of, kept
 from distsys.idempotency.claims import DAY, Claim, Claims, check_same
-from distsys.idempotency.database import PostgresStore, answer_to, check_name, claim, rows
+from distsys.idempotency.database import PostgresStore, answer_to, check_column, claim
 from distsys.idempotency.keys import fingerprint_of, parse_key
 
 Operation = Callable[["Steps", Any], Awaitable[Any]]
@@ -70,7 +71,7 @@ class Steps:
     @asynccontextmanager
     async def step(self, name: str, *, transaction: bool = False) -> AsyncIterator[Step]:
         """With `transaction`, for steps that write here: it holds a connection, which calls to others should not."""
-        if check_name("step", name) in self._ended:
+        if check_column("step", name) in self._ended:
             raise ValueError(f"step {name!r} has ended in this attempt: in a loop give each a name, as {name + '-1'!r}")
         key = hashlib.sha256(json.dumps([*self._identity, name]).encode()).hexdigest()
         async with self._begin() if transaction else nullcontext() as held:

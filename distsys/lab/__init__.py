@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distsys.lab.experiment import Arm as Arm
-    from distsys.lab.experiment import Experiment as Experiment
+    from distsys.lab.run.experiment import Arm as Arm
+    from distsys.lab.run.experiment import Experiment as Experiment
+    from distsys.lab.run.worker import checkpoint as checkpoint
     from distsys.lab.session import Lab as Lab
-    from distsys.lab.worker import checkpoint as checkpoint
 
 _HOME = {"Arm": "experiment", "Experiment": "experiment", "Lab": "session", "checkpoint": "worker"}
 __all__ = sorted(_HOME)  # computed: one list, not two

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 if TYPE_CHECKING:
-    from distsys.lab.ladder import Climb
+    from distsys.lab.prove.ladder import Climb
 
 
 def _prove(kind: str, signature: str, what: str) -> Any:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from psycopg import AsyncConnection
 from psycopg.rows import kwargs_row
 
-from distsys.locks.lease import check_name
+from distsys._support.arguments import check_text
+from distsys.locks.hold import EXAMPLE
 
 Key = int | tuple[int, int]
 
@@ -22,7 +23,8 @@ def lock_id(name: str) -> int:
     In SQL: `('x' || left(encode(sha256(convert_to(name, 'UTF8')), 'hex'), 16))::bit(64)::bigint`. Among n names two
     share an id with odds of about n^2 / 2^65, one in 37 million for a million names; such two only wait for each other.
     """
-    return int.from_bytes(hashlib.sha256(check_name(name).encode()).digest()[:8], "big", signed=True)
+    digest = hashlib.sha256(check_text("name", name, EXAMPLE).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def lock_key(name: str | Key) -> Key:

@@ -28,10 +28,10 @@ from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from distsys.clock import elapsed
+from distsys._support.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
-from distsys.locks.lease import RELEASED, Held, Lock
+from distsys.locks.hold import RELEASED, Held, Lock
 
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading

@@ -14,9 +14,8 @@ Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 201
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from distsys.errors import StaleToken
@@ -24,7 +23,6 @@ from distsys.locks.lease import held_leases
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
-    from psycopg.sql import Composed
     from psycopg_pool import AsyncConnectionPool
     from redis.asyncio import Redis
 
@@ -60,7 +58,7 @@ def current_token(name: str | None = None) -> int:
 
 async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
     """SET, unless a newer token has written `key`. The guard, see `guard_key`, does not expire."""
-    from distsys.redis_scripts import async_client, milliseconds
+    from distsys._support.redis import async_client, milliseconds
 
     keys, ms = (key, guard_key(key)), "" if ttl is None else milliseconds(ttl)
     newest = await async_client(redis).eval(_SET, 2, *keys, value, check_token(token), ms)
@@ -70,7 +68,7 @@ async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: flo
 
 async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
     """GET that shows its token: what is computed from the answer can't be overtaken by an older holder's late write."""
-    from distsys.redis_scripts import async_client
+    from distsys._support.redis import async_client
 
     newest, value = await async_client(redis).eval(_GET, 2, key, guard_key(key), check_token(token))
     if newest:
@@ -99,7 +97,9 @@ async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
         raise ValueError(
             "fence() guards the rest of a transaction, and there is none: `async with conn.transaction():`"
         )
-    admitted = await _rows(
+    from distsys._support.postgres import rows
+
+    admitted = await rows(
         conn,
         """INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
            ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token
@@ -107,7 +107,7 @@ async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
         (resource, check_token(token)),
     )
     if not admitted:
-        ((newest,),) = await _rows(conn, "SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
+        ((newest,),) = await rows(conn, "SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
         raise _stale(resource, newest, token)
 
 
@@ -126,13 +126,17 @@ async def fenced_update(
     """
     from psycopg import sql
 
+    from distsys._support.postgres import rows
+
     if not values or not where:
         raise ValueError(f"fenced_update needs columns to set and a condition; got values={values!r}, where={where!r}")
     sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in values.items())
-    rows = sql.SQL(" AND ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in where.items())
-    names = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column), "rows": rows}
+    condition = sql.SQL(" AND ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in where.items()
+    )
+    names = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column), "rows": condition}
     # All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
-    ((found, newest, written),) = await _rows(
+    ((found, newest, written),) = await rows(
         conn,
         sql.SQL(
             """WITH target AS MATERIALIZED (SELECT {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
@@ -155,17 +159,14 @@ def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[in
     No failover of Redis turns them back.
     """
 
+    from distsys._support.postgres import rows
+
     async def draw() -> int:
         async with pool.connection() as conn:
-            ((token,),) = await _rows(conn, "SELECT nextval('distsys_fence_token')")
+            ((token,),) = await rows(conn, "SELECT nextval('distsys_fence_token')")
         return int(token)
 
     return draw
-
-
-async def ensure_schema(conn: AsyncConnection[Any]) -> None:
-    """Creates the token sequence and the guard table when missing. Many may call it at once."""
-    await conn.execute(files("distsys.locks").joinpath("fencing.sql").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +194,6 @@ def check_token(token: int) -> int:
     if not 0 < token < 2**53:
         raise ValueError(f"token={token}: tokens are positive and below 2^53, the largest integer Lua compares exactly")
     return token
-
-
-async def _rows(conn: AsyncConnection[Any], query: str | Composed, params: Sequence[Any] | None = None) -> list[Any]:
-    """As tuples, whatever rows the connection makes; and answered at once, in a pipeline too."""
-    from psycopg.rows import tuple_row
-
-    return await (await conn.cursor(row_factory=tuple_row).execute(query, params)).fetchall()
 
 
 def _stale(resource: str, newest: int, token: int) -> StaleToken:

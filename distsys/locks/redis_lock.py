@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from distsys.clock import Clock, elapsed
+from distsys._support.arguments import check_text
+from distsys._support.cancellation import heard, in_background
+from distsys._support.clock import Clock, elapsed
+from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
-from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
-from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds, options
-from distsys.tasks import heard, in_background
+from distsys.locks.hold import EXAMPLE
+from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, local_deadline
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -186,7 +188,7 @@ class RedisLock(LeasedLock):
     ) -> None:
         if min_replicas < 0:
             raise ValueError(f"min_replicas={min_replicas}: 0 asks for no confirmation")
-        key = f"distsys:lock:{{{hash_tag(check_name(name))}}}"
+        key = f"distsys:lock:{{{hash_tag(check_text('name', name, EXAMPLE))}}}"
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
         self.redis, self.min_replicas, self.tokens = async_client(redis), min_replicas, tokens
 

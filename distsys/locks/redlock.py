@@ -20,12 +20,14 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distsys.clock import Clock, elapsed
+from distsys._support.arguments import check_text
+from distsys._support.cancellation import in_background
+from distsys._support.clock import Clock, elapsed
+from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
-from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, check_name, local_deadline
+from distsys.locks.hold import EXAMPLE
+from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, local_deadline
 from distsys.locks.redis_lock import EXTEND
-from distsys.redis_scripts import Script, async_client, hash_tag, milliseconds, options
-from distsys.tasks import in_background
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -76,7 +78,7 @@ class Redlock(LeasedLock):
             raise ValueError(f"{len(self.clients)} client(s): a majority that survives a loss needs at least 3 nodes")
         if len({_node(client) for client in self.clients}) < len(self.clients):
             raise ValueError("the same node stands twice in clients: its vote would count twice")
-        key = f"distsys:redlock:{{{hash_tag(check_name(name))}}}"
+        key = f"distsys:redlock:{{{hash_tag(check_text('name', name, EXAMPLE))}}}"
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
         self.node_timeout = min(0.5, max(0.05, ttl / 50)) if node_timeout is None else node_timeout
         if not 0 < self.node_timeout < ttl / 2:

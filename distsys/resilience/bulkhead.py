@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple, TypeVar
 
-from distsys.arguments import check_count, check_timeout
-from distsys.clock import Clock
+from distsys._support.arguments import check_count, check_timeout
+from distsys._support.clock import Clock
 from distsys.errors import BulkheadFull
 from distsys.resilience.layers import Function, decorate
 from distsys.resilience.listeners import emit

@@ -19,14 +19,14 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from distsys.arguments import YEAR, check_count, check_number
-from distsys.clock import Clock
+from distsys._support.arguments import YEAR, check_count, check_number
+from distsys._support.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
 from distsys.resilience.layers import Function, decorate
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
+from distsys.resilience.windows import TimeWindow as TimeWindow
 from distsys.resilience.windows import Window, window_of
-from distsys.resilience.windows import seconds as seconds
 
 T = TypeVar("T")
 State = Literal["closed", "open", "half_open", "isolated"]
@@ -87,7 +87,7 @@ class CircuitBreaker:
     recovery_timeout     seconds it stays open at first; each failed probe doubles them, a Retry-After counts if it is
                          longer, both up to max_recovery_timeout (8 times the first), and up to a tenth more is added by
                          chance, so that processes do not come back together
-    window               the last so many calls; seconds(60): those of a minute; None: failures in a row, so as
+    window               the last so many calls; TimeWindow(60): those of a minute; None: failures in a row, so as
                          many calls as failure_threshold
     failure_rate         instead of failure_threshold: the share of calls in the window, from minimum_calls on
     minimum_calls        calls in the window before failure_rate means anything; the window's own length, or 10
@@ -105,7 +105,7 @@ class CircuitBreaker:
         failure_threshold: int = 5,
         recovery_timeout: float = 30.0,
         *,
-        window: int | seconds | None = 10,
+        window: int | TimeWindow | None = 10,
         minimum_calls: int | None = None,
         failure_rate: float | None = None,
         success_threshold: int = 2,
@@ -122,7 +122,7 @@ class CircuitBreaker:
     ) -> None:
         self.failure_threshold = check_count("failure_threshold", failure_threshold, 1, "failed calls")
         self.recovery_timeout = check_number("recovery_timeout", recovery_timeout, 0, YEAR, "seconds")
-        if isinstance(window, seconds):
+        if isinstance(window, TimeWindow):
             check_number("window", window, 0.001, YEAR, "seconds")
         elif window is not None:
             check_count("window", window, 1, "calls")

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from distsys.arguments import YEAR, check_number
+from distsys._support.arguments import YEAR, check_number
 from distsys.resilience.bulkhead import Bulkhead
 from distsys.resilience.circuit_breaker import CircuitBreaker
 from distsys.resilience.layers import Function, is_async, name_of

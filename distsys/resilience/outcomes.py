@@ -12,11 +12,10 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Mapping
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from typing import Any
 
+from distsys._support.http import epoch_of
 from distsys.errors import DistsysError, Rejected
 
 
@@ -187,11 +186,6 @@ def retry_after(error: BaseException) -> float | None:
         pass
     try:
         now = headers.get("Date") or headers.get("date")  # its own clock, where it says so
-        return max(0.0, _epoch(said) - (_epoch(now) if now else time.time()))
+        return max(0.0, epoch_of(str(said)) - (epoch_of(str(now)) if now else time.time()))
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def _epoch(date: str) -> float:
-    at = parsedate_to_datetime(str(date))  # asctime's form, which RFC 9110 still allows, names no zone
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

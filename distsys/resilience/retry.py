@@ -22,8 +22,8 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
-from distsys.arguments import YEAR, check_count, check_number
-from distsys.clock import Clock
+from distsys._support.arguments import YEAR, check_count, check_number
+from distsys._support.clock import Clock
 from distsys.errors import PatternOrderError
 from distsys.resilience.layers import Function, decorate, layers, name_of
 from distsys.resilience.listeners import emit

@@ -11,12 +11,12 @@ import threading
 from collections import deque
 from itertools import count
 
-from distsys.clock import Clock
+from distsys._support.clock import Clock
 
 BUCKETS = 10  # of a time window: calls leave it a tenth at a time
 
 
-class seconds(float):  # noqa: N801  reads as a unit: window=seconds(60)
+class TimeWindow(float):
     """A window of time, instead of a number of calls."""
 
 
@@ -80,5 +80,5 @@ class LastSeconds:
 Window = LastCalls | LastSeconds
 
 
-def window_of(length: int | seconds, clock: Clock) -> Window:
-    return LastSeconds(length, clock) if isinstance(length, seconds) else LastCalls(length)
+def window_of(length: int | TimeWindow, clock: Clock) -> Window:
+    return LastSeconds(length, clock) if isinstance(length, TimeWindow) else LastCalls(length)

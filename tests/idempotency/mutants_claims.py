@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from distsys._support.redis import Script
 from distsys.idempotency import answers, claims, http, keys, redis_store
 from distsys.idempotency.redis_store import RedisStore
-from distsys.lab.servers import Server
-from distsys.redis_scripts import Script
+from distsys.lab.testbed.servers import Server
 from tests.idempotency import test_claims, test_http, test_keys
 from tests.survival import lives, survived
 

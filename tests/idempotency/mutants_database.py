@@ -13,8 +13,9 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 from redis.asyncio import Redis
 
+from distsys import schema
 from distsys.idempotency import consumers, database, dedup, steps
-from distsys.lab.servers import Server
+from distsys.lab.testbed.servers import Server
 from tests.idempotency import test_claims, test_consumers, test_database, test_dedup, test_steps
 from tests.idempotency.test_consumers import Kafka, brokers
 from tests.idempotency.test_database import ledger
@@ -127,10 +128,10 @@ MUTANTS: list[tuple[str, Any, str, str, str, Test, dict[str, Any]]] = [
     ),
     (
         "each start makes the schema anew",
-        database,
+        schema,
         "ensure_schema",
-        "if await rows(",
-        "if True or await rows(",
+        "if missing:",
+        "if True:",
         test_database.test_an_instance_that_starts_waits_for_no_writer,
         {},
     ),

@@ -22,7 +22,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from distsys import tasks
+from distsys._support import cancellation as tasks
 from distsys.errors import (
     AnswerNotKept,
     BadKey,
@@ -33,11 +33,12 @@ from distsys.errors import (
     StoreUnavailable,
 )
 from distsys.idempotency.claims import DAY, NOT_KEPT, Claims, Found, Store
-from distsys.idempotency.database import PostgresStore, ensure_schema
+from distsys.idempotency.database import PostgresStore
 from distsys.idempotency.keys import fingerprint_of
 from distsys.idempotency.redis_store import RedisStore
-from distsys.lab.proxy import TcpProxy
-from distsys.lab.servers import Server
+from distsys.lab.testbed.proxy import TcpProxy
+from distsys.lab.testbed.servers import Server
+from distsys.schema import ensure_schema
 
 MINE, OTHER = b"m" * 32, b"o" * 32
 

@@ -19,7 +19,7 @@ from testcontainers.community.kafka import KafkaContainer
 
 from distsys.idempotency.consumers import consume_kafka, consume_stream
 from distsys.idempotency.dedup import Dedup
-from distsys.lab.servers import Server
+from distsys.lab.testbed.servers import Server
 from tests.idempotency.test_database import Connection, charge, effects, ledger, select
 
 __all__ = ["ledger"]

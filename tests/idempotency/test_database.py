@@ -22,8 +22,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from distsys.errors import BadKey, KeyInProgress, KeyReused
 from distsys.idempotency.claims import Claims
-from distsys.idempotency.database import PostgresStore, claim, delete_expired, ensure_schema, idempotent_execute
+from distsys.idempotency.database import PostgresStore, claim, delete_expired, idempotent_execute
 from distsys.idempotency.keys import fingerprint_of
+from distsys.schema import ensure_schema
 
 Connection = AsyncConnection[Any]
 WRITTEN = """
@@ -610,7 +611,7 @@ async def test_an_instance_that_starts_waits_for_no_writer(ledger: AsyncConnecti
 async def test_without_the_schema_the_error_names_the_remedy(pg_pool: AsyncConnectionPool) -> None:
     with pytest.raises(psycopg.errors.UndefinedTable) as failed:
         await idempotent_execute(pg_pool, "k", "e", charge)
-    assert re.search(r"ensure_schema\(db\) creates it", "".join(failed.value.__notes__))
+    assert re.search(r"ensure_schema\(db\)` creates the tables", "".join(failed.value.__notes__))
 
 
 @pytest.mark.parametrize(
@@ -620,13 +621,13 @@ async def test_without_the_schema_the_error_names_the_remedy(pg_pool: AsyncConne
         ({"key": ""}, BadKey, "missing or empty: send one per intent"),
         ({"key": "two words"}, BadKey, "'two words' is malformed"),
         ({"key": "k" * 256}, BadKey, "has 256 characters: at most 255"),
-        ({"endpoint": 7}, TypeError, "endpoint=7 is a int: give a str"),
-        ({"scope": None}, TypeError, "scope=None is a NoneType: give a str"),
-        ({"scope": 42}, TypeError, "scope=42 is a int: give a str"),
-        ({"scope": "a\0b"}, ValueError, r"scope='a\\x00b': a str of 0 to 700 bytes, without NUL"),
-        ({"endpoint": "\ud800"}, ValueError, r"endpoint='\\ud800': a str of 0 to 700 bytes, without NUL or half"),
-        ({"endpoint": "e" * 701}, ValueError, r"endpoint='e{40}\.\.\.': a str of 0 to 700 bytes"),
-        ({"ttl": 0}, ValueError, "ttl=0: seconds, from 0.001 to a year"),
+        ({"endpoint": 7}, TypeError, "endpoint=7 is a int; give a str"),
+        ({"scope": None}, TypeError, "scope=None is a NoneType; give a str"),
+        ({"scope": 42}, TypeError, "scope=42 is a int; give a str"),
+        ({"scope": "a\0b"}, ValueError, r"scope='a\\x00b': give at most 700 bytes, without NUL"),
+        ({"endpoint": "\ud800"}, ValueError, r"endpoint='\\ud800' holds a lone surrogate"),
+        ({"endpoint": "e" * 701}, ValueError, r"endpoint='e{40}'\.\.\.: give at most 700 bytes"),
+        ({"ttl": 0}, ValueError, "ttl=0: give seconds from 0.001 to a year"),
         ({"ttl": "1"}, TypeError, "ttl='1' is a str; give seconds as a number"),
         ({"request": {1: 2}}, TypeError, r"has the key 1, a int; members are named by str"),
     ],

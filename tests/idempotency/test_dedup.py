@@ -14,8 +14,8 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from distsys.idempotency import dedup as rule
-from distsys.idempotency.dedup import Dedup, Verdict, redelivery_horizon
-from distsys.lab.servers import Server
+from distsys.idempotency.dedup import Dedup, Delivery, redelivery_horizon
+from distsys.lab.testbed.servers import Server
 from tests.idempotency.test_database import Connection, charge, effects, ledger, select
 
 __all__ = ["ledger"]
@@ -43,7 +43,7 @@ async def test_redis_answers_a_duplicate_without_the_database(
     """A pool that was never opened has no database to ask."""
     await Dedup("g", ledger, retention=DAY, redis=redis).handle("orders", "m1", charge, "k")
     never = Dedup("g", AsyncConnectionPool(pg, open=False), retention=DAY, redis=redis)
-    assert await never.handle("orders", "m1", charge, "k") is Verdict.DUPLICATE
+    assert await never.handle("orders", "m1", charge, "k") is Delivery.DUPLICATE
     [key] = await redis.keys()
     assert 0 < await redis.pttl(key) <= DAY * 1000
 
@@ -55,9 +55,9 @@ async def test_redis_is_told_after_the_commit_and_never_before(ledger: AsyncConn
     async def looks(conn: Connection, message: Any) -> None:
         seen.append(await redis.dbsize())
 
-    assert await dedup.handle("orders", "bad", fails, "k") is Verdict.NACK
+    assert await dedup.handle("orders", "bad", fails, "k") is Delivery.NACK
     assert await redis.dbsize() == 0
-    assert await dedup.handle("orders", "m1", looks) is Verdict.DONE
+    assert await dedup.handle("orders", "m1", looks) is Delivery.DONE
     assert (seen, await redis.dbsize()) == ([0], 1)
 
 
@@ -78,9 +78,9 @@ async def test_whatever_becomes_of_redis_no_message_takes_effect_twice(
             await redis.delete(*await redis.keys())
         else:
             await {"killed": own_redis.kill, "paused": own_redis.pause, "restarted": own_redis.restart}[fault]()
-        assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DUPLICATE
-        assert await dedup.handle("orders", "m2", charge, "k") is Verdict.DONE
-        assert await dedup.handle("orders", "m2", charge, "k") is Verdict.DUPLICATE
+        assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DUPLICATE
+        assert await dedup.handle("orders", "m2", charge, "k") is Delivery.DONE
+        assert await dedup.handle("orders", "m2", charge, "k") is Delivery.DUPLICATE
         if fault == "paused":
             await own_redis.resume()
     assert await effects(ledger) == 2
@@ -111,7 +111,7 @@ async def test_a_redis_that_refuses_is_a_mistake_and_not_hidden(ledger: AsyncCon
         with pytest.raises(exceptions.NoPermissionError):
             await strict.handle("orders", "m1", charge, "k")
     await redis.execute_command("ACL", "DELUSER", "reader")
-    assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DUPLICATE
+    assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DUPLICATE
     assert await effects(ledger) == 1
 
 
@@ -122,7 +122,7 @@ async def test_of_twenty_consumers_at_once_one_has_each_effect(
     """Each message is delivered to all of them, in an order of its own."""
     dedup = Dedup("g", ledger, retention=DAY, redis=redis if layers == 2 else None)
 
-    async def consumer(number: int) -> list[Verdict]:
+    async def consumer(number: int) -> list[Delivery]:
         ids = [f"m{(number + step) % 10}" for step in range(10)]
         return [await dedup.handle("orders", each, charge, each) for each in ids]
 
@@ -167,7 +167,7 @@ async def test_a_message_that_fails_comes_again_until_it_is_parked(ledger: Async
 
 async def test_with_one_attempt_the_first_failure_is_parked(ledger: AsyncConnectionPool) -> None:
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=1)
-    assert await dedup.handle("orders", "m1", fails, "k") is Verdict.PARKED
+    assert await dedup.handle("orders", "m1", fails, "k") is Delivery.PARKED
 
 
 async def test_one_that_succeeds_in_the_end_is_forgiven(ledger: AsyncConnectionPool) -> None:
@@ -175,7 +175,7 @@ async def test_one_that_succeeds_in_the_end_is_forgiven(ledger: AsyncConnectionP
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=2)
     for _ in range(3):
         await dedup.handle("orders", "m1", fails, "k")
-    assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DONE
+    assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DONE
     assert await select(ledger, FAILURE) is None
     assert await effects(ledger) == 1
 
@@ -203,7 +203,7 @@ async def test_a_failure_is_counted_whatever_it_says(
         raise ValueError(said)
 
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=1)
-    assert await dedup.handle("orders", "m1", handler, message) is Verdict.PARKED
+    assert await dedup.handle("orders", "m1", handler, message) is Delivery.PARKED
     assert (await select(ledger, FAILURE))[2] == shown
 
 
@@ -220,8 +220,8 @@ async def test_a_failed_statement_and_a_failed_commit_are_failures(ledger: Async
 
     dedup = Dedup("g", ledger, retention=DAY)
     for name, handler in (("m1", hides), ("m2", deferred)):
-        assert await dedup.handle("orders", name, handler) is Verdict.NACK
-        assert await dedup.handle("orders", name, charge, "k") is Verdict.DONE
+        assert await dedup.handle("orders", name, handler) is Delivery.NACK
+        assert await dedup.handle("orders", name, charge, "k") is Delivery.DONE
 
 
 async def test_a_serialization_failure_is_a_failure_and_comes_again(ledger: AsyncConnectionPool) -> None:
@@ -234,9 +234,9 @@ async def test_a_serialization_failure_is_a_failure_and_comes_again(ledger: Asyn
 
     dedup = Dedup("g", ledger, retention=DAY)
     for handler in (overtaken, late):  # the first sets it too late: after the mark was written
-        assert await dedup.handle("orders", "m1", handler, "k") is Verdict.NACK
+        assert await dedup.handle("orders", "m1", handler, "k") is Delivery.NACK
     assert (await select(ledger, FAILURE))[0] == 2
-    assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DONE
+    assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DONE
 
 
 async def test_a_cancelled_handler_is_neither_done_nor_counted(ledger: AsyncConnectionPool) -> None:
@@ -255,7 +255,7 @@ async def test_a_cancelled_handler_is_neither_done_nor_counted(ledger: AsyncConn
     with pytest.raises(asyncio.CancelledError):
         await handling
     assert await select(ledger, FAILURE) is None
-    assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DONE
+    assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DONE
     assert await effects(ledger) == 1
 
 
@@ -272,7 +272,7 @@ async def test_a_database_that_goes_is_an_error_and_no_fault_of_the_message(
     with pytest.raises(psycopg.OperationalError):
         await dedup.handle("orders", "m1", ended, "k")
     assert (await select(ledger, FAILURE), await redis.dbsize()) == (None, 0)
-    assert await dedup.handle("orders", "m1", charge, "k") is Verdict.DONE
+    assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DONE
     assert await effects(ledger) == 1
 
 
@@ -289,7 +289,7 @@ async def test_a_connection_that_is_closed_on_its_return_is_no_lost_database(
     """A pool closes connections that are old: the failure is counted all the same, on the connection it came from."""
     async with AsyncConnectionPool(pg, min_size=1, max_size=1, max_lifetime=0.0, timeout=5, open=False) as pool:
         dedup = Dedup("g", pool, retention=DAY)
-        assert await dedup.handle("orders", "m1", fails, "k") is Verdict.NACK
+        assert await dedup.handle("orders", "m1", fails, "k") is Delivery.NACK
     assert (await select(ledger, FAILURE))[0] == 1
 
 
@@ -307,8 +307,8 @@ async def test_marks_are_deleted_after_the_retention_of_their_group(ledger: Asyn
         pass
     assert [await short.delete_old(batch=2) for _ in range(3)] == [2, 1, 0]
     assert await long.delete_old() == 0
-    assert await short.handle("orders", "m0", charge, "k") is Verdict.DONE
-    assert await long.handle("orders", "m0", charge, "k") is Verdict.DUPLICATE
+    assert await short.handle("orders", "m0", charge, "k") is Delivery.DONE
+    assert await long.handle("orders", "m0", charge, "k") is Delivery.DUPLICATE
 
 
 async def test_deleting_waits_for_nobody(ledger: AsyncConnectionPool) -> None:
@@ -332,9 +332,9 @@ def test_the_horizon_is_the_outage_and_all_redeliveries() -> None:
 @pytest.mark.parametrize(
     ("mistake", "error", "text"),
     [
-        ({"group": ""}, ValueError, "group='': a str of 1 to 700 bytes"),
-        ({"group": None}, TypeError, "group=None is a NoneType: give a str"),
-        ({"retention": 0}, ValueError, "retention=0: seconds"),
+        ({"group": ""}, ValueError, "group='' is empty"),
+        ({"group": None}, TypeError, "group=None is a NoneType; give a str"),
+        ({"retention": 0}, ValueError, "retention=0: give seconds"),
         ({"max_attempts": 0}, ValueError, "max_attempts=0: a whole number, 1 or more"),
         ({"max_attempts": 1.5}, ValueError, "max_attempts=1.5: a whole number"),
         ({"redis": "redis://"}, TypeError, "is not an asyncio client"),
@@ -348,10 +348,10 @@ def test_a_mistake_is_named(mistake: dict[str, Any], error: type[Exception], tex
 @pytest.mark.parametrize(
     ("names", "error", "text"),
     [
-        (("", "m"), ValueError, "source='': a str of 1 to 700 bytes"),
-        (("s", ""), ValueError, "message_id='': a str of 1 to 700 bytes"),
-        (("s", 7), TypeError, "message_id=7 is a int: give a str"),
-        (("s", "a\0"), ValueError, r"message_id='a\\x00': a str of 1 to 700 bytes, without NUL"),
+        (("", "m"), ValueError, "source='' is empty"),
+        (("s", ""), ValueError, "message_id='' is empty"),
+        (("s", 7), TypeError, "message_id=7 is a int; give a str"),
+        (("s", "a\0"), ValueError, r"message_id='a\\x00': give at most 700 bytes, without NUL"),
     ],
 )
 async def test_a_message_without_a_name_is_refused(

@@ -29,12 +29,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
+from distsys._support.http import problem_response
 from distsys.errors import DistsysError
 from distsys.idempotency.answers import http_answer
-from distsys.idempotency.database import PostgresStore, ensure_schema, idempotent_execute
-from distsys.idempotency.http import IdempotencyMiddleware, idempotency_key_header, problem_response
+from distsys.idempotency.database import PostgresStore, idempotent_execute
+from distsys.idempotency.http import IdempotencyMiddleware, idempotency_key_header
 from distsys.idempotency.redis_store import RedisStore
-from distsys.lab.servers import Server
+from distsys.lab.testbed.servers import Server
+from distsys.schema import ensure_schema
 
 App = Callable[..., Awaitable[None]]
 

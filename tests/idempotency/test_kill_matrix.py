@@ -23,9 +23,9 @@ from redis.asyncio import Redis
 from distsys.idempotency.consumers import consume_stream
 from distsys.idempotency.database import idempotent_execute
 from distsys.idempotency.dedup import Dedup
-from distsys.lab.processes import Process, Processes
-from distsys.lab.servers import Server
-from distsys.lab.worker import Job, Worker, checkpoint
+from distsys.lab.run.worker import Job, Worker, checkpoint
+from distsys.lab.testbed.processes import Process, Processes
+from distsys.lab.testbed.servers import Server
 from tests.idempotency.test_database import ledger, select
 
 __all__ = ["ledger"]
@@ -86,7 +86,7 @@ async def processes() -> AsyncIterator[Processes]:
 async def killed(processes: Processes, workload: Any, point: str, seed: int, **params: Any) -> bool:
     """Whether a worker came to that point, and died there."""
     job = Job(params["key"], seed, workload, None, {}, "", 1.0, 1.0, params)
-    worker = await processes.fork("distsys.lab.worker:main", cloudpickle.dumps(job), name=f"w-{params['key']}")
+    worker = await processes.fork("distsys.lab.run.worker:main", cloudpickle.dumps(job), name=f"w-{params['key']}")
     try:
         return await _struck(worker, point)
     finally:

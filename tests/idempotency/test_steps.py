@@ -18,8 +18,8 @@ from psycopg_pool import AsyncConnectionPool
 from distsys.errors import KeyInProgress, KeyReused, OutcomeUnknown
 from distsys.idempotency.database import delete_expired
 from distsys.idempotency.steps import Steps, complete_orphans, execute_steps
-from distsys.lab.processes import Processes
-from distsys.lab.worker import Job, checkpoint
+from distsys.lab.run.worker import Job, checkpoint
+from distsys.lab.testbed.processes import Processes
 from tests.idempotency.test_database import charge, effects, ledger, select
 
 __all__ = ["ledger"]
@@ -88,7 +88,7 @@ async def killed(processes: Processes, dsn: str, point: str) -> None:
     payload = cloudpickle.dumps(Job("w", 1, works, None, {}, "", 1.0, 1.0, {"dsn": dsn}))
     for module in (here, other):
         cloudpickle.unregister_pickle_by_value(module)
-    worker = await processes.fork("distsys.lab.worker:main", payload, name="w")
+    worker = await processes.fork("distsys.lab.run.worker:main", payload, name="w")
     assert worker.sock is not None
     loop, said = asyncio.get_running_loop(), b""
     for command in ({"do": "arm", "point": point, "action": "kill"}, {"do": "go"}):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from distsys.lab.experiments import guards
+from distsys.lab.experiments.resilience import candidates as guards
 from distsys.resilience.retry import retry
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from distsys.lab.history import Fault, History, Op
+from distsys.lab.history.history import Fault, History, Op
 
 
 def op(process: str, name: str, called: float, returned: float | None, value: Any = None, **more: Any) -> Op:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from distsys.lab import Lab, experiments
-from distsys.lab.experiment import Arm, Experiment
+from distsys.lab.run.experiment import Arm, Experiment
 
 RUNS = int(os.environ.get("DISTSYS_RUNS", "2"))  # 20 by hand, before a release
 ARMS = [(experiment, arm) for experiment in experiments.every().values() for arm in experiment.arms]
@@ -23,7 +23,7 @@ async def lab() -> AsyncIterator[Lab]:
 @pytest.mark.parametrize(("experiment", "arm"), ARMS, ids=[f"{e.name}: {a.name}" for e, a in ARMS])
 async def test_the_arm_gets_the_verdict_expected_of_it(lab: Lab, experiment: Experiment, arm: Arm) -> None:
     """In every single run: a bad arm that broke by luck would pass here only once in a while."""
-    verdict = await lab.judge(experiment, arm, runs=RUNS)
+    verdict = await lab.judge.verdict_on(experiment, arm, runs=RUNS)
     if not verdict.was_run and any(optional in verdict.summary for optional in ("pgbouncer", "nginx")):
         pytest.skip(verdict.summary)
     verdict.assert_expected()

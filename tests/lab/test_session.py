@@ -14,14 +14,18 @@ import psycopg
 import pytest
 import redis.asyncio
 
-from distsys.lab import Lab, experiments, ladder
-from distsys.lab.experiment import Run
-from distsys.lab.experiments import candidates, endpoints, guards, limiters
-from distsys.lab.knob import EndpointKnob, LimitKnob, LockKnob
-from distsys.lab.servers import Server
-from distsys.lab.simulate import simulate
+from distsys.lab import Lab, experiments
+from distsys.lab.experiments.idempotency import candidates as endpoints
+from distsys.lab.experiments.locks import candidates
+from distsys.lab.experiments.rate_limiting import candidates as limiters
+from distsys.lab.experiments.resilience import candidates as guards
+from distsys.lab.notebook.knobs import EndpointKnob, LimitKnob, LockKnob
+from distsys.lab.prove import ladder
+from distsys.lab.run.experiment import Run
+from distsys.lab.simulate.simulation import simulate
+from distsys.lab.testbed.servers import Server
 from distsys.locks.redis_lock import RedisLock
-from distsys.ratelimit.sliding_window import SlidingWindowLimiter
+from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
 from distsys.resilience.circuit_breaker import circuit_breaker
 from distsys.resilience.retry import retry
 
@@ -43,8 +47,8 @@ def alive(pid: int) -> bool:
 async def test_a_closed_lab_has_ended_all_it_started_and_says_so() -> None:
     """Its processes are gone and its folder too; closing again does nothing; asking again names the remedy."""
     lab = await Lab.open()
-    folder = lab.processes.folder
-    pids = [server.process.pid for server in lab.servers.running.values() if server.process]
+    folder = lab.testbed.processes.folder
+    pids = [server.process.pid for server in lab.testbed.servers.running.values() if server.process]
     await lab.close()
     await lab.close()
     assert not folder.exists()

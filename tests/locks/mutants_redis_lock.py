@@ -10,11 +10,11 @@ import pytest
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
-from distsys.lab.servers import Server
+from distsys._support.redis import Script
+from distsys.lab.testbed.servers import Server
 from distsys.locks import lease as lease_module
 from distsys.locks import redis_lock
 from distsys.locks.redis_lock import _ASK, _LEAVE, EXTEND, RedisLock
-from distsys.redis_scripts import Script
 from tests.locks import test_redis_lock as promises
 from tests.survival import survived
 

@@ -14,12 +14,13 @@ import pytest
 from psycopg import AsyncConnection
 from redis.asyncio import Redis
 
-from distsys.lab.servers import Server
+from distsys._support import postgres
+from distsys._support.redis import Script
+from distsys.lab.testbed.servers import Server
 from distsys.locks import fencing, redlock
 from distsys.locks import lease as leases
 from distsys.locks.lease import Lease, LeasedLock, held_leases
 from distsys.locks.redlock import _FREE, _GRANT, EXTEND, Redlock, _Votes
-from distsys.redis_scripts import Script
 from tests.locks import test_fencing as fences
 from tests.locks import test_lease as told
 from tests.locks import test_redlock as votes
@@ -355,7 +356,7 @@ async def test_a_bug_in_a_fence_of_postgres_is_caught(
     killer: Test,
 ) -> None:
     """Each mutant by the test that is named beside it."""
-    rows, touched = fencing._rows, []
+    rows, touched = postgres.rows, []
 
     async def broken(conn: AsyncConnection[Any], query: Any, params: Any = None) -> list[Any]:
         text = query if isinstance(query, str) else query.as_string(conn)
@@ -364,7 +365,7 @@ async def test_a_bug_in_a_fence_of_postgres_is_caught(
         touched.append(count)
         return await rows(conn, text, params)
 
-    monkeypatch.setattr(fencing, "_rows", broken)
+    monkeypatch.setattr(postgres, "rows", broken)
     assert await dies(killer, connect=connect, conn=conn)
     assert any(touched), "the statement no longer has the part to break"
 

@@ -23,8 +23,8 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
 from distsys.errors import Indeterminate, LockDeadlock, LockLost, LockNotAcquired, Rejected, SharedSession
-from distsys.lab.proxy import TcpProxy
-from distsys.lab.servers import Server, Servers, ServerUnavailable
+from distsys.lab.testbed.proxy import TcpProxy
+from distsys.lab.testbed.servers import Server, Servers, ServerUnavailable
 from distsys.locks.advisory_keys import held_advisory_locks, lock_id, lock_key
 from distsys.locks.advisory_lock import AdvisoryLock, Hold, advisory_locks
 
@@ -200,7 +200,7 @@ def test_what_is_no_name_is_refused(name: Any) -> None:
 
 def test_an_empty_name_is_refused() -> None:
     """Every lock without a name would be the same lock."""
-    with pytest.raises(ValueError, match="name what is protected"):
+    with pytest.raises(ValueError, match="as in 'payment:order-123'"):
         lock_key("")
 
 

@@ -22,12 +22,11 @@ from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
 from distsys.errors import LockLost, Rejected, StaleToken
-from distsys.lab.proxy import TcpProxy
-from distsys.lab.servers import Server
+from distsys.lab.testbed.proxy import TcpProxy
+from distsys.lab.testbed.servers import Server
 from distsys.locks.fencing import (
     check_token,
     current_token,
-    ensure_schema,
     fence,
     fenced_get,
     fenced_set,
@@ -37,6 +36,7 @@ from distsys.locks.fencing import (
     ttl_advice,
 )
 from distsys.locks.redis_lock import RedisLock
+from distsys.schema import ensure_schema
 
 Redis = redis.asyncio.Redis
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]

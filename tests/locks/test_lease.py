@@ -19,19 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from distsys.clock import elapsed
+from distsys._support.cancellation import in_background
+from distsys._support.clock import elapsed
+from distsys._support.redis import hash_tag, milliseconds
 from distsys.errors import LockLost, LockNotAcquired
-from distsys.locks.lease import (
-    MAX_TTL,
-    Lease,
-    LeasedLock,
-    check_ttl,
-    held_leases,
-    local_deadline,
-)
+from distsys.locks.lease import MAX_TTL, Lease, LeasedLock, check_ttl, held_leases, local_deadline
 from distsys.locks.redis_lock import RedisLock
-from distsys.redis_scripts import hash_tag, milliseconds
-from distsys.tasks import in_background
 
 
 class Store:

@@ -16,8 +16,8 @@ import redis.asyncio
 from redis.exceptions import AuthenticationError, ConnectionError  # noqa: A004  the client's own word for it
 
 from distsys.errors import LockLost, LockNotAcquired
-from distsys.lab.proxy import TcpProxy
-from distsys.lab.servers import Server, Servers
+from distsys.lab.testbed.proxy import TcpProxy
+from distsys.lab.testbed.servers import Server, Servers
 from distsys.locks import redlock as module
 from distsys.locks.fencing import current_token
 from distsys.locks.redis_lock import RedisLock

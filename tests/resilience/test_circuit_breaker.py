@@ -25,9 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from distsys import CircuitBreakers, RateLimited, circuit_breaker, retry, seconds
+from distsys import CircuitBreakers, RateLimited, TimeWindow, circuit_breaker, retry
 from distsys.errors import BulkheadFull, CircuitOpen
 from distsys.resilience.circuit_breaker import Change, CircuitBreaker, Snapshot
+from tests.ids import shown
 from tests.resilience.threads import in_threads
 from tests.resilience.virtual import Clock, at_every_await, run
 
@@ -94,7 +95,7 @@ class Machine(RuleBasedStateMachine):
     calls = Bundle("calls")
 
     @initialize(
-        window=st.sampled_from([None, 4, 10, seconds(10)]),
+        window=st.sampled_from([None, 4, 10, TimeWindow(10)]),
         threshold=st.integers(1, 4),
         rate=st.sampled_from([None, 0.5, 0.7]),
         minimum=st.integers(1, 4),
@@ -134,7 +135,7 @@ class Machine(RuleBasedStateMachine):
 
     def counts(self) -> tuple[int, int]:
         failures = [failed for _, failed in self.counted]
-        if isinstance(self.window, seconds):
+        if isinstance(self.window, TimeWindow):
             recent = [failed for at, failed in self.counted if int(at) > int(self.clock.now) - 10]
         else:
             recent = failures[-(self.window or self.threshold) :]
@@ -280,7 +281,7 @@ def test_a_rate_is_reached_when_it_is_equal(rate: float) -> None:
 def test_calls_leave_a_window_of_time_a_tenth_at_a_time() -> None:
     """Between 0.9 and 1 of it: what failed at 1,000 s counts up to 1,059.9 s, and no longer at 1,060 s."""
     for later, state in ((59.9, "open"), (60.0, "closed")):
-        policy, clock = breaker(failure_threshold=2, window=seconds(60))
+        policy, clock = breaker(failure_threshold=2, window=TimeWindow(60))
         clock.now = 1_020.0
         fail(policy)
         clock.now += later
@@ -616,7 +617,7 @@ async def async_generator() -> Any:
         (classmethod(work), "put it below @classmethod"),
         (42, "got 42"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_can_not_be_guarded_is_refused_with_the_reason(decorator: Any, fn: Any, message: str) -> None:
     """When it is decorated."""
@@ -720,11 +721,11 @@ def test_of_fifty_threads_only_the_probes_reach_the_dependency() -> None:
     assert (len(reached), policy.rejected) == (3, 47)
 
 
-@pytest.mark.parametrize("window", [4_000, seconds(3_000)], ids=str)
+@pytest.mark.parametrize("window", [4_000, TimeWindow(3_000)], ids=str)
 def test_threads_lose_no_outcome(window: Any) -> None:
     """Eight at a time, every fifth call fails; the window counts them all; a moving one of time never breaks."""
     policy, _ = breaker(failure_threshold=4_000, window=window)
-    moving, clock = breaker(failure_threshold=10**6, window=seconds(10))
+    moving, clock = breaker(failure_threshold=10**6, window=TimeWindow(10))
 
     @policy
     def call(number: int) -> None:
@@ -767,30 +768,30 @@ def test_each_key_has_a_breaker_and_the_registry_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"failure_threshold": 0}, ValueError, "failure_threshold=0: failed calls, 1 or more"),
+        ({"failure_threshold": 0}, ValueError, "failure_threshold=0: give failed calls, 1 or more"),
         ({"failure_threshold": 2.5}, TypeError, "failure_threshold=2.5 is a float"),
         ({"failure_threshold": True}, TypeError, "failure_threshold=True is a bool"),
         ({"failure_threshold": 11}, ValueError, "failure_threshold=11 in window=10 calls can't be reached"),
-        ({"recovery_timeout": -1}, ValueError, "recovery_timeout=-1: seconds, from 0"),
+        ({"recovery_timeout": -1}, ValueError, "recovery_timeout=-1: give seconds from 0"),
         ({"recovery_timeout": float("nan")}, ValueError, "recovery_timeout=nan"),
         ({"recovery_timeout": "30"}, TypeError, "recovery_timeout='30' is a str; give seconds as a number"),
-        ({"window": 0}, ValueError, "window=0: calls, 1 or more"),
+        ({"window": 0}, ValueError, "window=0: give calls, 1 or more"),
         ({"window": 60.0}, TypeError, "window=60.0 is a float"),
-        ({"window": seconds(0)}, ValueError, "window=0.0: seconds, from 0.001"),
-        ({"failure_rate": 0}, ValueError, "failure_rate=0: the share of calls that fail, from 0.001 to 1"),
+        ({"window": TimeWindow(0)}, ValueError, "window=0.0: give seconds from 0.001"),
+        ({"failure_rate": 0}, ValueError, "failure_rate=0: give the share of calls that fail from 0.001 to 1"),
         ({"failure_rate": 50}, ValueError, "failure_rate=50"),
         ({"failure_rate": 0.5, "window": None}, ValueError, "failure_rate=0.5 needs a window"),
         ({"minimum_calls": 0}, ValueError, "minimum_calls=0"),
         ({"minimum_calls": 11}, ValueError, "minimum_calls=11 never fit into window=10 calls"),
-        ({"success_threshold": 0}, ValueError, "success_threshold=0: probes, 1 or more"),
-        ({"half_open_max_calls": 0}, ValueError, "half_open_max_calls=0: probes at a time, 1 or more"),
-        ({"slow_call_threshold": 0}, ValueError, "slow_call_threshold=0: seconds, from 1e-06"),
-        ({"max_recovery_timeout": 29}, ValueError, "max_recovery_timeout=29: seconds, not below recovery_timeout"),
+        ({"success_threshold": 0}, ValueError, "success_threshold=0: give probes, 1 or more"),
+        ({"half_open_max_calls": 0}, ValueError, "half_open_max_calls=0: give probes at a time, 1 or more"),
+        ({"slow_call_threshold": 0}, ValueError, "slow_call_threshold=0: give seconds from 1e-06"),
+        ({"max_recovery_timeout": 29}, ValueError, "max_recovery_timeout=29: give seconds, not below recovery_timeout"),
         ({"is_failure": None}, TypeError, "is_failure=None is a NoneType; give a function"),
         ({"fallback": []}, TypeError, "fallback=[] is a list; give a function"),
         ({"on_state_change": "log"}, TypeError, "on_state_change='log' is a str"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: shown(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     """When the breaker, or a registry of them, is made: with the value and its bound."""
@@ -798,5 +799,5 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], error: 
         with pytest.raises(error) as raised:
             make(**options)
         assert message in str(raised.value)
-    with pytest.raises(ValueError, match="most=0: breakers, 1 or more"):
+    with pytest.raises(ValueError, match="most=0: give breakers, 1 or more"):
         CircuitBreakers(0)

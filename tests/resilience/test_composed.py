@@ -245,7 +245,7 @@ def test_discarded_is_none_and_what_runs_goes_on() -> None:
         ({"bulkhead": 5}, TypeError, "bulkhead=5: what bulkhead(...) returns, or None"),
         ({"circuit_breaker": circuit_breaker}, TypeError, "what circuit_breaker(...) returns"),
         ({"retry": 3}, TypeError, "retry=3: what retry(...) returns"),
-        ({"timeout": 0}, ValueError, "timeout=0: seconds for one attempt, from 1e-06"),
+        ({"timeout": 0}, ValueError, "timeout=0: give seconds for one attempt from 1e-06"),
         ({"timeout": "1"}, TypeError, "timeout='1' is a str"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

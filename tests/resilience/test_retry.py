@@ -22,6 +22,7 @@ from distsys import RetryBudget, circuit_breaker, resilient, retry
 from distsys.errors import BulkheadFull, CircuitOpen, LockLost, PatternOrderError, Rejected, StaleToken
 from distsys.resilience.outcomes import NOT_DONE, Outcome
 from distsys.resilience.retry import Retry, RetryAmplification, _around
+from tests.ids import shown
 from tests.resilience.virtual import Clock, at_every_await, run
 
 
@@ -263,7 +264,7 @@ SAID: list[tuple[Exception, dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "options", "again"), SAID, ids=[f"{e!r} {o}" for e, o, _ in SAID])
+@pytest.mark.parametrize(("error", "options", "again"), SAID, ids=[shown(f"{e!r} {o}") for e, o, _ in SAID])
 def test_what_is_tried_again_is_what_may_pass_and_do_no_harm(
     error: Exception, options: dict[str, Any], again: bool
 ) -> None:
@@ -512,15 +513,15 @@ def test_ended_at_every_await_nothing_is_left() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (partial(retry, 0), ValueError, "max_attempts=0: attempts, the first included, 1 or more"),
+        (partial(retry, 0), ValueError, "max_attempts=0: give attempts, the first included, 1 or more"),
         (partial(retry, 2.5), TypeError, "max_attempts=2.5 is a float"),
         (partial(retry, print), TypeError, "max_attempts=<built-in function print> is a builtin_function_or_method"),
-        (partial(retry, base_delay=-1), ValueError, "base_delay=-1: seconds, from 0"),
+        (partial(retry, base_delay=-1), ValueError, "base_delay=-1: give seconds from 0"),
         (partial(retry, base_delay=float("nan")), ValueError, "base_delay=nan"),
         (partial(retry, base_delay="1"), TypeError, "base_delay='1' is a str; give seconds as a number"),
-        (partial(retry, max_delay=0.5), ValueError, "max_delay=0.5: seconds, not below base_delay, from 1"),
+        (partial(retry, max_delay=0.5), ValueError, "max_delay=0.5: give seconds, not below base_delay from 1"),
         (partial(retry, jitter="some"), ValueError, "jitter='some': 'full', 'equal', 'decorrelated' or 'none'"),
-        (partial(retry, timeout=0), ValueError, "timeout=0: seconds for all attempts together, from 1e-06"),
+        (partial(retry, timeout=0), ValueError, "timeout=0: give seconds for all attempts together from 1e-06"),
         (partial(retry, on=Exception), ValueError, "on=<class 'Exception'> retries typing errors, refused passwords"),
         (partial(retry, on=(OSError, BaseException)), ValueError, "name the errors that pass"),
         (partial(retry, on=KeyboardInterrupt), TypeError, "on=<class 'KeyboardInterrupt'>: classes of Exception"),
@@ -528,9 +529,9 @@ def test_ended_at_every_await_nothing_is_left() -> None:
         (partial(retry, on=int), TypeError, "on=<class 'int'>"),
         (partial(retry, on=(OSError, print)), TypeError, "a function of the error, or None"),
         (partial(retry, budget=0.1), TypeError, "budget=0.1 is a float; give a RetryBudget"),
-        (partial(RetryBudget, 1.5), ValueError, "ratio=1.5: retries per call, from 0 to 1"),
-        (partial(RetryBudget, floor=-1), ValueError, "floor=-1: retries per second, from 0"),
-        (partial(RetryBudget, burst=0), ValueError, "burst=0: retries, from 1"),
+        (partial(RetryBudget, 1.5), ValueError, "ratio=1.5: give retries per call from 0 to 1"),
+        (partial(RetryBudget, floor=-1), ValueError, "floor=-1: give retries per second from 0"),
+        (partial(RetryBudget, burst=0), ValueError, "burst=0: give retries from 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from distsys.lab.experiment import Experiment
+from distsys.lab.run.experiment import Experiment
 
-_MODULES = ("redis_lock", "redlock", "advisory_lock", "fencing", "rate_limiting", "resilience", "idempotency")
+_MODULES = (
+    "locks.redis_lock",
+    "locks.redlock",
+    "locks.advisory_lock",
+    "locks.fencing",
+    "rate_limiting.experiments",
+    "resilience.experiments",
+    "idempotency.experiments",
+)
 
 
 def every() -> dict[str, Experiment]:

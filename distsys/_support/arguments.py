@@ -1,0 +1,82 @@
+"""Checks of arguments, in the same words everywhere: the name, the value, and what to give instead."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+YEAR = 366 * 86_400.0  # seconds: a longer duration is a typing error
+
+
+def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:
+    """Return the value if it lies between the bounds, both included."""
+    if not least <= _number(name, value, unit) <= most:
+        raise ValueError(f"{name}={value!r}: give {unit} from {least:g} to {'a year' if most == YEAR else f'{most:g}'}")
+    return value
+
+
+def check_positive(name: str, value: float, most: float, unit: str) -> float:
+    """Return the value if it is above 0 and at most `most`."""
+    if not 0 < _number(name, value, unit) <= most:
+        raise ValueError(f"{name}={value!r}: give {unit} above 0, at most {most:,.0f}")
+    return value
+
+
+def check_count(name: str, value: int, least: int, unit: str) -> int:
+    """Return the value if it is a whole number and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: give {unit}, {least} or more")
+    return value
+
+
+def check_seconds(name: str, value: float, least: float = 0.001) -> float:
+    """Return the value if it is a duration from `least` seconds to a year."""
+    return check_number(name, value, least, YEAR, "seconds")
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Return how long to wait, in seconds: None is for ever, 0 is one try."""
+    if timeout is None:
+        return None
+    if not _number("timeout", timeout, "seconds (0 is one try, None is for ever)") >= 0:
+        raise ValueError(f"timeout={timeout!r} is negative: 0 is one try, None waits for ever")
+    return float(timeout)
+
+
+def check_text(name: str, value: Any, example: str = "", *, least: int = 1, most: int | None = None) -> str:
+    """Return the value if it is a str of at least `least` characters that UTF-8 can encode.
+
+    most  bytes; set for text that becomes part of a PostgreSQL key, which can't hold a NUL either
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a str{f': {example}' if example else ''}")
+    if len(value) < least:
+        raise ValueError(
+            f"{name}={value!r} is empty: give at least one character{f', as in {example}' if example else ''}"
+        )
+    try:
+        size = len(value if value.isascii() else value.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}={value!r} holds a lone surrogate, half of a character: UTF-8 has no form for it"
+        ) from error
+    if most is not None and (size > most or "\0" in value):
+        shown = repr(value) if size <= most else f"{value[:40]!r}..."
+        raise ValueError(f"{name}={shown}: give at most {most} bytes, without NUL")
+    return value
+
+
+def optional(module: str, extra: str) -> Any:
+    """Import a module of an optional package; ImportError says which extra of distsys brings it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: pip install 'distsys[{extra}]'") from error
+
+
+def _number(name: str, value: float, unit: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
+    return value

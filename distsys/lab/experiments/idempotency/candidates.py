@@ -1,0 +1,228 @@
+"""Candidates for the idempotency experiments: the usual ways to pay once, each with the mistake it is known for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+from redis.exceptions import ResponseError
+
+from distsys.idempotency.claims import Claims
+from distsys.idempotency.consumers import consume_stream
+from distsys.idempotency.database import delete_expired, idempotent_execute
+from distsys.idempotency.dedup import Dedup
+from distsys.idempotency.keys import idempotency_key
+from distsys.idempotency.redis_store import RedisStore
+from distsys.lab.experiments.idempotency.workload import Declined
+from distsys.lab.run.guard import TRIES
+
+Charge = Callable[..., Awaitable[str]]
+Pay = Callable[[str, int, str], Awaitable[Any]]
+DAY_MS = 86_400_000
+
+
+def no_key(charge: Charge) -> Pay:
+    """Hope: every attempt pays."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        return await charge(amount)
+
+    return pay
+
+
+def without_key(pool: Any, charge: Charge) -> Pay:
+    """A transaction, and no memory of it."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        async with pool.connection() as conn, conn.transaction():
+            return await charge(amount, conn)
+
+    return pay
+
+
+def in_one_transaction(pool: Any, charge: Charge, keys: str = "given", ttl: float = 86_400.0) -> Pay:
+    """idempotent_execute, with the key that the client sends; or one made otherwise."""
+
+    async def pay(key: str, amount: int, user: str) -> Any:
+        made = {
+            "given": key,
+            "per attempt": str(uuid4()),
+            "of the intent": idempotency_key(entity_id=key, action="pay", params={"amount": amount, "user": user}),
+        }
+
+        async def operation(conn: Any) -> str:
+            return await charge(amount, conn)
+
+        return await idempotent_execute(pool, made[keys], "/pay", operation, request=amount, scope=user, ttl=ttl)
+
+    return pay
+
+
+def claimed(redis: Any, charge: Charge, lease: float = 30.0, wait: float = 0.0, on_unknown: Any = "rerun") -> Pay:
+    """Claims in Redis, per user."""
+    claims = Claims(RedisStore(redis), lease=lease, wait=wait, on_unknown=on_unknown)
+
+    async def pay(key: str, amount: int, user: str) -> Any:
+        return await claims.run(f"{user}:{key}", lambda: charge(amount), request=amount)
+
+    return pay
+
+
+def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = True) -> Pay:
+    """Looks, pays, and writes down the answer."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        place = f"answer:{key}:{user if scoped else ''}:{amount if checked else ''}"
+        if known := await redis.get(place):
+            return str(known.decode())
+        answer = await charge(amount)
+        await redis.set(place, answer, px=DAY_MS)
+        return answer
+
+    return pay
+
+
+def mark_before(redis: Any, charge: Charge) -> Pay:
+    """Writes down that it is done, and does it."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        if not await redis.set(f"done:{key}", "1", nx=True, px=DAY_MS):
+            return f"{amount} from {user}, as before"
+        return await charge(amount)
+
+    return pay
+
+
+def select_then_insert(conn: Any, charge: Charge) -> Pay:
+    """The same in the database: a SELECT sees no row, and locks none."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        async with conn.transaction():
+            rows = await conn.execute("SELECT message_id FROM distsys_processed WHERE source = %s", (key,))
+            if known := await rows.fetchone():
+                return str(known[0])
+            answer = await charge(amount, conn)
+            await conn.execute("INSERT INTO distsys_processed VALUES ('pay', %s, %s)", (key, answer + str(uuid4())))
+        return answer
+
+    return pay
+
+
+def every_answer_kept(redis: Any, charge: Charge) -> Pay:
+    """Whatever came out is what the customer is told for a day."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        if known := await redis.get(f"answer:{key}"):
+            if known == b"declined":
+                raise Declined
+            return str(known.decode())
+        try:
+            answer = await charge(amount)
+        except Declined:
+            await redis.set(f"answer:{key}", "declined", px=DAY_MS)
+            raise
+        await redis.set(f"answer:{key}", answer, px=DAY_MS)
+        return answer
+
+    return pay
+
+
+def set_nx(redis: Any, charge: Charge, lease_ms: int | None = None) -> Pay:
+    """SET NX claims, SET marks: without a TTL for ever, with one until anybody else may; nobody looks whose it is."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        for _ in range(TRIES):
+            if await redis.set(f"claim:{key}", "", nx=True, px=lease_ms):
+                answer = await charge(amount)
+                await redis.set(f"claim:{key}", answer)
+                return answer
+            if known := await redis.get(f"claim:{key}"):
+                return str(known.decode())
+            await asyncio.sleep(0.01)
+        raise TimeoutError
+
+    return pay
+
+
+def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
+    """Dedup: the mark commits with the effect, Redis only knows what has committed."""
+    dedup = Dedup("billing", pool, redis=redis, retention=86_400)
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        async def handler(conn: Any, message: Any) -> None:
+            await charge(amount, conn)
+
+        return f"{amount} from {user}, {await dedup.handle('payments', key, handler)}"
+
+    return pay
+
+
+def one_layer(redis: Any, charge: Charge) -> Pay:
+    """Looks into Redis, pays, and tells Redis: nothing else remembers."""
+
+    async def pay(key: str, amount: int, user: str) -> str:
+        if not await redis.exists(f"seen:{key}"):
+            await charge(amount)
+            await redis.set(f"seen:{key}", 1, px=DAY_MS)
+        return f"{amount} from {user}"
+
+    return pay
+
+
+class Cleaning:
+    """Expired keys are deleted in one statement, or by delete_expired."""
+
+    def __init__(self, pool: Any, charge: Charge, at_once: bool = True) -> None:
+        self.pool, self.at_once = pool, at_once
+        self.pay = in_one_transaction(pool, charge, ttl=0.05)
+
+    async def clean(self) -> None:
+        if self.at_once:
+            async with self.pool.connection() as conn:
+                await conn.execute("DELETE FROM distsys_idempotency WHERE expires_at <= clock_timestamp()")
+        else:
+            await delete_expired(self.pool)
+
+
+# ---- consumers of a stream
+
+GROUP, IDLE_MS = "billing", 50
+
+
+async def entries(redis: Any, stream: str, consumer: str) -> AsyncIterator[tuple[bytes, Any]]:
+    """New entries, and those that others left."""
+    with contextlib.suppress(ResponseError):
+        await redis.xgroup_create(stream, GROUP, id="0", mkstream=True)
+    while True:
+        _, left, _ = await redis.xautoclaim(stream, GROUP, consumer, IDLE_MS)
+        for _, fresh in await redis.xreadgroup(GROUP, consumer, {stream: ">"}, block=IDLE_MS):
+            left = [*left, *fresh]
+        for entry, fields in left:
+            yield entry, fields
+
+
+async def ack_first(redis: Any, stream: str, consumer: str, handle: Any) -> None:
+    """At most once: what is acknowledged is gone."""
+    async for entry, fields in entries(redis, stream, consumer):
+        await redis.xack(stream, GROUP, entry)
+        await handle(fields)
+
+
+async def ack_last(redis: Any, stream: str, consumer: str, handle: Any) -> None:
+    """At least once: what was not acknowledged comes again."""
+    async for entry, fields in entries(redis, stream, consumer):
+        await handle(fields)
+        await redis.xack(stream, GROUP, entry)
+
+
+async def deduplicated(redis: Any, pool: Any, stream: str, consumer: str, handle: Any) -> None:
+    """At least once, and known by its id."""
+    dedup = Dedup(GROUP, pool, redis=redis, retention=86_400)
+
+    async def handler(conn: Any, fields: Any) -> None:
+        await handle(fields, conn)
+
+    await consume_stream(redis, stream, consumer, dedup, handler, min_idle=IDLE_MS / 1000)

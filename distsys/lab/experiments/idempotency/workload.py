@@ -1,0 +1,130 @@
+"""What the idempotency experiments ask: payments, in one attempt or several, of endpoints in processes of their own.
+
+A "request" is an attempt at an intent, an "apply" the effect: a row in the ledger, which is counted in the end. What an
+attempt was "told" begins with what it asked: "order-1: 10 from ann → 10 from ann, receipt of w1".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import psycopg
+
+from distsys.lab.experiments.servers import on_redis
+from distsys.lab.run.experiment import Run
+from distsys.lab.run.worker import Worker
+from distsys.schema import ensure_schema
+
+_LEDGER = "CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL)"
+DEFAULTS: dict[str, Any] = {"intent": "order-1", "user": "ann", "amount": 10}
+
+
+class Declined(Exception):
+    """The card was declined: nothing was charged."""
+
+
+async def with_ledger(run: Run) -> None:
+    """One Redis, and one PostgreSQL with the ledger and the tables of the rules, in a schema of the lab's own."""
+    await on_redis(run)
+    run.urls["dsn"] = await run.testbed.dsn()
+    async with await psycopg.AsyncConnection.connect(run.urls["dsn"]) as conn:
+        await ensure_schema(conn)
+        await conn.execute("SELECT pg_advisory_xact_lock(0)")
+        await conn.execute(_LEDGER)
+
+
+async def in_the_ledger(run: Run) -> dict[str, Any]:
+    """How often each intent took effect."""
+    async with await psycopg.AsyncConnection.connect(run.urls["dsn"]) as conn:
+        rows = await conn.execute("SELECT intent, count(*) FROM ledger WHERE run = %s GROUP BY 1", (run.resource,))
+        return {"applied": dict(await rows.fetchall())}
+
+
+async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
+    """Makes the attempts that the script orders: `intent`, `key`, `amount`, `user`; one after the other.
+
+    The candidate gets what it names of redis, conn, pool, name, charge and params, and has an async method `pay(key,
+    amount, user)`, or returns such a function. `await charge(amount, conn)` takes the money, on conn or at once, and
+    gives the receipt; it passes the points before-effect and after-effect. An order with declined=True has it raise
+    Declined, one with clean=True calls `clean()`.
+    """
+    order: dict[str, Any] = {}
+
+    async def charge(amount: int, conn: Any = None) -> str:
+        await worker.checkpoint("before-effect")
+        if order.get("declined"):
+            raise Declined
+        await effect(worker, order["intent"], conn)
+        await worker.checkpoint("after-effect")
+        return f"{amount} from {order['user']}, receipt of {worker.name}"
+
+    endpoint = await worker.build(candidate, charge=charge, **params)
+    pay = getattr(endpoint, "pay", endpoint)
+    while order := await worker.orders.get():
+        if order.get("clean"):
+            async with worker.op("cleanup"):
+                await endpoint.clean()
+        else:
+            order = {**DEFAULTS, **order}
+            with contextlib.suppress(Exception):  # on the record
+                await _attempt(worker, pay, **order)
+        worker.send(e="served")
+
+
+async def _attempt(
+    worker: Worker, pay: Any, intent: str, user: str, amount: int, key: str = "", declined: bool = False, **_: Any
+) -> None:
+    async with worker.op("request", intent):
+        told = await pay(f"{worker.resource}:{key or intent}", amount, user)
+    told = told.decode() if isinstance(told, bytes) else told
+    async with worker.op("told", f"{intent}: {amount} from {user} → {told}"):
+        pass
+
+
+async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
+    """Publishes the message that an order names with `publish`; an order without it consumes what there is.
+
+    The candidate gets redis, conn, pool, stream, consumer and handle, and runs until it is ended. `await
+    handle(message, conn)` has the effect, on conn or at once. Its acknowledgement passes the point before-ack.
+    """
+    stream = f"{worker.resource}:orders"
+
+    async def handle(message: dict[bytes, bytes], conn: Any = None) -> None:
+        await worker.checkpoint("before-effect")
+        await effect(worker, message[b"intent"].decode(), conn)
+        await worker.checkpoint("after-effect")
+
+    redis, names = _Acknowledging(worker, await worker.client("redis")), {"stream": stream, "consumer": worker.name}
+    while order := await worker.orders.get():
+        if intent := order.get("publish"):
+            async with worker.op("request", intent):
+                await redis.xadd(stream, {"intent": intent})
+            worker.send(e="served")
+        else:
+            async with worker.op("consume"):
+                await (await worker.build(candidate, redis=redis, **names, handle=handle, **params))
+
+
+class _Acknowledging:
+    """A client of Redis whose acknowledgements are on the record."""
+
+    def __init__(self, worker: Worker, redis: Any) -> None:
+        self._worker, self._redis = worker, redis
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+    async def xack(self, *args: Any) -> Any:
+        await self._worker.checkpoint("before-ack")
+        async with self._worker.op("ack"):
+            return await self._redis.xack(*args)
+
+
+async def effect(worker: Worker, intent: str, conn: Any) -> None:
+    conn = conn or await worker.client("conn")
+    async with worker.op("apply", intent):
+        await conn.execute("INSERT INTO ledger VALUES (%s, %s)", (worker.resource, intent))
+
+
+# ---- checks

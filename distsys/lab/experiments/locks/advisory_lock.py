@@ -1,0 +1,152 @@
+"""PostgreSQL's locks: where the session is the owner, whoever shares the session shares the lock."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from distsys.errors import Rejected
+from distsys.lab.check.combine import all_of, or_refused
+from distsys.lab.check.locks import mutual_exclusion
+from distsys.lab.check.updates import no_lost_update
+from distsys.lab.experiments.locks import candidates
+from distsys.lab.experiments.locks.scripts import locking
+from distsys.lab.experiments.locks.workload import increments_by_tasks
+from distsys.lab.experiments.servers import on_postgres, on_redis
+from distsys.lab.history.history import Finding, History
+from distsys.lab.run.experiment import Experiment, Run, expect_held, expect_violated
+from distsys.lab.run.worker import Worker, checkpoint
+from distsys.locks.advisory_lock import AdvisoryLock, advisory_locks
+
+AT_ONCE = all_of(mutual_exclusion, no_lost_update)
+
+
+SESSION = partial(AdvisoryLock, scope="session")
+
+for_update = locking(
+    name="select-for-update",
+    claim="Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
+    arms=(
+        expect_violated("read, then write", candidates.NoLock),
+        expect_held("SELECT ... FOR UPDATE", candidates.select_for_update),
+        expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
+        expect_held("AdvisoryLock, session scope", SESSION),
+    ),
+    params={"account": "postgres"},
+    prepare=on_postgres,
+)
+
+
+async def two_tasks(run: Run) -> None:
+    """Two tasks of one process and one pool: b comes while a is between its read and its write."""
+    (w1,) = await run.start(1)
+    for point in ("start-b", "a-before-write"):
+        w1.send(do="arm", point=point, action="hold")
+    w1.go()
+    await w1.reached("a-before-write")
+    w1.release("start-b")
+    await run.until(w1.did("write", "w1.b"), w1.waiting("acquire", "w1.b"))
+    w1.release("a-before-write")
+
+
+pooled = locking(
+    name="session-lock-in-pool",
+    claim="A session lock belongs to the connection: returned to a pool while locked, it is the next borrower's too.",
+    arms=(
+        expect_violated("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
+        expect_held("AdvisoryLock, session scope", SESSION),
+    ),
+    workload=increments_by_tasks,
+    params={"tasks": "ab", "account": "postgres", "pool_size": 1},
+    script=two_tasks,
+    check=AT_ONCE,
+    prepare=on_postgres,
+)
+
+
+async def behind_pgbouncer(run: Run) -> None:
+    """One PostgreSQL behind pgbouncer in transaction mode; the bank is in Redis."""
+    await on_redis(run)
+    postgres = await run.testbed.servers.postgres()
+    run.urls["dsn"] = (await run.testbed.servers.pgbouncer(postgres, pool_size=1)).url
+
+
+pgbouncer = locking(
+    name="session-lock-behind-pgbouncer",
+    claim="A pooler in transaction mode gives one session to many clients, and with it their session locks.",
+    arms=(
+        expect_violated("pg_advisory_lock", candidates.RawSessionLock),
+        expect_held("AdvisoryLock, session scope", SESSION),
+        expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
+    ),
+    check=or_refused(AT_ONCE),
+    prepare=behind_pgbouncer,
+)
+
+
+@contextlib.asynccontextmanager
+async def in_argument_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    async with conn.transaction(), AdvisoryLock(conn, f"{name}:{first}"):
+        await checkpoint("between-locks")
+        async with AdvisoryLock(conn, f"{name}:{second}"):
+            yield
+
+
+@contextlib.asynccontextmanager
+async def in_sorted_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    async with conn.transaction(), advisory_locks(conn, f"{name}:{first}", f"{name}:{second}"):
+        await checkpoint("between-locks")
+        yield
+
+
+async def transfer(worker: Worker, candidate: Any) -> None:
+    """w1 transfers from a to b, w2 from b to a: each needs both locks."""
+    order = ("a", "b") if worker.name == "w1" else ("b", "a")
+    lock = await worker.build(candidate, first=order[0], second=order[1])
+    try:
+        async with worker.op("acquire"):
+            await lock.__aenter__()
+    except Rejected:
+        return  # on the record
+    async with worker.op("release"):
+        await lock.__aexit__(None, None, None)
+
+
+async def crossing(run: Run) -> None:
+    """Each has its first lock, and asks for the other's."""
+    w1, w2 = await run.start(2)
+    w1.go(hold="between-locks")
+    await w1.reached("between-locks")
+    w2.go(hold="between-locks")
+    await run.until(w2.at("between-locks"), w2.waiting("acquire"))
+    w2.release("between-locks")
+    w1.release("between-locks")
+
+
+def everybody_enters(history: History) -> Finding:
+    """Nobody is ended by the deadlock detector."""
+    asked = history.where("acquire")
+    failed = [op for op in asked if op.status != "ok"]
+    if failed:
+        return Finding("VIOLATED", f"{len(failed)} of {len(asked)} ended as a deadlock", tuple(failed))
+    if len({op.process for op in asked}) < 2:
+        return Finding("INCONCLUSIVE", "fewer than two workers asked")
+    return Finding("HELD", f"all {len(asked)} entered")
+
+
+lock_order = Experiment(
+    name="lock-order",
+    claim="Two locks taken in opposite orders wait for each other; taken in one order they never do.",
+    arms=(
+        expect_violated("in the order of the arguments", in_argument_order),
+        expect_held("advisory_locks, sorted", in_sorted_order),
+    ),
+    workload=transfer,
+    script=crossing,
+    check=everybody_enters,
+    prepare=on_postgres,
+)
+
+EXPERIMENTS = (for_update, pooled, pgbouncer, lock_order)

@@ -1,0 +1,50 @@
+"""What no lock can prevent, and a fence can: the write of a holder that does not know it is one no longer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from distsys.lab.experiments.locks.scripts import FENCED, locking, overlap
+from distsys.lab.experiments.servers import on_both
+from distsys.lab.run.experiment import expect_held, expect_violated
+from distsys.locks.redis_lock import RedisLock
+
+fencing = partial(locking, patience_ttls=4)
+# on_lost="cancel" ends the body too late as well, on the answer to its write; "flag" waits for it, and so shows it.
+PERSISTENT = partial(RedisLock, on_lost="flag")
+
+
+paused = fencing(
+    name="paused-holder",
+    claim="A process that stands still past its lease writes when it wakes up. Only the resource can refuse it.",
+    arms=(
+        expect_violated("RedisLock, no fence", PERSISTENT),
+        expect_held("RedisLock, fence in Redis", PERSISTENT, params=FENCED),
+        expect_held(
+            "RedisLock, fence in PostgreSQL", PERSISTENT, params={"account": "postgres, fenced"}, prepare=on_both
+        ),
+    ),
+    script=partial(overlap, how="stop"),
+)
+
+blocked = fencing(
+    name="blocked-loop",
+    claim="A blocked event loop is a paused process: no timer can renew the lease or cancel the body in time.",
+    arms=(
+        expect_violated("RedisLock, no fence", PERSISTENT),
+        expect_held("RedisLock, fence in Redis", PERSISTENT, params=FENCED),
+    ),
+    script=partial(overlap, how="block"),
+)
+
+overtaken = fencing(
+    name="overtaken-reader",
+    claim="A fence refuses what is older than it has seen: a successor must show its token when it reads, too.",
+    arms=(
+        expect_violated("fence on writes", PERSISTENT, params=FENCED),
+        expect_held("fence on reads and writes", PERSISTENT, params={"account": "redis, reads fenced too"}),
+    ),
+    script=partial(overlap, how="stop", hold="before-write"),
+)
+
+EXPERIMENTS = (paused, blocked, overtaken)

@@ -1,0 +1,160 @@
+"""What a majority of independent nodes withstands and what it does not; what one node, or a failover, does instead."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from distsys.lab.check.combine import all_of, or_refused
+from distsys.lab.check.locks import mutual_exclusion, progress
+from distsys.lab.check.updates import no_lost_update
+from distsys.lab.experiments.locks.candidates import IncrToken
+from distsys.lab.experiments.locks.scripts import FENCED, locking, overlap, turn
+from distsys.lab.experiments.servers import on_postgres, on_redis, on_three_nodes, own_redis
+from distsys.lab.run.experiment import Run, expect_held, expect_violated
+from distsys.lab.testbed.proxy import TcpProxy
+from distsys.locks.fencing import postgres_tokens
+from distsys.locks.redis_lock import RedisLock
+from distsys.locks.redlock import Redlock
+from distsys.schema import ensure_schema
+
+nodes = partial(locking, prepare=on_three_nodes, patience=1.0)  # a lost round, and a second one
+
+
+async def node_restarts_empty(run: Run) -> None:
+    """The first node is killed and comes back without its data."""
+    await run.nodes[0].restart()
+    run.record("server", "node1", "restarted empty")
+
+
+one_restart = nodes(
+    name="node-restarts-empty",
+    claim="A lock on one node is forgotten when that node restarts; a majority of three remembers it.",
+    arms=(
+        expect_violated("RedisLock, one node", RedisLock),
+        # On a busy machine the default of 40 ms can cost a vote, and then two nodes are all that remember.
+        expect_held("Redlock, three nodes", partial(Redlock, node_timeout=0.9)),
+    ),
+    script=partial(overlap, meanwhile=node_restarts_empty),
+    check=all_of(mutual_exclusion, no_lost_update),
+    ttl=2.0,
+)
+
+
+async def first_node_fails(run: Run) -> None:
+    """One node hangs (SIGSTOP) or is killed before anybody asks; both workers need the lock, one after the other."""
+    w1, w2 = await run.start(2)
+    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
+    run.record("server", "node1", run.arm.point)
+    for actor in (w1, w2):
+        if await turn(actor):
+            actor.kill()
+
+
+node_fails = nodes(
+    name="node-fails",
+    claim="A dead or hung node stops a lock on one node; with Redlock it costs no more than the node timeout.",
+    arms=(
+        expect_violated("RedisLock, its node hung", RedisLock, point="hung"),
+        expect_held("Redlock, one of three hung", Redlock, point="hung"),
+        expect_held("Redlock, one of three killed", Redlock, point="killed"),
+    ),
+    script=first_node_fails,
+    check=progress,
+    ttl=2.0,
+)
+
+
+async def majority_forgets(run: Run) -> None:
+    """w1, cut off from node 3, is granted by 1 and 2; node 2 restarts empty, and w2 is granted by 2 and 3."""
+    node1, node2, node3 = run.nodes
+    link = await run.cleanup.enter_async_context(TcpProxy(node3.host, node3.port))
+    link.drop()
+    seen_by_w1 = [node1.url, node2.url, link.through(node3.url)]
+    w1, w2 = await run.start(2, nodes=[seen_by_w1, run.urls["nodes"]])
+    run.record("server", "node3", "cut off from w1")
+    w1.go(hold="before-write")
+    await w1.reached("before-write")
+    await node2.kill()
+    run.record("server", "node2", "killed")
+    if run.arm.point == "delayed":  # with node 2 gone as well no majority renews the lease: w1 is told, and leaves
+        w2.go()
+        await run.until(w1.broke("release"))
+    await node2.restart()
+    run.record("server", "node2", "restarted empty")
+    await turn(w2)
+    w1.release("before-write")
+
+
+forgetful_majority = nodes(
+    name="majority-forgets",
+    claim="Redlock counts on nodes that remember: one that restarts empty can be the deciding vote for two.",
+    arms=(
+        # A TTL long enough for w1 not to find out before w2 has written: its next renewal would miss the majority.
+        expect_violated("Redlock, restarted at once", Redlock, params={"ttl": 10.0}),
+        expect_held("Redlock, restarted after the lease", Redlock, point="delayed"),
+    ),
+    script=majority_forgets,
+    ttl=1.0,
+)
+
+
+# ---- failover: a primary that dies before its replica has heard of the lock
+
+
+async def lagging_replica(run: Run) -> None:
+    """A primary with a replica behind a link that can fall silent; the bank stands elsewhere and survives."""
+    await on_redis(run)
+    if run.arm.params.get("account", "").startswith("postgres"):
+        import psycopg
+
+        await on_postgres(run)
+        async with await psycopg.AsyncConnection.connect(run.urls["dsn"], autocommit=True) as conn:
+            await ensure_schema(conn)
+    primary = await own_redis(run, "primary")
+    run.link = await run.cleanup.enter_async_context(TcpProxy(primary.host, primary.port))
+    replica = await own_redis(run, "replica", replica_of=primary, through=run.link.port)
+    run.nodes = [primary, replica]
+    run.urls["redis"] = primary.url
+
+
+async def failover(run: Run) -> None:
+    """The link falls silent, w1 is granted the lock, the primary dies, the replica takes over, w2 comes."""
+    primary, replica = run.nodes
+    w1, w2 = await run.start(2, redis=[primary.url, replica.url])
+    assert run.link is not None
+    run.link.drop()
+    w1.go(hold="before-write")
+    await run.until(w1.at("before-write"), w1.ended)
+    await primary.kill()
+    run.record("server", "primary", "killed")
+    await run.testbed.servers.promote(replica)
+    run.record("server", "replica", "promoted")
+    await turn(w2)
+    w1.release("before-write")
+    await run.until(w1.did("write"), w1.failed("write"), w1.ended)
+    w1.kill()  # what is left is its release, which the dead primary can't answer
+
+
+def lock_with_postgres_tokens(redis, name, ttl, pool):  # type: ignore[no-untyped-def]  # injected by name
+    """RedisLock whose tokens come from a sequence that no failover of Redis turns back."""
+    return RedisLock(redis, name, ttl=ttl, tokens=postgres_tokens(pool))
+
+
+fail_over = locking(
+    name="failover",
+    claim="Replication is asynchronous: a failover can forget a lock that was granted, and grant it again.",
+    arms=(
+        expect_violated("RedisLock, no fence", RedisLock),
+        expect_violated("fence, token by INCR", IncrToken, params=FENCED),
+        expect_held("fence, RedisLock's token", RedisLock, params=FENCED),
+        expect_held("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
+        expect_held("RedisLock, min_replicas=1", partial(RedisLock, min_replicas=1)),
+    ),
+    script=failover,
+    check=or_refused(no_lost_update),
+    prepare=lagging_replica,
+    ttl=5.0,
+    patience=1.0,
+)
+
+EXPERIMENTS = (one_restart, node_fails, forgetful_majority, fail_over)

@@ -1,0 +1,168 @@
+"""Candidates for the rate limiting experiments: the usual limiters, each with the one mistake it is known for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from distsys.lab.run.worker import checkpoint
+from distsys.rate_limiting.distributed import Quota, TieredLimiter
+from distsys.rate_limiting.token_bucket import TokenBucketLimiter
+
+
+class CounterInMemory:
+    """Exact, in one process. Each further process brings a counter of its own."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+
+    def allow(self, key: str) -> bool:
+        self.count += 1
+        return self.count <= self.limit
+
+
+class SlowAPI:
+    """An app with SlowAPI in front, called in this process as a server would call it. `url`: of its storage."""
+
+    def __init__(self, limit: int, url: str) -> None:
+        import httpx
+        from slowapi import Limiter
+        from slowapi.middleware import SlowAPIASGIMiddleware
+        from starlette.applications import Starlette
+        from starlette.responses import PlainTextResponse
+        from starlette.routing import Route
+
+        app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("ok"))])
+        app.state.limiter = Limiter(
+            key_func=lambda request: request.headers["key"], default_limits=[f"{limit}/day"], storage_uri=url
+        )
+        app.add_middleware(SlowAPIASGIMiddleware)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
+
+    async def allow(self, key: str) -> bool:
+        return (await self.http.get("/", headers={"key": key})).status_code != 429
+
+
+class GetThenSet:
+    """Reads the count, and writes it one higher a moment later."""
+
+    def __init__(self, redis: Any, limit: int, window: float) -> None:
+        self.redis, self.limit, self.window = redis, limit, window
+
+    async def allow(self, key: str) -> bool:
+        count = int(await self.redis.get(key) or 0)
+        await checkpoint("between-get-and-set")
+        if count >= self.limit:
+            return False
+        await self.redis.set(key, count + 1, px=int(self.window * 1000))
+        return True
+
+
+class InRedis:
+    """At most `limit` in `window` seconds, by a clock that may be the client's; the mistakes below are made with it."""
+
+    def __init__(self, redis: Any, limit: int, window: float, clock: Callable[[], float]) -> None:
+        self.redis, self.limit, self.window, self.clock = redis, limit, window, clock
+
+
+class FixedWindow(InRedis):
+    """INCR on a counter per window: right in each window, and wrong across the boundary of two."""
+
+    async def allow(self, key: str) -> bool:
+        counter = f"{key}:{int(self.clock() / self.window)}"
+        count = await self.redis.incr(counter)
+        await self.redis.expire(counter, 60)
+        return bool(count <= self.limit)
+
+
+class RefusalsCount(InRedis):
+    """ZADD first, ZCARD after, in a pipeline: a refused request fills the window like an admitted one."""
+
+    async def allow(self, key: str) -> bool:
+        now = self.clock()
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.zremrangebyscore(key, "-inf", now - self.window)
+        pipe.zadd(key, {uuid.uuid4().hex: now})
+        pipe.zcard(key)
+        pipe.expire(key, 60)
+        return bool((await pipe.execute())[2] <= self.limit)
+
+
+class Log(InRedis):
+    """A log of the admitted, in one script: right, if only its times and its members were."""
+
+    SCRIPT = """redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[2])
+        if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
+        redis.call('ZADD', KEYS[1], ARGV[1], ARGV[4])
+        return redis.call('EXPIRE', KEYS[1], 60)"""
+
+    def member(self, now: float) -> str:
+        return uuid.uuid4().hex
+
+    async def allow(self, key: str) -> bool:
+        now = self.clock()
+        return bool(await self.redis.eval(self.SCRIPT, 1, key, now, self.window, self.limit, self.member(now)))
+
+
+class LogByMillisecond(Log):
+    """Each request under its millisecond: two in the same one are one."""
+
+    def member(self, now: float) -> str:
+        return str(int(now * 1000))
+
+
+USER = Quota(per="user", capacity=5, refill_rate=0.01)
+ORGANISATION = Quota(per="organisation", capacity=8, refill_rate=0.01)
+
+
+class OneAfterTheOther:
+    """Takes from the organisation's quota, then from the user's: who is refused there has burned the first."""
+
+    def __init__(self, redis: Any) -> None:
+        self.quotas = [TokenBucketLimiter(redis, capacity=q.capacity, refill_rate=q.refill_rate, name=q.per)
+                       for q in (ORGANISATION, USER)]  # fmt: skip
+
+    async def allow(self, key: str, user: str, organisation: str) -> bool:
+        for quota, who in zip(self.quotas, (organisation, user), strict=True):
+            if not await quota.is_allowed(f"{key}:{who}"):
+                return False
+        return True
+
+
+class AllAtOnce:
+    """TieredLimiter: from both quotas in one step, or from none."""
+
+    def __init__(self, redis: Any, name: str) -> None:
+        self.limiter = TieredLimiter(redis, {"pro": (USER, ORGANISATION)}, name=name)
+
+    async def allow(self, key: str, user: str, organisation: str) -> Any:
+        return await self.limiter.try_acquire("pro", {"user": user, "organisation": organisation})
+
+
+class SlicesForEver:
+    """Takes five tokens at a time from a bucket of ten and keeps what it does not need, however long."""
+
+    def __init__(self, redis: Any, clock: Callable[[], float]) -> None:
+        self.bucket, self.left = TokenBucketLimiter(redis, capacity=10, refill_rate=10, clock=clock), 0
+
+    async def allow(self, key: str) -> bool:
+        if self.left == 0 and await self.bucket.is_allowed(key, cost=5):
+            self.left = 5
+        self.left -= (passes := self.left > 0)
+        return passes
+
+
+class LimitReq:
+    """Asks nginx, whose `limit_req` answers 429 beyond the limit. No Redis, no code in the service."""
+
+    def __init__(self, nginx: str) -> None:
+        self.host, _, self.port = nginx.removeprefix("http://").partition(":")
+
+    async def allow(self, key: str) -> bool:
+        reader, writer = await asyncio.open_connection(self.host, int(self.port))
+        with contextlib.closing(writer):
+            writer.write(f"GET /?key={key} HTTP/1.0\r\n\r\n".encode())
+            return b" 429 " not in await reader.readline()

@@ -1,0 +1,276 @@
+"""What a rate limit must withstand, and the usual limiters that do not.
+
+The lab gives a candidate what its parameters name (redis, url, name, limit, window, clock); it answers allow(key),
+try_acquire(key) or is_allowed(key). Where a `clock` is virtual, a run takes no time and no verdict depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+
+from distsys.lab.check.combine import all_of
+from distsys.lab.check.limits import Allowance, at_most, no_needless_refusal
+from distsys.lab.check.locks import progress
+from distsys.lab.experiments.rate_limiting import candidates as limiters
+from distsys.lab.experiments.rate_limiting.workload import requests
+from distsys.lab.experiments.servers import on_redis, own_redis
+from distsys.lab.run.experiment import Experiment, Run, expect_held, expect_violated
+from distsys.lab.testbed.nginx import nginx
+from distsys.rate_limiting.fallback import OnFailure
+from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
+from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
+
+SLOW = 0.01  # tokens a second: nothing worth counting comes back while a run lasts
+SLOWLY = partial(TokenBucketLimiter, capacity=10, refill_rate=SLOW)
+FAST = partial(TokenBucketLimiter, capacity=10, refill_rate=10)
+TEN = Allowance(10, refill_rate=SLOW)
+TEN_A_SECOND = Allowance(10, window_seconds=1.0)
+VIRTUAL = {"clock": "virtual", "window": 1.0}
+CLIENT = {"clock": "client"}
+
+limiting = partial(Experiment, workload=requests, prepare=on_redis)
+
+
+def asks(*orders: tuple[int, int, float]) -> Callable[[Run], Awaitable[None]]:
+    """A script: (which worker, how many times, when), one order after the other."""
+
+    async def script(run: Run) -> None:
+        actors = await run.start(max(which for which, _, _ in orders))
+        for which, times, at in orders:
+            await actors[which - 1].ask(times, at=at)
+
+    return script
+
+
+async def one_after_the_other(run: Run) -> None:
+    """Every worker asks for all of the limit."""
+    for actor in await run.start(run.workers):
+        await actor.ask(10)
+
+
+per_process = limiting(
+    name="counter-per-process",
+    claim="A counter in memory limits one process: four processes let four times as much pass.",
+    arms=(
+        expect_violated("counter in memory", limiters.CounterInMemory),
+        expect_violated("SlowAPI, its default storage", partial(limiters.SlowAPI, url="memory://")),
+        expect_held("SlowAPI, Redis as storage", limiters.SlowAPI),
+        expect_held("TokenBucketLimiter", SLOWLY),
+        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    script=one_after_the_other,
+    check=at_most(TEN),
+)
+
+
+async def between_get_and_set(run: Run) -> None:
+    """w1 has read the count when w2 uses up the limit; then w1 writes what it read, one higher, and w2 asks again."""
+    w1, w2 = await run.start(2)
+    w1.send(do="arm", point="between-get-and-set", action="hold")
+    w1.order()
+    await run.until(w1.at("between-get-and-set"), w1.did("admit"))
+    await w2.ask(10)
+    w1.release("between-get-and-set")
+    await w1.served()
+    await w2.ask(10)
+
+
+get_then_set = limiting(
+    name="count-by-get-then-set",
+    claim="Reading the count and writing it must be one step: who writes late takes back what others have used.",
+    arms=(
+        expect_violated("GET, then SET", limiters.GetThenSet),
+        expect_held("TokenBucketLimiter", SLOWLY),
+        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    script=between_get_and_set,
+    check=at_most(TEN),
+)
+
+
+refusals = limiting(
+    name="refusals-that-count",
+    claim="A refused request must not count: else a client that goes on asking is never let in again.",
+    arms=(
+        expect_violated("pipeline: ZADD, then ZCARD", limiters.RefusalsCount),
+        expect_held("TokenBucketLimiter", FAST),
+        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    # w1 uses up the limit and goes on asking, five times as fast as it may, for four windows
+    script=asks((1, 10, 0.0), *((1, 10, n / 5 + 0.01) for n in range(1, 21))),
+    check=no_needless_refusal(TEN_A_SECOND),  # what a bucket of the same size and rate refuses, the window does, too
+)
+
+
+boundary = limiting(
+    name="fixed-window-boundary",
+    claim="Ten a second means in any second. Around the end of a fixed window twenty pass; of a bucket the capacity "
+    "and the refill, so both together have to stay below ten.",
+    arms=(
+        expect_violated("fixed window", limiters.FixedWindow),
+        expect_violated("TokenBucketLimiter, 10 and 10 a second", FAST),
+        expect_held("TokenBucketLimiter, 5 and 5 a second", partial(TokenBucketLimiter, capacity=5, refill_rate=5)),
+        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    script=asks((1, 10, 0.9), (2, 10, 1.05)),  # at the end of one second, and at the begin of the next
+    check=at_most(TEN_A_SECOND),
+)
+
+
+steady = limiting(
+    name="burst-then-steady",
+    claim="After a burst a token bucket admits again as soon as a token is back, a window when the burst has left it.",
+    arms=(
+        expect_violated("fixed window", limiters.FixedWindow),
+        expect_violated("SlidingWindowLimiter", SlidingWindowLimiter),  # its promise is another
+        expect_held("TokenBucketLimiter", FAST),
+    ),
+    params=VIRTUAL,
+    # w1 uses up the limit at once, then asks ten times a second, which is the rate it may
+    script=asks((1, 11, 0.0), *((1, 1, n / 10 + 0.01) for n in range(1, 15))),
+    check=no_needless_refusal(Allowance(10, refill_rate=10)),
+)
+
+TEN_A_MINUTE = partial(TokenBucketLimiter, capacity=10, refill_rate=10 / 60)
+
+skewed = limiting(
+    name="client-clocks",
+    claim="Four clocks, each a minute ahead of the one before: whoever counts by its own empties the others' window.",
+    arms=(
+        expect_violated("log by the client's clock", limiters.Log, params=CLIENT),
+        expect_violated("TokenBucketLimiter, the client's clock", TEN_A_MINUTE, params=CLIENT),
+        expect_held("TokenBucketLimiter, the server's clock", TEN_A_MINUTE),
+        expect_held("SlidingWindowLimiter, the server's clock", SlidingWindowLimiter),
+    ),
+    script=one_after_the_other,
+    check=at_most(Allowance(10, refill_rate=10 / 60)),
+)
+
+
+collisions = limiting(
+    name="same-millisecond",
+    claim="A log needs a member of its own for each request: those of one millisecond overwrite each other.",
+    arms=(
+        expect_violated("log, member by millisecond", limiters.LogByMillisecond),
+        expect_held("log, member by uuid4", limiters.Log),
+        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+    ),
+    params=VIRTUAL,
+    script=asks((1, 10, 0.5), (2, 10, 0.5)),  # within one millisecond
+    check=at_most(TEN_A_SECOND),
+)
+
+
+async def greedy_user(run: Run) -> None:
+    """w1's user asks for twice its quota; then w2 asks for another user of the same organisation."""
+    for actor, user in zip(await run.start(2), ("ann", "bob"), strict=True):
+        await actor.ask(10, user=user, organisation="acme")
+
+
+BOTH = [Allowance(q.capacity, refill_rate=q.refill_rate, per=q.per) for q in (limiters.USER, limiters.ORGANISATION)]
+
+two_limits = limiting(
+    name="two-limits",
+    claim="Two quotas must be decided at once: else a request that one refuses has burned the other, for everybody.",
+    arms=(
+        expect_violated("one after the other", limiters.OneAfterTheOther),
+        expect_held("TieredLimiter", limiters.AllAtOnce),
+    ),
+    script=greedy_user,
+    check=all_of(at_most(*BOTH), no_needless_refusal(*BOTH)),
+)
+
+
+async def on_its_own_redis(run: Run) -> None:
+    run.nodes = [await own_redis(run, "redis")]
+    run.urls["redis"] = run.nodes[0].url
+
+
+async def without_redis(run: Run) -> None:
+    """Redis hangs (SIGSTOP) or is killed before anybody asks."""
+    actors = await run.start(2)
+    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
+    run.record("server", "redis", run.arm.point)
+    for actor in actors:
+        await actor.ask(6)
+
+
+ADMIT = partial(SLOWLY, on_failure=OnFailure(policy="open"))
+REFUSE = partial(SLOWLY, on_failure=OnFailure(policy="closed"))
+SHARE = partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))  # for two processes
+
+down = limiting(
+    name="redis-does-not-answer",
+    claim="Without Redis a limiter can admit all, or nobody, or limit each process by itself to its share.",
+    arms=(
+        expect_violated("open, Redis hung", ADMIT, point="hung"),
+        expect_violated("closed, Redis hung", REFUSE, point="hung"),
+        expect_held("local, Redis hung", SHARE, point="hung"),
+        expect_violated("open, Redis killed", ADMIT, point="killed"),
+        expect_violated("closed, Redis killed", REFUSE, point="killed"),
+        expect_held("local, Redis killed", SHARE, point="killed"),
+    ),
+    script=without_redis,
+    check=all_of(at_most(TEN), partial(progress, name="admit", done="admitted")),
+    prepare=on_its_own_redis,
+)
+
+
+# Both workers ask once, and get a slice; then both ask for much.
+SLICES = ((1, 1, 0.0), (2, 1, 0.0))
+LEASE = "TokenBucketLimiter, TokenLease(tokens=4, seconds=0.5)"
+LEASED = partial(FAST, lease=TokenLease(tokens=4, seconds=0.5))
+
+price = limiting(
+    name="price-of-a-lease",
+    claim="Tokens taken before a span of time can be used in it: leases admit more than the bucket alone would.",
+    arms=(expect_violated(LEASE, LEASED), expect_held("TokenBucketLimiter", FAST)),
+    params=VIRTUAL,
+    script=asks(*SLICES, (1, 15, 0.45), (2, 15, 0.45)),  # before the lease ends
+    check=at_most(Allowance(10, refill_rate=10)),
+)
+
+bounded = replace(
+    price,
+    name="bound-of-a-lease",
+    claim="A lease that ends bounds what it costs: at most min(processes * tokens, refill_rate * seconds) too many.",
+    arms=(expect_violated("slices of 5, kept for ever", limiters.SlicesForEver), expect_held(LEASE, LEASED)),
+    script=asks(*SLICES, (1, 15, 1.5), (2, 15, 1.5)),  # when the bucket is full again
+    check=at_most(Allowance(10 + min(2 * 4, 10 * 0.5), refill_rate=10)),
+)
+
+
+async def behind_nginx(run: Run) -> None:
+    """Two nginx, each with ten at once and one a minute."""
+    await on_redis(run)
+    run.nodes = [await nginx(run.testbed.servers, "rate=1r/m burst=9", f"nginx{n}") for n in (1, 2)]
+
+
+async def over_nginx(run: Run) -> None:
+    """Each worker's requests come by one nginx, the same or one each."""
+    one, two = (node.url for node in run.nodes)
+    for actor in await run.start(2, nginx=[one, two if run.arm.point == "two" else one]):
+        await actor.ask(12)
+
+
+limit_req = limiting(
+    name="nginx-limit-req",
+    claim="One nginx in front limits without a Redis; of two, each has a limit of its own.",
+    arms=(
+        expect_violated("limit_req, two nginx", limiters.LimitReq, point="two"),
+        expect_held("limit_req, one nginx", limiters.LimitReq, point="one"),
+        expect_held("TokenBucketLimiter", partial(TokenBucketLimiter, capacity=10, refill_rate=1 / 60)),
+    ),
+    script=over_nginx,
+    check=at_most(Allowance(10, refill_rate=1 / 60)),
+    prepare=behind_nginx,
+)
+
+EXPERIMENTS = (
+    per_process, get_then_set, refusals, boundary, steady, skewed, collisions, two_limits,
+    down, price, bounded, limit_req,
+)  # fmt: skip

@@ -1,0 +1,62 @@
+"""Any lock as enter and exit, whatever interface it has."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from distsys.errors import Rejected
+
+TRIES = 3_000  # 10 ms apart: longer than any run
+
+
+class NotGranted(Rejected):
+    """The candidate's acquire() answered False."""
+
+
+def looks_sync(candidate: Any) -> bool:
+    """Whether a candidate, or the lock it made, has a blocking interface: `with`, or a plain acquire()."""
+    if hasattr(candidate, "__aenter__"):
+        return False
+    acquire = getattr(candidate, "acquire", None)
+    return hasattr(candidate, "__enter__") if acquire is None else not inspect.iscoroutinefunction(acquire)
+
+
+class Guard:
+    """Any lock as enter and exit: `async with`, `with`, or acquire/release; blocking ones on a thread of their own."""
+
+    def __init__(self, lock: Any) -> None:
+        if hasattr(lock, "__aenter__"):
+            self._enter, self._exit = lock.__aenter__, lock.__aexit__
+        elif hasattr(lock, "acquire") and hasattr(lock, "release"):
+            self._enter, self._exit = lambda: lock.acquire(), lambda *_: lock.release()
+        elif hasattr(lock, "__enter__"):
+            self._enter, self._exit = lock.__enter__, lock.__exit__
+        else:
+            raise TypeError(f"{lock!r} is no lock: it needs `async with`, `with`, or acquire() and release()")
+        # One thread: locks may keep state per thread.
+        self._call = partial(_threaded, ThreadPoolExecutor(1)) if looks_sync(lock) else plain
+
+    async def enter(self) -> Any:
+        for _ in range(TRIES):  # a lock that answers False at once is asked again, as its users do
+            granted = await self._call(self._enter)
+            if granted is not False:
+                return granted
+            await asyncio.sleep(0.01)
+        raise NotGranted(f"acquire() answered False {TRIES:,} times")
+
+    async def exit(self, error: BaseException | None) -> None:
+        await self._call(self._exit, type(error) if error else None, error, None)
+
+
+async def plain(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    answer = call(*args, **more)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _threaded(thread: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(thread, call, *args)

@@ -1,0 +1,36 @@
+"""The few HTML helpers that verdicts, simulations and ladders share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape as _escape
+from typing import TYPE_CHECKING, Any
+
+from distsys.lab.history.words import lasting
+
+if TYPE_CHECKING:
+    pass
+
+
+def escape(text: str) -> str:
+    return _escape(text.encode("utf-8", "replace").decode())  # a lone surrogate is no UTF-8, and no page could hold it
+
+
+def _number(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if key in ("p50", "p99", "seconds"):
+        return lasting(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Every column flush left: JupyterLab sets them flush right, also words below their heading."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        plain = f'<{tag} align="left" style="text-align:left;padding:2px 12px 2px 0'
+        return "".join(f'{plain}{";white-space:nowrap" * (len(c) < 18)}">{escape(c)}</{tag}>' for c in row)
+
+    top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table>{top}<tbody>{body}</tbody></table>"

@@ -1,0 +1,192 @@
+"""The history in three to five sentences computed from it: what led to the counterexample, or what was survived."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from distsys.lab.history.history import Fault, Finding, History, Op
+from distsys.lab.history.spans import RECOVERIES, Span, conflicts, expired, holds, is_of, pauses, waits
+from distsys.lab.history.words import WORDS, count, error, lasting, refusal, what
+
+LIMIT = 5
+
+
+def story(history: History, finding: Finding) -> list[str]:
+    acts = _counterexample(history, finding) if finding.status == "VIOLATED" else ()
+    best = sorted(acts, key=lambda act: (act[1], act[0]))[:LIMIT]
+    told = [sentence for *_, sentence in sorted(best)]
+    more = _overview(history, finding) if len(told) < 3 else ()
+    begun = tuple(text.rstrip(".").partition(",")[0] for text in told)
+    return [*told, *(text for text in more if not text.startswith(begun))][:LIMIT]
+
+
+def involved(history: History, finding: Finding) -> list[Span]:
+    """The holds in which the counterexample took place, at most three."""
+    found = []
+    for hold in holds(history):
+        mine = [op for op in finding.witness if op.process == hold.process]
+        if any(op == hold.op or hold.start <= op.called < hold.end for op in mine):
+            found.append(hold)
+    return found[:3]
+
+
+def key_ops(history: History, finding: Finding) -> tuple[list[Op], list[Op]]:
+    """What the picture names and the story tells: writes, and the release that may have opened the door.
+
+    The writes are those of the counterexample; where it has none, the last two made by those who held at once. The
+    release is another's, inside the first hold and before the second.
+    """
+    writes, spans = [op for op in finding.witness if op.name == "write"], involved(history, finding)
+    if len(spans) < 2 or finding.status != "VIOLATED":
+        return writes, []
+    first, second = spans[:2]
+    others = [op for op in history.where("release") if op.process not in (first.process, second.process)]
+    late = [op for op in others if first.start < op.end < second.start][-1:]
+    both = max(span.start for span in spans)
+    done = [op for op in history.where("write") if op.status != "fail" and op.end >= both]
+    inside = [op for op in done if any(op.process == s.process and s.start <= op.called < s.end for s in spans)]
+    return writes or sorted(inside, key=lambda op: op.end)[-2:], late
+
+
+def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float, int, str]]:
+    """What led to it: when, how dispensable, the sentence."""
+    at, spans, witness = history.at, involved(history, finding), finding.witness
+    acts, clashes, late = {op.process for op in witness}, conflicts(history), expired(history)
+    times = [t for op in witness for t in (op.called, history.until(op))] + [hold.start for hold in spans]
+    begin, until = min(times, default=history.started), max(times, default=history.end)
+    for hold in spans:
+        label = history.label(hold.op)
+        token = f" ({'token ' if hold is spans[0] else ''}{label})" if label else ""
+        other = next((a.process for a, b in clashes if b == hold), None)
+        still = f" while {other} still held the lock" if other else ""
+        yield hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}."
+        if hold.lease_end is not None and hold in late:
+            kept = [k for who, k, a, b in pauses(history) if is_of(hold.process, who) and a <= hold.lease_end < b]
+            why = f" while it was {WORDS[kept[0]]}" if kept else ""
+            yield hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}."
+    for who, kind, a, b in pauses(history):
+        if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
+            yield a, 2, f"{who} was {WORDS[kind]} at {at(a)}, for {lasting(b - a)}."
+    for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
+        yield fault.at, 1 + n, f"t={at(fault.at)}: {what(fault)}."
+    for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
+        row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
+        first, last = at(row[0].called, ""), at(row[-1].end)
+        when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
+        if status == "fail":
+            yield row[-1].end, 0, f"{process} was {refusal(finding)} at {last}."
+        else:
+            yield row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."
+    for op in witness:
+        if op.name == "read":
+            yield op.end, 3, f"{op.process} read {op.value!r} at {at(op.end)}."
+        elif op.name == "acquire" and op.status != "ok":
+            end, how = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
+            yield end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}."
+        elif op.name == "apply":
+            yield op.end, 0, f"{op.process} carried out {op.value} at {at(op.end)}."
+        elif op.name == "told":
+            yield op.end, 0, f"{op.process} answered {op.value}."
+    writes, releases = key_ops(history, finding)
+    done = [op for op in history.where("write") if op.status != "fail"]
+    for op in writes:
+        before = [w for w in done if w.process != op.process and w.end < op.end]
+        lapsed = any(s.process == op.process and s.lease_end is not None and s.lease_end < op.called for s in spans)
+        text = f"{op.process} {'still ' if lapsed else ''}wrote {op.value!r} at {at(op.end)}"
+        if before and op is writes[-1] and len(writes) > 1:
+            over = before[-1]
+            newer = over.token is not None and op.token is not None and op.token < over.token
+            text += f", over {over.process}'s {over.value!r}{' and its newer token' if newer else ''}"
+            seen = [r.end for r in history.where("read", process=op.process, status="ok") if r.end <= op.called]
+            text += ": one update is lost" if seen and seen[-1] <= over.called else ""
+        yield op.end, 0, text + ("." if op.status == "ok" else ", perhaps.")
+    for op in releases:
+        yield op.end, 0, f"{op.process}'s release came at {at(op.end)}, while {spans[0].process} held."
+    for one, two in clashes[:1]:
+        if one.op in witness and two.op in witness:
+            end = min(one.end, two.end)
+            yield end, 3, f"For {lasting(end - two.start)}, until {at(end)}, both were inside."
+
+
+def _tally(asked: list[Op], history: History) -> str:
+    """ "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
+    told = []
+    for process in sorted({op.process for op in asked})[:LIMIT]:
+        mine = [op for op in asked if op.process == process]
+        passed = [op for op in mine if op.status == "ok"]
+        last = f", last at {history.at(passed[-1].end)}" if passed else ""
+        told.append(f"{process} {len(passed):,} of {count(len(mine), 'time')}{last}")
+    return "; ".join(told).replace(" ", " was admitted ", 1) + "."
+
+
+def _calls(history: History) -> Iterator[str]:
+    """Of a guard: "w1 called 15 times: 5 failed (TimeoutError), 10 refused." """
+
+    def outcome(op: Op) -> str:
+        if op.status == "info":
+            return "never answered" if op.returned is None else f"failed ({error(op)})"
+        return "answered" if op.status == "ok" else "refused"
+
+    for process in list(dict.fromkeys(op.process for op in history.where("call")))[:LIMIT]:
+        mine = history.where("call", process=process)
+        ends = ", ".join(f"{n:,} {how}" for how, n in Counter(map(outcome, mine)).items())
+        longest = lasting(max(history.until(op) - op.called for op in mine))
+        yield f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}."
+    sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
+    waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
+    yield f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."
+
+
+def _other_faults(history: History) -> list[Fault]:
+    return [f for f in history.faults if f.kind not in (*RECOVERIES, "stopped", "held")]
+
+
+def _overview(history: History, finding: Finding) -> Iterator[str]:
+    """What was survived, or at least seen: under which load, and which faults."""
+    at, held, asked, met = history.at, holds(history), history.where("acquire"), waits(history)
+    if finding.status == "INCONCLUSIVE":
+        yield "The danger was not reached, so this shows nothing either way."
+    if held:
+        who = count(len({hold.process for hold in held}), "process", "processes")
+        alone = ", never two at once" if len(held) > 1 and not conflicts(history) else ""
+        others = f"; {len(met):,} of {count(len(asked), 'request')} came while another held" if met else ""
+        yield f"{who} acquired {count(len(held), 'time')}{alone}{others}."
+    elif asked:
+        yield f"Nobody acquired, {len({op.process for op in asked}):,} tried."
+    elif history.where("call"):
+        yield from _calls(history)
+    else:
+        by = {status: sum(op.status == status for op in history) for status in ("ok", "fail", "info")}
+        text = f"{count(len(history.ops), 'operation')} by {count(len(history.processes), 'process', 'processes')}"
+        if asked := history.where("admit"):
+            unknown = f", {by['info']:,} of unknown outcome" if by["info"] else ""
+            text = text.replace("operation", "request")
+            yield f"{text}: {by['ok']:,} admitted, {by['fail']:,} refused{unknown}."
+            if finding.status != "VIOLATED" or any(op.status == "fail" for op in finding.witness):
+                yield _tally(asked, history)
+        else:
+            yield f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome."
+    kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
+    for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
+        lock = " while it held the lock" if inside else ""
+        yield f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}."
+    ends = {hold.end: hold.lease_end for hold in expired(history)}
+    for fault in _other_faults(history)[:2]:
+        lease = ends.get(fault.at) if fault.kind == "killed" else None
+        until = "" if lease is None else f", its lease ran until {at(lease)}"
+        yield f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}."
+    for op in history.where("write", status="fail")[:1]:
+        token = f" under {history.label(op)}" if op.token is not None else ""
+        yield f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}."
+    if "final" in history.facts and (sure := history.where("write", status="ok")):
+        first, last = history.facts.get("initial", 0), history.facts["final"]
+        yield f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}."
+    if answered := [op for op in met if op.returned is not None]:
+        slow = max(answered, key=lambda op: op.end - op.called)
+        yield f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}."
+
+
+def _next(held: list[Span], t: float) -> str:
+    after = next((h for h in held if h.start > t), None)
+    return f"; {after.process} acquired {lasting(after.start - t)} later" if after else ""

@@ -1,0 +1,268 @@
+"""A retry storm in virtual time: thousands of clients, one dependency, and the policies as production runs them.
+
+The trigger takes servers away for some seconds (or brings more calls). Meanwhile requests pile up in the dependency's
+queue, and it goes on to serve those whose client has given up. Once the trigger is gone there is capacity for every
+call; whether it is used for them depends on the retries. A system that stays down is *metastable*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from distsys._support.arguments import check_number
+from distsys.errors import DistsysError
+from distsys.lab.history.history import Finding, History, Status
+from distsys.lab.show.verdict import Verdict
+from distsys.lab.simulate import virtual_loop
+from distsys.resilience.bulkhead import Bulkhead
+from distsys.resilience.circuit_breaker import CircuitBreaker
+from distsys.resilience.composed import Resilient
+from distsys.resilience.retry import Retry, RetryBudget
+
+SERVERS = 10  # of the dependency: failure_share counts in tenths
+WELL = 0.9  # of the calls begun in a second: from there on it counts as recovered
+Curve = list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storm:
+    """Seconds, and calls per second of all clients together."""
+
+    outage: float = 5.0  # how long the trigger lasts
+    failure_share: float = 1.0  # of the servers, gone meanwhile; those that are busy finish first
+    spike: float = 1.0  # times as many calls meanwhile
+    clients: int = 10_000
+    rate: float = 0.0  # 0: each client calls every twenty seconds
+    processes: int = 0  # that serve them, each with its breaker, budget and bulkhead; 0: one for 25 calls a second
+    deadline: float = 4.0  # of a call: a later answer is worth nothing
+    timeout: float = 1.0  # of a request
+    utilisation: float = 0.7  # rate / capacity, in calm times
+    queue: float = 2.0  # seconds of work that the dependency lets wait; it refuses the rest
+    error_rate: float = 0.01  # of requests, lost even in calm times: what retries are for
+    calm: float = 4.0  # before the trigger
+    after: float = 20.0
+    recover_within: float = 10.0  # what the claim allows
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", self.rate or self.clients / 20)
+        object.__setattr__(self, "processes", self.processes or math.ceil(self.rate / 25))
+        bounds = {"outage": (0.1, 3_600), "failure_share": (0, 1), "spike": (1, 100), "rate": (100, 1e6)}
+        bounds |= {"deadline": (0.01, 600), "timeout": (0.01, 600), "utilisation": (0.01, 0.99), "queue": (0, 600)}
+        bounds |= {"error_rate": (0, 0.05), "calm": (1, 3_600), "recover_within": (1, 3_600)}
+        bounds |= {"after": (self.recover_within + 2, 7_200), "clients": (1, 1e7), "processes": (1, 1e5)}
+        for name, (least, most) in bounds.items():
+            check_number(name, getattr(self, name), least, most, "seconds, a share or how many")
+
+    @property
+    def capacity(self) -> float:
+        """Requests per second."""
+        return self.rate / self.utilisation
+
+    @property
+    def over(self) -> float:
+        """When the trigger is gone."""
+        return self.calm + self.outage
+
+    @property
+    def end(self) -> float:
+        return self.over + self.after
+
+    def __str__(self) -> str:
+        rate = f"{self.rate:,.0f} calls/s, {self.utilisation:.0%} of what the dependency can do"
+        trigger = f"{self.failure_share:.0%} of it gone for {self.outage:g} s" if self.failure_share else ""
+        more = f"{self.spike:g} times the calls for {self.outage:g} s" if self.spike > 1 else ""
+        return f"{self.clients:,} clients, {rate}; {' and '.join(filter(None, (trigger, more)))}"
+
+    @property
+    def claim(self) -> str:
+        return (
+            f"within {self.recover_within:g} s after the trigger is gone at least {WELL:.0%} of the calls succeed "
+            "again, and it stays so"
+        )
+
+
+class Process:
+    """One of the processes that serve the clients. A policy is made in each, by `make(process)`.
+
+    `process.retry(...)`, `.budget(...)`, `.breaker(...)`, `.bulkhead(...)` and `.resilient(...)` are those of
+    distsys.resilience, with the clock and the generator of random numbers of the simulation.
+    """
+
+    def __init__(self, storm: Storm, clock: Callable[[], float], rng: random.Random) -> None:
+        self.storm, self.clock, self.rng = storm, clock, rng
+        self.retry = partial(Retry, rng=rng.random)
+        self.budget = partial(RetryBudget, clock=clock)
+        self.breaker = partial(CircuitBreaker, clock=clock, rng=rng.random)
+        self.bulkhead = partial(Bulkhead, clock=clock)
+        self.resilient = Resilient
+
+
+Make = Callable[[Process], Callable[[Any], Any]]
+"""A policy: what it returns decorates `async def request()`."""
+
+
+class Dependency:
+    """SERVERS behind one queue, first come first served. A request whose client has left is served all the same."""
+
+    def __init__(self, storm: Storm, loop: Any, rng: random.Random) -> None:
+        self.storm, self.loop, self.rng = storm, loop, rng
+        self.idle, self.queue = SERVERS, deque[asyncio.Future[None]]()
+        self.room, self.speed = round(storm.queue * storm.capacity), storm.capacity / SERVERS
+        self.requests, self.wasted = array("d"), array("d")
+        lost = round(storm.failure_share * SERVERS)
+        loop.call_at(storm.calm, self._add, -lost)
+        loop.call_at(storm.over, self._add, lost)
+
+    async def request(self) -> None:
+        """One request as a client's library makes it, with its timeout."""
+        loop = self.loop
+        self.requests.append(loop.now)
+        if self.rng.random() < self.storm.error_rate:
+            raise ConnectionResetError("lost on the way")
+        answer, took = loop.create_future(), math.inf
+        if self.idle > 0:
+            took = self._serve(answer)
+        elif len(self.queue) < self.room:
+            self.queue.append(answer)
+        else:
+            raise ConnectionRefusedError("the queue is full")
+        if took > self.storm.timeout:
+            loop.call_later(self.storm.timeout, _too_late, answer)
+        await answer
+
+    def _serve(self, answer: asyncio.Future[None]) -> float:
+        """The seconds it takes."""
+        self.idle -= 1
+        took = self.rng.expovariate(self.speed)
+        self.loop.call_later(took, self._served, answer)
+        return took
+
+    def _served(self, answer: asyncio.Future[None]) -> None:
+        if answer.done():
+            self.wasted.append(self.loop.now)
+        else:
+            answer.set_result(None)
+        self._add(1)
+
+    def _add(self, servers: int) -> None:
+        self.idle += servers
+        while self.idle > 0 and self.queue:
+            self._serve(self.queue.popleft())
+
+
+def _too_late(answer: asyncio.Future[None]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError("no answer"))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one policy made of the storm. Curves are per second; calls count in the second in which they began."""
+
+    name: str
+    verdict: Verdict
+    requests: Curve  # that reached the dependency
+    calls: Curve
+    good: Curve  # calls answered within their deadline
+    wasted: Curve  # requests served although their client had left
+    peak: int  # requests per second
+    goodput: float  # the share of good calls, from the trigger to the end
+    p99: float  # seconds that callers waited
+    recovery: float | None  # seconds after the trigger; None: not before the end
+    metastable: bool
+    digest: str  # of the whole trace
+
+    def __str__(self) -> str:
+        return str(self.verdict)
+
+
+def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any = None) -> Arm:
+    """One policy. The demand depends on the seed alone: every policy meets the same calls."""
+    demand, at = random.Random(seed), 0.0
+    times: dict[int, list[float]] = {}
+    while at < storm.end:
+        times.setdefault(demand.randrange(storm.clients), []).append(at)
+        at += demand.expovariate(storm.rate * (storm.spike if storm.calm <= at < storm.over else 1))
+    calls: list[tuple[float, float, bool]] = []  # begun, ended, good
+
+    last = storm.end + storm.deadline
+
+    async def main() -> Dependency:
+        loop: Any = asyncio.get_running_loop()
+        dependency = Dependency(storm, loop, random.Random(f"{seed}/dependency"))
+        each = [Process(storm, loop.time, random.Random(f"{seed}/{n}")) for n in range(storm.processes)]
+        wrapped = [make(process)(dependency.request) for process in each]
+
+        async def client(times: list[float], call: Any) -> None:
+            for at in times:
+                if at > loop.now:
+                    await asyncio.sleep(at - loop.now)
+                begun, good = loop.now, False
+                try:
+                    await call()
+                    good = loop.now - begun <= storm.deadline
+                except (OSError, DistsysError):  # TimeoutError is an OSError; any other is a mistake in the policy
+                    pass
+                finally:  # also of a call that hangs to the end and is cancelled
+                    calls.append((begun, loop.now, good))
+
+        clients = [loop.create_task(client(times[n], wrapped[n % storm.processes])) for n in sorted(times)]
+        done, _ = await asyncio.wait(clients, timeout=last, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        return dependency
+
+    dependency = virtual_loop.run(main(), limit=100_000 + 100 * storm.clients, until=2 * last)
+    return _judge(name, storm, seed, expected, dependency, calls)
+
+
+def _judge(
+    name: str, storm: Storm, seed: int, expected: Any, dependency: Dependency, calls: list[tuple[float, float, bool]]
+) -> Arm:
+    began, good = _curve(storm, [call[0] for call in calls]), _curve(storm, [call[0] for call in calls if call[2]])
+    requests, wasted = _curve(storm, dependency.requests), _curve(storm, dependency.wasted)
+    bad = [second for second in range(len(began)) if good[second] < WELL * began[second]]
+    first, recovery = int(storm.calm), max(0.0, bad[-1] + 1 - storm.over) if bad else 0.0
+    recovered = None if recovery > storm.after - 2 else recovery
+    tail, lost = requests[-5:], 1 - sum(good[-5:]) / max(1, sum(began[-5:]))
+    metastable = recovered is None and sum(tail) > len(tail) * storm.capacity
+    status: Status = "VIOLATED"
+    if recovered is None:
+        summary = f"{lost:.0%} of the calls fail {storm.after:g} s after the trigger is gone"
+        if metastable:
+            amount = f"{sum(tail) / len(tail) / storm.capacity:.1f} times the capacity"
+            summary = f"metastable: {summary}, for {amount} is asked of the dependency"
+    elif recovered > storm.recover_within:
+        summary = f"recovered {recovered:g} s after the trigger was gone"
+    elif not bad:
+        status, summary = "INCONCLUSIVE", "the trigger did no harm"
+    else:
+        status, summary = "HELD", f"recovered {recovered:g} s after the trigger was gone"
+    waited = sorted(call[1] - call[0] for call in calls)
+    trace = array("d", [number for call in sorted(calls) for number in call])  # those cut off at the end, in any order
+    digest = blake2b(trace.tobytes() + dependency.requests.tobytes() + dependency.wasted.tobytes(), digest_size=8)
+    peak, goodput = max(requests), sum(good[first:]) / max(1, sum(began[first:]))
+    p99 = waited[int(0.99 * len(waited))]
+    stats = {"peak_requests_per_second": peak, "goodput": round(goodput, 3), "p99": round(p99, 3)}
+    result = [(History(), Finding(status, summary))]
+    verdict = Verdict.of(result, title=name, claim=storm.claim, expected=expected, seed=seed, stats=stats)
+    hashed = digest.hexdigest()
+    return Arm(name, verdict, requests, began, good, wasted, peak, goodput, p99, recovered, metastable, hashed)
+
+
+def _curve(storm: Storm, times: Any) -> Curve:
+    """How many in each second."""
+    counts = [0] * int(storm.end)
+    for at in times:
+        if at < len(counts):
+            counts[int(at)] += 1
+    return counts

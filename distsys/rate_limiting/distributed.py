@@ -1,0 +1,181 @@
+"""Distributed limits: what a tier may do, per user, per organisation and in all, decided at once.
+
+Promise  a request passes when every quota of its tier has room, and then takes from each; refused, it takes from none,
+         and the answer names the quotas that refused. In one step at the server where one server (or one slot of a
+         cluster) has the keys; across slots by reserving one after the other and giving back, see TieredLimiter.
+Not      exact after a failover or an eviction; fair between tiers that share a quota.
+Units    as for the token bucket: tokens, tokens per second, seconds.
+Errors   ValueError for an unknown tier or a missing subject; redis.RedisError unless `on_failure` says what to answer.
+Source   Turner 1986; RFC 3290, appendix A; two-phase reservation as in Bernstein, Hadzilacos, Goodman 1987, chapter 7.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from distsys._support.arguments import check_text
+from distsys._support.cancellation import in_background
+from distsys._support.redis import hash_tag
+from distsys.rate_limiting.buckets import Buckets, Clock
+from distsys.rate_limiting.decision import BucketReply, Decision, Limit, Request
+from distsys.rate_limiting.fallback import Fallback, OnFailure
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.cluster import RedisCluster
+
+EVERYBODY = "everybody"  # a quota per this has one bucket for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quota:
+    """`capacity` tokens at once and `refill_rate` a second: `Quota(per="user", capacity=100, refill_rate=10)`.
+
+    `per` is a word of yours for whose tokens these are, or EVERYBODY; `name` tells two quotas per the same apart.
+    """
+
+    per: str
+    capacity: float
+    refill_rate: float
+    name: str = ""
+    limit: Limit = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", check_text("name", self.name or self.per, "'user'"))
+        object.__setattr__(self, "limit", Limit(self.capacity, self.refill_rate))
+
+
+TIERS: Mapping[str, tuple[Quota, ...]] = {
+    "anonymous": (Quota(per="address", capacity=20, refill_rate=1),),
+    "free": (Quota(per="user", capacity=60, refill_rate=2),),
+    "pro": (
+        Quota(per="user", capacity=300, refill_rate=20),
+        Quota(per="organisation", capacity=2_000, refill_rate=100),
+    ),
+    "enterprise": (Quota(per="organisation", capacity=20_000, refill_rate=1_000),),
+}
+"""A start to copy and change, not a recommendation: measure what your users need and what your service can bear."""
+
+
+class TieredDecision(NamedTuple):
+    """Whether the request may pass; true when it may. `quotas` has each quota's own decision, by its name."""
+
+    allowed: bool
+    refused_by: tuple[str, ...]
+    quotas: Mapping[str, Decision]
+
+    def __bool__(self) -> bool:
+        return self.allowed
+
+    @property
+    def tightest(self) -> Decision:
+        """Of the quota that refuses longest, or else has the smallest share left."""
+        return max(self.quotas.values(), key=lambda one: one.tightness)
+
+    @property
+    def retry_after(self) -> float:
+        return self.tightest.retry_after
+
+
+class TieredLimiter:
+    """`decision = await limiter.try_acquire("pro", {"user": "42", "organisation": "acme"})`
+
+    tiers       for each tier its quotas; TIERS is a start
+    name        keeps the keys of one limiter apart from another's
+    one_slot    in a cluster: all keys in one slot, so that each decision is one atomic step, on one server. Else each
+                subject has its slot, and quotas in different slots are reserved one after the other: still no quota is
+                ever exceeded; what was reserved for a request that another slot refuses is given back at once, but may
+                have refused somebody meanwhile, and stays taken until the refill if the process dies in between
+    on_failure, clock   as for TokenBucketLimiter
+
+    A user who changes tier keeps what was used, for the key names the quota and the subject, not the tier.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | RedisCluster,
+        tiers: Mapping[str, Sequence[Quota]] = TIERS,
+        *,
+        name: str = "",
+        one_slot: bool = False,
+        on_failure: OnFailure | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.tiers = {tier: tuple(quotas) for tier, quotas in tiers.items()}
+        for tier, quotas in self.tiers.items():
+            if not quotas:
+                raise ValueError(f"tier {tier!r} has no quota: give it one, or don't ask for those without a limit")
+            if len({quota.name for quota in quotas}) < len(quotas):
+                raise ValueError(f"tier {tier!r} has two quotas of one name: give each a name=")
+        self.name, self.one_slot, self._fallback = name, one_slot, Fallback(name, on_failure)
+        self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
+
+    async def try_acquire(
+        self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1
+    ) -> TieredDecision:
+        """Takes `cost` tokens from every quota of the tier, or from none. `subjects` says who: {"user": "42"}."""
+        parts = self._parts(tier, subjects or {}, cost)
+        answers = await self._fallback.guard(self._take(list(parts.values())), _together(parts.values()))
+        decisions = dict(zip(parts, answers, strict=True))
+        refused = tuple(name for name, one in decisions.items() if not one)
+        return TieredDecision(not refused, refused, decisions)
+
+    async def refund(self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1) -> None:
+        """Gives back what a request took that then did not use it."""
+        await self._give_back(self._parts(tier, subjects or {}, cost).values())
+
+    # ---- one slot after the other
+
+    async def _take(self, parts: Sequence[Request]) -> BucketReply:
+        slots: dict[int, list[Request]] = {}
+        for part in parts:
+            slots.setdefault(self._buckets.slot(part.keys[0]), []).append(part)
+        used, reserved, passes = dict[str, int](), list[Request](), True
+        try:
+            for group in slots.values():
+                request = _together(group)
+                before, taken = await self._buckets.ask(request if passes else request._replace(cost=0))
+                used |= {key: one + taken for key, one in zip(request.keys, before, strict=True)}
+                passes = passes and all(request.decisions(before, taken))
+                if passes:
+                    reserved.append(request)
+        except BaseException:
+            in_background(self._give_back(reserved), f"giving back {reserved!r} after an error")
+            raise
+        if not passes and reserved:
+            await asyncio.wait([in_background(self._give_back(reserved), f"giving back {reserved!r}")])
+        return [used[key] for key in _together(parts).keys], 0
+
+    async def _give_back(self, requests: Iterable[Request]) -> None:
+        """What can't be given back comes back by the refill."""
+        for request in requests:
+            await self._buckets.ask(request._replace(cost=-request.cost))
+
+    # ---- input
+
+    def _parts(self, tier: str, subjects: Mapping[str, str], cost: float) -> dict[str, Request]:
+        """What is asked of each quota, by its name."""
+        if tier not in self.tiers:
+            raise ValueError(f"tier={tier!r} is unknown; there are {', '.join(map(repr, self.tiers))}")
+        return {
+            quota.name: Request((self._key(tier, quota, subjects),), (quota.limit,), quota.limit.cost(cost))
+            for quota in self.tiers[tier]
+        }
+
+    def _key(self, tier: str, quota: Quota, subjects: Mapping[str, str]) -> str:
+        if quota.per != EVERYBODY and quota.per not in subjects:
+            raise ValueError(f"tier {tier!r} limits per {quota.per!r}: say whose tokens, as in {{{quota.per!r}: '42'}}")
+        subject = "" if quota.per == EVERYBODY else hash_tag(check_text(quota.per, subjects[quota.per], "'42'"))
+        kind, name = (hash_tag(word).replace(":", "%3A") for word in (quota.name, self.name))
+        if self.one_slot:
+            return f"distsys:quota:1:{{:{name}}}:{kind}:{{{subject}}}"  # a hash tag must not be empty
+        return f"distsys:quota:1:{name}:{kind}:{{{subject or kind}}}"
+
+
+def _together(parts: Iterable[Request]) -> Request:
+    """They ask for the same of each."""
+    keys, limits, costs, _ = zip(*parts, strict=True)
+    return Request(tuple(key for (key,) in keys), tuple(limit for (limit,) in limits), costs[0])

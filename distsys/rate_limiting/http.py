@@ -1,0 +1,275 @@
+"""Rate limits over HTTP: ASGI middleware, FastAPI dependency, and headers that tell clients where they stand.
+
+Promise  a refused request never reaches the app; it gets 429 as application/problem+json, which names the policies that
+         refused, and Retry-After: whole seconds, at least 1, never before the same request can pass. Every answer for
+         which a limit was asked says what is left: RateLimit, RateLimit-Policy and, if you want, X-RateLimit-*.
+Not      for websockets, which pass; who is limited is the matter of keys.py.
+Units    whole seconds, rounded up; tokens, rounded down; X-RateLimit-Reset in seconds since 1970, as GitHub has it.
+Errors   what Redis raises without `on_failure`, and what your key or cost function raises, passes: the server says 500.
+         `closed` is 503 and not 429, for it is not the client who did too much; `open` says nothing of what is left.
+Source   draft-ietf-httpapi-ratelimit-headers-11; RFC 9651 (structured fields), 9457 (problems), 6585 (429), 9110 10.2.3
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
+
+from distsys._support.arguments import optional
+from distsys._support.http import PROBLEM, Headers, Message, Receive, Scope, Send, header, send_problem
+from distsys.errors import MAX_SECONDS, RateLimited, whole_seconds
+from distsys.rate_limiting.decision import Decision
+from distsys.rate_limiting.keys import awaited, hashed
+from distsys.rate_limiting.keys import by_client as by_client
+from distsys.rate_limiting.keys import client_address as client_address
+
+Who = str | tuple[str, Mapping[str, str]] | None  # a key; tier and subjects; None: this request is not limited
+Key = Callable[[Scope], Who | Awaitable[Who]]
+Cost = float | Callable[[Scope], float | Awaitable[float]]
+
+KNOWN = (str, tuple, int, float, type(None))  # what needs no await
+MAX_KEY = 200  # characters of a key; a longer one is hashed, so that nobody can fill Redis with keys
+REDUCED_CAPACITY = (
+    "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity",
+    "Request cannot be satisfied due to temporary server capacity constraints",
+)
+
+
+class Limiter(Protocol):
+    """Also read: name, and for RateLimit-Policy limit and window, limit.capacity and limit.refill_rate, or tiers."""
+
+    @property
+    def try_acquire(self) -> Callable[..., Awaitable[Any]]: ...
+
+
+class Policy:
+    """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds.
+
+    A structured field is ASCII: other characters of the name are percent-encoded.
+    """
+
+    def __init__(self, name: str, quota: float, window: float, per: str | None = None, refills: bool = True) -> None:
+        self.name = "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in name)
+        self.quota, self.window = quota, window
+        self.per, self.refills = per, refills  # whose, of a tier's quota; token by token, not all at once
+        self.quoted = '"' + self.name.replace("\\", r"\\").replace('"', r"\"") + '"'
+        self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_SECONDS)}"
+        self.header = (b"ratelimit-policy", self.item.encode())
+
+    @classmethod
+    def of(cls, limiter: Any, name: str, per: str | None = None) -> Policy:
+        """Of a quota or a limiter."""
+        if (window := getattr(limiter, "window", None)) is not None:
+            return cls(name, limiter.limit, window, per, refills=False)
+        return cls(name, limiter.limit.capacity, limiter.limit.capacity / limiter.limit.refill_rate, per)
+
+    def wait(self, one: Decision) -> int:
+        """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
+        if not one.allowed:
+            return whole_seconds(one.retry_after)
+        wait, taken = one.reset_after, one.limit - one.remaining - 1
+        if self.refills and taken > 0:
+            wait -= taken * self.window / one.limit
+        noise = 5e-7  # of a difference of floats: less than a microsecond
+        return min(math.ceil(wait - noise), MAX_SECONDS) if wait > 0 else 0
+
+
+class Answer(NamedTuple):
+    """What the response says: headers for every answer, or a refusal, which brings its own."""
+
+    headers: Headers
+    refusal: RateLimited | None = None
+
+
+class RateLimit:
+    """A limiter in the words of HTTP. `key` says who is limited, `cost` how many tokens a request takes (0: free).
+
+    Both get the ASGI scope and may be async. For a TieredLimiter `key` returns tier and subjects.
+    name             of the policy; the limiter's own, or "default"
+    x_headers        X-RateLimit-Limit, -Remaining and -Reset too; of several quotas, those of the tightest
+    partition_keys   parameter pk: the first 8 bytes of the SHA-256 of the key. A response that a shared cache stores
+                     would tell others that hash, and an address can be guessed from it: hence a switch
+    """
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        *,
+        key: Key,
+        cost: Cost = 1,
+        name: str | None = None,
+        x_headers: bool = False,
+        partition_keys: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._limiter, self._key, self._cost, self._clock = limiter, key, cost, clock
+        self._x_headers, self._partition_keys = x_headers, partition_keys
+        tiers: Mapping[str, Any] = getattr(limiter, "tiers", {})
+        self._tiers = {tier: [Policy.of(quota, quota.name, quota.per) for quota in tiers[tier]] for tier in tiers}
+        self._own = [] if tiers else [Policy.of(limiter, name or getattr(limiter, "name", "") or "default")]
+        self._plain = bool(self._own) and not x_headers and not partition_keys
+
+    async def check(self, scope: Scope) -> Answer | None:
+        """None for a request that is not limited."""
+        who = self._key(scope)
+        if not isinstance(who, KNOWN):
+            who = await awaited(who)
+        cost: Any = self._cost
+        if callable(cost) and not isinstance(cost := cost(scope), KNOWN):
+            cost = await awaited(cost)
+        if who is None or cost == 0:
+            return None
+        if self._tiers:
+            tier, subjects = who if isinstance(who, tuple) else (who, {})
+            return await self._check_tier(tier, subjects, cost)
+        key, (policy,) = _bounded(who), self._own
+        if cost > policy.quota:
+            return _never([policy], [policy.name])
+        decision = await self._limiter.try_acquire(key, cost=cost)
+        if decision.allowed and self._plain and decision.source != "open":  # nearly always: what _say says, in one line
+            now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
+            return Answer([policy.header, (b"ratelimit", now.encode())])
+        return self._say(self._own, [decision], {None: key})
+
+    async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Answer:
+        subjects, policies = {per: _bounded(subject) for per, subject in subjects.items()}, self._tiers.get(tier, [])
+        if never := [policy.name for policy in policies if cost > policy.quota]:
+            return _never(policies, never)
+        decision = await self._limiter.try_acquire(tier, subjects, cost=cost)
+        return self._say(policies, list(decision.quotas.values()), subjects)
+
+    def _say(self, policies: list[Policy], decisions: list[Decision], subjects: Mapping[Any, str]) -> Answer:
+        """`subjects` by whose limit it is; None for that of a limiter itself."""
+        pks = [_partition(policy.per, subjects) if self._partition_keys else "" for policy in policies]
+        headers = [header("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
+        refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
+        source, wait = decisions[0].source, max(one.retry_after for one in decisions)
+        if source == "open":
+            return Answer(headers)
+        if source == "closed":
+            return _refusal(503, [], wait, headers)
+        waits = [policy.wait(one) for policy, one in zip(policies, decisions, strict=True)]
+        if refused:  # Retry-After is never before the end of an effective window
+            waits = [min(each, whole_seconds(wait)) for each in waits]
+        rows = zip(policies, decisions, waits, pks, strict=True)
+        items = [f"{policy.quoted};r={one.remaining};t={wait}{pk}" for policy, one, wait, pk in rows]
+        headers.append(header("ratelimit", ", ".join(items)))
+        if self._x_headers:
+            one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
+            reset = math.ceil(self._clock()) + seconds
+            trio = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
+            headers += [header(f"x-ratelimit-{word}", value) for word, value in trio.items()]
+        return _refusal(429, refused, wait, headers) if refused else Answer(headers)
+
+
+class RateLimitMiddleware:
+    """`app.add_middleware(RateLimitMiddleware, limiter=limiter, key=by_client())`; the options are those of RateLimit.
+
+    Add CORSMiddleware after it: outside of it, so that browsers may read a refusal and preflights are not counted.
+    """
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limiter: Limiter, **options: Any
+    ) -> None:
+        self.app, self._limit = app, RateLimit(limiter, **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._limit.check(scope) if scope["type"] == "http" else None
+        if answer is None:
+            await self.app(scope, receive, send)
+            return
+
+        def send_with_headers(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": _merge(message.get("headers", ()), answer.headers)}
+            return send(message)
+
+        if answer.refusal is None:
+            await self.app(scope, receive, send_with_headers)
+        else:
+            await send_problem(send, answer.refusal)
+
+
+def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None]]:
+    """FastAPI: `@app.get("/", dependencies=[Depends(rate_limit(limiter, key=by_client()))])`; options as for RateLimit.
+
+    A refusal is RateLimited and HTTPException in one: without a handler the client gets the status and `detail` alone,
+    with `app.add_exception_handler(DistsysError, problem_response)` the whole problem. FastAPI adds no headers of a
+    dependency to a Response that the route makes itself; the middleware does.
+    """
+    http_exception: Any = optional("starlette.exceptions", "web").HTTPException
+    limit = RateLimit(limiter, **options)
+
+    class Refused(RateLimited, http_exception):  # type: ignore[misc]
+        """The limit is used up for now."""
+
+        __str__ = Exception.__str__
+
+        def __init__(self, refusal: RateLimited) -> None:
+            Exception.__init__(self, str(refusal))  # the two roots disagree on what comes first
+            self.__dict__ |= vars(refusal)
+            self.status_code = refusal.status
+            self.detail = refusal.problem()["detail"]
+            self.headers = {"content-type": PROBLEM} | {
+                name.decode(): value.decode() for name, value in refusal.http_headers or ()
+            }
+
+    async def check(request: Any = None, response: Any = None) -> None:
+        if request is None:  # a websocket, where the dependency is that of a whole app
+            return
+        answer = await limit.check(request.scope)
+        if answer is not None and answer.refusal is not None:
+            raise Refused(answer.refusal)
+        response.headers.raw.extend(_merge((), answer.headers if answer else []))
+
+    request, response = optional("starlette.requests", "web").Request, optional("fastapi", "web").Response
+    check.__annotations__ = {"request": request, "response": response, "return": None}
+    return check
+
+
+# ---- words
+
+
+def _refusal(status: int, names: list[str], wait: float | None, headers: Headers) -> Answer:
+    """`wait` None: the request asks for more than the quota ever holds."""
+    facts: dict[str, Any] = {} if wait is None else {"retry_after": wait}
+    refusal = RateLimited(
+        "The request asks for more than the quota ever holds.", **facts, **{"violated-policies": names}
+    )
+    refusal.status = status
+    refusal.problem_type = REDUCED_CAPACITY if status == 503 else RateLimited.problem_type
+    more = [
+        header("cache-control", "no-store"),
+        *([] if wait is None else [header("retry-after", whole_seconds(wait))]),
+    ]
+    refusal.http_headers = headers = [*headers, *more]
+    return Answer(headers, refusal)
+
+
+def _never(policies: list[Policy], names: list[str]) -> Answer:
+    return _refusal(429, names, None, [header("ratelimit-policy", ", ".join(policy.item for policy in policies))])
+
+
+def _partition(per: str | None, subjects: Mapping[Any, str]) -> str:
+    if per not in subjects:  # a limit of everybody has no parts
+        return ""
+    key = f"{per}:{subjects[per]}" if per else subjects[per]
+    return f";pk=:{b64encode(hashlib.sha256(key.encode()).digest()[:8]).decode()}:"
+
+
+def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> Headers:
+    """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
+    if len(more) > 2:  # not only RateLimit and its policy
+        own = list(own)
+        names = {name.lower() for name, _ in own}
+        more = [(name, value) for name, value in more if not (name.startswith(b"x-") and name in names)]
+    return [*own, *more]
+
+
+def _bounded(key: Any) -> Any:
+    return hashed(key) if isinstance(key, str) and (len(key) > MAX_KEY or not key.isprintable()) else key

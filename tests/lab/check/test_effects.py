@@ -1,0 +1,63 @@
+"""What the idempotency experiments check, on histories written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from distsys.lab.check.effects import one_answer, right_answers
+from distsys.lab.experiments.idempotency.experiments import each_message_once, never_held_up
+from distsys.lab.history.history import Check, History
+from distsys.lab.show.story import story
+from tests.lab.histories import history, op
+
+ASKED = [op("w1", "request", 0, 1, "order-1"), op("w2", "request", 2, 3, "order-1")]
+ANN = op("w1", "told", 1, 1.1, "order-1: 10 from ann → 10 from ann, receipt of w1")
+AGAIN = op("w2", "told", 3, 3.1, "order-1: 10 from ann → 10 from ann, receipt of w1")
+LATER = op("w2", "told", 4, 4.1, "order-1: 10 from ann → 10 from ann, receipt of w2")
+LEAKED = op("w2", "told", 3, 3.1, "order-2: 10 from bob → 10 from ann, receipt of w1")
+PUBLISHED = op("w1", "request", 0, 1, "m")
+KILLED = [(2, "killed", "w2")]
+CLEANED = op("w1", "cleanup", 2, 3)
+LET_GO = [(5, "released", "w2")]
+
+CASES: list[tuple[Check, History, str]] = [
+    (right_answers, history(), "INCONCLUSIVE"),
+    (right_answers, history(ASKED[0], ANN), "INCONCLUSIVE"),
+    (right_answers, history(*ASKED, ANN, AGAIN), "HELD"),
+    (right_answers, history(*ASKED, ANN), "HELD"),  # the second one was refused
+    (right_answers, history(*ASKED, ANN, LEAKED), "VIOLATED"),
+    (one_answer, history(), "INCONCLUSIVE"),
+    (one_answer, history(*ASKED, ANN), "INCONCLUSIVE"),
+    (one_answer, history(*ASKED, ANN, AGAIN), "HELD"),
+    (one_answer, history(*ASKED, ANN, LEAKED), "INCONCLUSIVE"),  # of another intent
+    (one_answer, history(*ASKED, ANN, AGAIN, LATER), "VIOLATED"),
+    (each_message_once, history(PUBLISHED, applied={"m": 1}), "INCONCLUSIVE"),
+    (each_message_once, history(PUBLISHED, faults=KILLED, applied={"m": 1}), "HELD"),
+    (each_message_once, history(PUBLISHED, faults=KILLED, applied={"m": 2}), "VIOLATED"),
+    (each_message_once, history(PUBLISHED, faults=KILLED, applied={}), "VIOLATED"),
+    (each_message_once, history(op("w1", "request", 0, None, "m"), faults=KILLED, applied={}), "HELD"),  # not published
+    (never_held_up, history(), "INCONCLUSIVE"),
+    (never_held_up, history(CLEANED, faults=LET_GO), "INCONCLUSIVE"),
+    (never_held_up, history(CLEANED, op("w3", "request", 3, 4), faults=LET_GO), "HELD"),
+    (never_held_up, history(CLEANED, op("w3", "request", 3, 6), faults=LET_GO), "VIOLATED"),
+    (never_held_up, history(CLEANED, op("w3", "request", 3, None), faults=LET_GO), "VIOLATED"),
+    (never_held_up, history(CLEANED, op("w3", "request", 3, 4)), "INCONCLUSIVE"),  # nobody was held
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "seen", "status"), CASES, ids=[f"{c.__name__}-{n}" for n, (c, *_) in enumerate(CASES)]
+)
+def test_a_check_says_what_the_history_shows(check: Check, seen: History, status: str) -> None:
+    """Held, violated with a witness, or that the danger was never there."""
+    finding = check(seen)
+    assert finding.status == status, finding
+    assert finding.summary
+    assert bool(finding.violations) == (status == "VIOLATED")
+    assert set(finding.witness) <= set(seen)
+
+
+def test_the_story_tells_who_was_answered_what() -> None:
+    """In the reader's words, not in the record's."""
+    seen = history(*ASKED, ANN, LEAKED)
+    assert "w2 answered order-2: 10 from bob → 10 from ann, receipt of w1." in story(seen, right_answers(seen))
