@@ -18,6 +18,8 @@ from tests import bugs
 settings.register_profile("distsys", deadline=None)  # a loaded machine is no bug
 settings.load_profile("distsys")
 _numbers = itertools.count()
+ALONE = ("lab/testbed/test_processes.py", "lab/testbed/test_servers.py", "notebooks/test_browser.py")
+"""These count processes and folders of the machine, or drive a browser: nothing runs beside them."""
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,7 @@ async def pg(postgres: Server) -> AsyncIterator[str]:
     name = f"test_{next(_numbers)}"
     async with await psycopg.AsyncConnection.connect(postgres.url, autocommit=True) as admin:
         await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-        await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy")
         yield psycopg.conninfo.make_conninfo(postgres.url, dbname=name)
         await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -90,6 +92,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = bugs.select(items)
+    for item in items:
+        if item.path.as_posix().endswith(ALONE):
+            item.add_marker("alone")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -143,7 +143,11 @@ async def test_a_candidate_that_asks_for_what_the_lab_has_not_is_told_what_it_ha
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"profile": "fast"}, "'quick' runs each arm once"), ({"workers": 1}, "between 2"), ({"workers": 65}, "and 64")],
+    [
+        ({"profile": "fast"}, "'quick' runs each arm once"),
+        ({"workers": 1}, "give 2 to 64"),
+        ({"workers": 65}, "give 2 to 64"),
+    ],
 )
 async def test_bad_input_is_refused_before_anything_starts(wrong: dict[str, object], message: str) -> None:
     """With the value and what there is instead."""

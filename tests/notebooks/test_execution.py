@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).parents[2]
-NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "60"]
+NBVAL = ["-o", "addopts=", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "60"]
 
 
 def test_nbval_finds_the_checked_lines_unchanged(notebook: Path, jupyter: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from distsys.lab.testbed import run_folder
 from distsys.lab.testbed.processes import Processes
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")])}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 
 
