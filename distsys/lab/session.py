@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from distsys.lab import experiments
+from distsys.lab.explore.explorer import Exploration, Found, explored
+from distsys.lab.explore.servers import start_servers
 from distsys.lab.history.history import Expected
 from distsys.lab.prove import ladder
 from distsys.lab.prove.ladder import Climb
@@ -131,6 +133,22 @@ class Lab:
         """
         # Two holders at once are no failure when the account refuses the older one: what counts is the damage.
         return await ladder.climb(self.judge, candidate, ladder.LOCK, upto, account=ladder.ACCOUNT, ttl=check_ttl(ttl))
+
+    async def explore(
+        self, candidate: Any, *, ttl: float = 0.3, schedule: str | None = None,
+        heard: Callable[[Found], None] | None = None,
+    ) -> Exploration:  # fmt: skip
+        """Search the interleavings of an async lock of yours: every command, with one disturbance each.
+
+        The search runs in virtual time on a real Valkey with a patched clock. A violation counts only after the same
+        schedule has shown it again in real time, on a Valkey nobody has touched.
+        ttl       seconds: what the candidate is given, or the TTL it has built in
+        schedule  "w1#4 hold": run this one alone, in real time
+        heard     called with each scene's verdict as soon as there is one
+        """
+        sockets = await start_servers(self.testbed.servers)
+        work = self.testbed.processes, sockets, candidate, name_of(candidate), check_ttl(ttl)
+        return await explored(*work, schedule, heard)
 
     async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:
         """Climb the ladder with a limiter of yours: ten requests in any second, whoever asks."""

@@ -209,7 +209,7 @@ class Worker:
         urls, arguments = self.job.urls, dict[str, Any]()
         facts = {"name": self.resource, "ttl": self.ttl, "dsn": urls.get("dsn"), "url": urls.get("redis"), **extra}
         for name, parameter in wanted.items():
-            kind = _ALIASES.get(name, name)
+            kind = ALIASES.get(name, name)
             if name in given:
                 continue
             if kind in facts:
@@ -229,7 +229,7 @@ class Worker:
 
 
 CLIENTS = ("redis", "redis_sync", "bank", "clients", "conn", "pool")
-_ALIASES = {
+ALIASES = {
     "redis_client": "redis", "client": "redis", "r": "redis", "rds": "redis",
     "redis_clients": "clients", "nodes": "clients", "masters": "clients",
     "connection": "conn", "db": "conn", "conn_or_pool": "pool", "redis_url": "url",

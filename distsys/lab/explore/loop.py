@@ -1,0 +1,98 @@
+"""One event loop for several processes of a candidate, in virtual or in real time.
+
+A process is a context variable: every callback belongs to the process whose context made it. A frozen process has its
+callbacks parked until it is resumed; those of a dead one are dropped. When no callback is ready, the loop lets the
+network execute one command, and only when no command is pending does time pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from time import monotonic  # bound before a world changes the module
+from typing import Any
+
+from distsys.lab.simulate.virtual_loop import Stuck, VirtualLoop
+
+running_process: ContextVar[Process | None] = ContextVar("distsys_explored_process", default=None)
+
+
+class Process:
+    """A process of the candidate: a name, an identity, and whether it runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.frozen = False
+        self.dead = False
+        self.parked: list[Any] = []
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class ExploreLoop(VirtualLoop):
+    """`step` executes one pending command and says whether there was one; `wait` blocks until real time or news."""
+
+    def __init__(self, *, step: Callable[[], bool], until: float, wait: Callable[[float], None] | None = None) -> None:
+        super().__init__(until=until)
+        self._step = step
+        self._wait = wait
+        self._zero = monotonic()
+
+    def time(self) -> float:
+        return self.now
+
+    def resume(self, process: Process) -> None:
+        """Let a frozen process run on: what came due meanwhile is due now."""
+        process.frozen = False
+        self._ready.extend(process.parked)
+        process.parked.clear()
+
+    def run_until_complete(self, future: Any) -> Any:
+        main = asyncio.ensure_future(future, loop=self)
+        outer, self._running = asyncio._get_running_loop(), True
+        assert outer is None
+        asyncio._set_running_loop(self)
+        try:
+            while not main.done():
+                if self._wait is not None:
+                    self.now = monotonic() - self._zero
+                self._due()
+                if not self._ready and not self._step():
+                    self._pass_time(main)
+                if self.now > self.until:
+                    raise Stuck(f"given up at {self.now:g} s")
+                for _ in range(len(self._ready)):
+                    self._dispatch(self._ready.popleft())
+        finally:
+            asyncio._set_running_loop(None)
+            self._running = False
+        return main.result()
+
+    def _due(self) -> None:
+        from heapq import heappop
+
+        while self._timers and self._timers[0][0] <= self.now:
+            handle = heappop(self._timers)[2]
+            if not handle._cancelled:
+                self._ready.append(handle)
+
+    def _pass_time(self, main: Any) -> None:
+        if not self._timers and self._wait is None:
+            raise Stuck(f"at {self.now:g} s nothing is left that could happen, but {main!r} waits")
+        due = self._timers[0][0] if self._timers else math.inf
+        if self._wait is None:
+            self.now = max(self.now, due)
+        else:
+            self._wait(min(due - self.now, 0.005))
+
+    def _dispatch(self, handle: Any) -> None:
+        if handle._cancelled:
+            return
+        process = handle._context.get(running_process)
+        if process is None or not (process.frozen or process.dead):
+            handle._context.run(handle._callback, *handle._args)
+        elif process.frozen:
+            process.parked.append(handle)
