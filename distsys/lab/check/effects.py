@@ -1,85 +1,90 @@
-"""Does each intent take effect exactly once, and is every caller told what it asked for?"""
+"""Checks of idempotency: does each intent take effect exactly once, and does every caller get its own answer?"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
-from distsys.lab.check.combine import _in_time, _unclear
+from distsys.lab.check.combine import inconclusive, violated
 from distsys.lab.history.history import Finding, History, Op
-from distsys.lab.history.words import count, error
+from distsys.lab.history.words import count, error_text
 
 
 def exactly_once(history: History) -> Finding:
-    """Each key (an op's value) that was "request"ed with success is "apply"-ed once, however often it was asked for.
+    """Check that each key with a successful "request" was applied once, however often it was requested.
 
-    facts["applied"] = {key: times}, as the store has it at the end, replaces counting the "apply" ops.
+    The key is the value of an op. facts["applied"] = {key: times}, as read from the store at the end, replaces the
+    count of the "apply" ops.
     """
     stored = history.facts.get("applied")
-    sure = Counter(str(op.value) for op in history.where("apply", status="ok"))
-    done = sure if stored is None else Counter({str(key): int(times) for key, times in stored.items()})
-    maybe = Counter(str(op.value) for op in history.where("apply", status="info") if stored is None)
-    asked: dict[str, list[Op]] = {key: [] for key in done}
+    recorded = Counter(str(op.value) for op in history.where("apply", status="ok"))
+    applied = recorded if stored is None else Counter({str(key): int(times) for key, times in stored.items()})
+    perhaps = Counter(str(op.value) for op in history.where("apply", status="info") if stored is None)
+    requests: dict[str, list[Op]] = {key: [] for key in applied}
     for op in history.where("request"):
-        asked.setdefault(str(op.value), []).append(op)
-    rows, first = [], None
-    for key, ops in asked.items():
+        requests.setdefault(str(op.value), []).append(op)
+    rows = []
+    for key, ops in requests.items():
         least, most = any(op.status == "ok" for op in ops), any(op.status != "fail" for op in ops)
-        if done[key] > most or done[key] + maybe[key] < least:
-            should = f"should be {most:d}" if least == most else "should be 0 or 1"
+        if applied[key] > most or applied[key] + perhaps[key] < least:
+            wanted = f"should be {most:d}" if least == most else "should be 0 or 1"
             when = history.at(ops[0].called) if ops else ""
-            rows.append((when, key, f"applied {count(done[key], 'time')}, {should}"))
-            first = first or _in_time(op for op in history if op.name in ("request", "apply") and str(op.value) == key)
+            rows.append((when, key, f"applied {count(applied[key], 'time')}, {wanted}"))
     if rows:
-        summary = f"{len(rows):,} of {count(len(asked), 'key')} not applied exactly once: {rows[0][1]} {rows[0][2]}"
-        return Finding("VIOLATED", summary, first or (), tuple(rows))
-    again = sum(len(ops) > 1 for ops in asked.values())
-    lost = sum(len(ops) == 1 and ops[0].status == "info" and done[key] > 0 for key, ops in asked.items())
-    if not (again or lost):
-        return _unclear(f"no request was repeated, {count(len(history.where('request')), 'request')}")
+        summary = f"{len(rows):,} of {count(len(requests), 'key')} not applied exactly once: {rows[0][1]} {rows[0][2]}"
+        witness = [op for op in history if op.name in ("request", "apply") and str(op.value) == rows[0][1]]
+        return violated(summary, witness, *rows)
+    repeated = sum(len(ops) > 1 for ops in requests.values())
+    lost = sum(len(ops) == 1 and ops[0].status == "info" and applied[key] > 0 for key, ops in requests.items())
+    if not (repeated or lost):
+        return inconclusive(f"no request was repeated, {count(len(history.where('request')), 'request')}")
     unknown = f", {lost:,} without an answer" if lost else ""
-    return Finding("HELD", f"{count(len(asked), 'key')} applied as asked, {again:,} asked for more than once{unknown}")
+    return Finding(
+        "HELD", f"{count(len(requests), 'key')} applied as asked, {repeated:,} asked for more than once{unknown}"
+    )
 
 
 def somebody_answered(history: History) -> Finding:
-    """An endpoint that never answers does nothing twice; that proves nothing."""
+    """Check that at least one caller got an answer: an endpoint that never answers does nothing twice."""
     if told := history.where("told"):
         return Finding("HELD", count(len(told), "answer"))
-    failed = [error(op) for op in history.where("request") if op.status != "ok"]
-    return Finding("INCONCLUSIVE", f"nobody was answered: {failed[0] if failed else 'nobody asked'}")
+    failed = [error_text(op) for op in history.where("request") if op.status != "ok"]
+    return inconclusive(f"nobody was answered: {failed[0] if failed else 'nobody asked'}")
 
 
 def right_answers(history: History) -> Finding:
-    """Who asks is told of what it asked, not of what another did with the same key."""
+    """Check that every answer is about what its caller asked for, not about what another did with the same key."""
     told = [(op, *_parts(op)) for op in history.where("told")]
-    wrong = [(op, asked, got) for op, _, asked, got in told if not got.startswith(asked)]
+    wrong = [(op, asked, answer) for op, _, asked, answer in told if not answer.startswith(asked)]
     if wrong:
-        rows = [(history.at(op.end), op.process, f"asked for {asked}, was told: {got}") for op, asked, got in wrong]
-        summary = f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}"
-        return Finding("VIOLATED", summary, tuple(op for op, *_ in wrong), tuple(rows))
+        rows = [
+            (history.at(op.end), op.process, f"asked for {asked}, was told: {answer}") for op, asked, answer in wrong
+        ]
+        return violated(f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}", [op for op, *_ in wrong], *rows)
     if not told:
         return somebody_answered(history)
-    if len(asked := history.where("request")) < 2:
-        return Finding("INCONCLUSIVE", f"only {count(len(asked), 'request')}")
-    return Finding("HELD", f"{count(len(told), 'answer')} to {count(len(asked), 'request')}, none of them another's")
+    requests = count(len(asked := history.where("request")), "request")
+    if len(asked) < 2:
+        return inconclusive(f"only {requests}")
+    return Finding("HELD", f"{count(len(told), 'answer')} to {requests}, none of them another's")
 
 
 def one_answer(history: History) -> Finding:
-    """All attempts at an intent are told the same."""
-    told: dict[str, list[tuple[Op, str]]] = {}
+    """Check that all attempts at an intent get the same answer."""
+    told: dict[str, list[tuple[Op, str]]] = defaultdict(list)
     for op in history.where("told"):
-        intent, _, got = _parts(op)
-        told.setdefault(intent, []).append((op, got))
+        intent, _, answer = _parts(op)
+        told[intent].append((op, answer))
     for intent, answers in told.items():
-        if (ways := len({got for _, got in answers})) > 1:
-            rows = tuple((history.at(op.end), op.process, got) for op, got in answers)
-            return Finding("VIOLATED", f"{intent} was answered in {ways} ways", tuple(op for op, _ in answers), rows)
+        if (ways := len({answer for _, answer in answers})) > 1:
+            rows = [(history.at(op.end), op.process, answer) for op, answer in answers]
+            return violated(f"{intent} was answered in {ways} ways", [op for op, _ in answers], *rows)
     if not any(len(answers) > 1 for answers in told.values()):
-        return Finding("INCONCLUSIVE", "no intent was answered twice")
+        return inconclusive("no intent was answered twice")
     return Finding("HELD", f"{count(len(told), 'intent')}, one answer each, {sum(map(len, told.values()))} times")
 
 
 def _parts(op: Op) -> tuple[str, str, str]:
-    """The intent, what was asked, what was told."""
+    """Return (intent, what was asked for, the answer) of a "told" op."""
     intent, _, rest = str(op.value).partition(": ")
-    asked, _, got = rest.partition(" → ")
-    return intent, asked, got
+    asked, _, answer = rest.partition(" → ")
+    return intent, asked, answer

@@ -1,8 +1,8 @@
-"""What happened, as every check sees it: one `Op` per call, in one order of time, and the faults beside them.
+"""The record of one run, as every check sees it: one `Op` per call, and the faults that were injected.
 
-A worker writes two events per call, one *before* the step it announces and one after, so that a call cut short by
-SIGKILL is still in the history, with status "info": it may have happened. Times are CLOCK_MONOTONIC, which all
-processes share.
+A worker writes two events per call, one *before* the step that it announces and one after. So a call that SIGKILL cut
+short is still in the history, with status "info": it may have happened. Times are seconds of CLOCK_MONOTONIC, which all
+processes of a machine share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Expected = Literal["HELD", "VIOLATED"]
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One call. "ok" happened, "fail" certainly did not, "info" may have (no answer, or an Indeterminate error)."""
+    """One call. "ok": it happened. "fail": it certainly did not. "info": it may have (no answer, or Indeterminate)."""
 
     process: str  # "w1", "w2", ...; a worker that runs several tasks names them "w1.a", "w1.b"
     name: str  # "acquire", "read", "write", "release", ...
@@ -28,16 +28,20 @@ class Op:
     returned: float | None  # None when no answer was ever seen
     value: Any = None  # what was written or read
     token: int | None = None  # the fencing token under which it ran
-    detail: str = ""  # the error, in words
+    detail: str = ""  # the error as text
 
     @property
     def end(self) -> float:
-        """When its answer was seen, or else when it began: the last moment known of it."""
+        """Return when its answer was seen; without an answer, when it was called."""
         return self.called if self.returned is None else self.returned
 
     def precedes(self, other: Op) -> bool:
-        """Return True if it certainly came first. Two with one clock reading are concurrent: clocks repeat."""
+        """Return True if it certainly came first. Equal times are concurrent, because a clock may repeat a reading."""
         return self.end < other.called
+
+    def get(self, key: str) -> Any:
+        """Return the entry of a value that is a dict; None without one."""
+        return self.value.get(key) if isinstance(self.value, dict) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class History:
+    """All calls of one run by the time they were made, its faults, and what the stores held at the end."""
+
     ops: tuple[Op, ...] = ()
     faults: tuple[Fault, ...] = ()
     started: float = 0.0
@@ -62,51 +68,54 @@ class History:
         return iter(self.ops)
 
     def where(self, name: str | None = None, *, process: str | None = None, status: Outcome | None = None) -> list[Op]:
-        """The ops that match, by the time of their call."""
+        """Return the ops that match every argument given, by the time of their call."""
         wanted = {"name": name, "process": process, "status": status}
         return [op for op in self.ops if all(v is None or v == getattr(op, key) for key, v in wanted.items())]
 
     @cached_property
     def end(self) -> float:
-        """The last moment known: an op without an answer is open until here."""
+        """The last moment of the run. An op without an answer is open until then."""
         return max([self.started, self.ended, *(op.end for op in self.ops), *(f.at for f in self.faults)])
 
     def until(self, op: Op) -> float:
-        """When its answer came: an op without one is open to the end."""
+        """Return when its answer came, or the end of the run if none came."""
         return self.end if op.returned is None else op.returned
 
     @property
     def processes(self) -> list[str]:
+        """The names of all workers, also of those that a fault hit before their first call."""
         return sorted({op.process for op in self.ops} | {f.target for f in self.faults if f.target.startswith("w")})
 
-    # ---- in words
+    # ---- as text
 
     def at(self, t: float, unit: str = " s") -> str:
-        """A moment as the reader sees it: seconds since the start, as fine as the run is short."""
+        """Return a moment as seconds since the start, with more digits for a shorter run."""
         length = self.end - self.started
         return f"{max(0.0, t - self.started):.{3 if length < 0.5 else 2 if length < 60 else 1}f}{unit}"
 
     @cached_property
     def labels(self) -> dict[int | None, str]:
-        """Fencing tokens have 16 digits, and only their order matters: the smallest in this history is #1."""
+        """A short name for each fencing token, because only their order matters: "#1" for the smallest."""
         return {token: f"#{n}" for n, token in enumerate(sorted({op.token for op in self if op.token is not None}), 1)}
 
     def label(self, op: Op) -> str:
-        """Of its token; empty without one."""
+        """Return the short name of its token; empty without one."""
         return self.labels.get(op.token, "")
 
     def who(self, op: Op) -> str:
-        """Its process and its token: "w1 (#2)"."""
+        """Return its process and the short name of its token: "w1 (#2)"."""
         return f"{op.process} ({self.label(op)})" if op.token is not None else op.process
 
 
 Check = Callable[[History], "Finding"]
-"""A pure function of a history. Its answer is one of three, so that a run that never reached the danger cannot pass."""
+"""A pure function of a history. It has three answers, so that a run that never reached the danger cannot pass."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """The answer of a check, with the counterexample if the promise was broken."""
+
     status: Status
     summary: str  # one line: "2 holders at once, 2 of 40 acquisitions"
     witness: tuple[Op, ...] = ()  # the counterexample: the ops that together break the promise, in order of time
-    violations: tuple[tuple[str, ...], ...] = ()  # rows for the table under the story
+    violations: tuple[tuple[str, ...], ...] = ()  # rows of a table, each (when, who, what)

@@ -1,4 +1,4 @@
-"""What checks, story and timeline read out of a history: who held, who waited, who was kept from running."""
+"""Intervals that checks, story and timeline derive from a history: holds, conflicts, waits, pauses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from distsys.lab.history.history import History, Op
 
@@ -16,17 +16,17 @@ RECOVERIES = ("resumed", "released", "restarted", "healed")  # "faults" that end
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of one process's time: holding the lock, or busy with something else."""
+    """An interval in which one process held the lock, or did something else."""
 
     process: str
     start: float
     end: float
     op: Op
-    lease_end: float | None = None  # when the server may forget the holder, if the history says so
+    lease_end: float | None = None  # when the server may drop the grant, if the history records a TTL
 
 
 def once_per_history(read: Callable[[History], T]) -> Callable[[History], T]:
-    """Keep what was read beside the history: one picture asks for the holds fifteen times."""
+    """Cache the result on the history, because one picture asks for the holds fifteen times."""
 
     @wraps(read)
     def kept(history: History) -> T:
@@ -41,10 +41,10 @@ def once_per_history(read: Callable[[History], T]) -> Callable[[History], T]:
 
 @once_per_history
 def holds(history: History) -> list[Span]:
-    """Who believed to hold the lock, and when: from the grant's arrival until the holder lets go, or is killed.
+    """Return when each process believed that it held the lock: from the grant to its release, or until it was killed.
 
-    A stopped process goes on holding: nobody told it. But one that, once it runs again, does nothing but learn from
-    its release that it lost the lock held until it was stopped. An "acquire" may say {"ttl": 2.0}.
+    A stopped process goes on holding, because it cannot know that its lease ended. If its first act after the stop is
+    a release that reports the loss, then it held only until the stop. The value of an "acquire" may be {"ttl": 2.0}.
     """
     found = []
     for process in dict.fromkeys(op.process for op in history):
@@ -56,8 +56,8 @@ def holds(history: History) -> list[Span]:
 
 
 def _hold(history: History, op: Op, ops: list[Op]) -> Span:
-    """The hold that begins with the first of these ops of its process."""
-    faults = [f for f in history.faults if is_of(op.process, f.target)]
+    """Return the hold that the first of these ops begins; `ops` are all later ones of the same process."""
+    faults = [f for f in history.faults if is_task_of(op.process, f.target)]
     end = min((f.at for f in faults if f.kind == "killed" and f.at >= op.end), default=history.end)
     for before, later in pairwise(ops):
         if later.called >= end:
@@ -70,12 +70,12 @@ def _hold(history: History, op: Op, ops: list[Op]) -> Span:
             if later.status != "ok":
                 end = min((f.at for f in faults if f.kind == "stopped" and before.end <= f.at < end), default=end)
             break
-    ttl = said(op, "ttl")
+    ttl = op.get("ttl")
     return Span(op.process, op.end, max(end, op.end), op, None if ttl is None else op.end + ttl)
 
 
 def meetings(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
-    """Pairs (earlier, later) of different processes that overlap in time."""
+    """Yield the pairs (earlier, later) of spans of different processes that overlap in time."""
     active: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.start, -s.end)):
         active = [other for other in active if other.end > span.start]
@@ -85,27 +85,27 @@ def meetings(spans: Iterable[Span]) -> Iterator[tuple[Span, Span]]:
 
 @once_per_history
 def conflicts(history: History) -> list[tuple[Span, Span]]:
-    """Pairs of holders at once."""
+    """Return the pairs of holds that overlap."""
     return list(meetings(holds(history)))
 
 
 @once_per_history
 def expired(history: History) -> list[Span]:
-    """The holds that outlived their lease, evidently: another was granted the lock after it, or the holder was dead.
+    """Return the holds whose lease certainly ended: another process was granted the lock, or the holder was dead.
 
-    The end by the clock alone would be no evidence: a renewal that nobody recorded may have moved it.
+    The clock alone is no evidence, because a renewal that was not recorded may have moved the end of the lease.
     """
     taken = [a for a, b in conflicts(history) if a.lease_end is not None and b.start >= a.lease_end]
     dead = [f for f in history.faults if f.kind == "killed"]
     held = holds(history)
-    left = [h for h in held if any(is_of(h.process, f.target) and f.at == h.end for f in dead)]
+    left = [h for h in held if any(is_task_of(h.process, f.target) and f.at == h.end for f in dead)]
     last = max((h.start for h in held), default=0.0)
     return [*taken, *(h for h in left if h.lease_end is not None and h.end < h.lease_end <= last)]
 
 
 @once_per_history
 def waits(history: History) -> list[Op]:
-    """The acquisitions asked for while another process held the lock: where there are none, no lock was tested."""
+    """Return the acquires that were called while another process held the lock. Without one, no lock was tested."""
 
     def met(op: Op, hold: Span) -> bool:
         return hold.process != op.process and hold.start < history.until(op) and op.called < hold.end
@@ -116,7 +116,7 @@ def waits(history: History) -> list[Op]:
 
 @once_per_history
 def pauses(history: History) -> list[tuple[str, str, float, float]]:
-    """(process, "stopped" or "held", from, to): each interval in which a worker was kept from running."""
+    """Return (process, "stopped" or "held", start, end) for each interval in which a worker could not run."""
     found = []
     for f in history.faults:
         if ending := {"stopped": "resumed", "held": "released"}.get(f.kind):
@@ -127,10 +127,6 @@ def pauses(history: History) -> list[tuple[str, str, float, float]]:
     return found
 
 
-def is_of(process: str, target: str) -> bool:
-    """A fault hits a process and with it every task in it ("w1" and "w1.a")."""
+def is_task_of(process: str, target: str) -> bool:
+    """Return True if a fault on `target` hits this process: "w1" is hit with all its tasks ("w1.a")."""
     return process == target or process.startswith(target + ".")
-
-
-def said(op: Op, key: str) -> Any:
-    return op.value.get(key) if isinstance(op.value, dict) else None

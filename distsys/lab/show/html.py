@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape as _escape
 from typing import TYPE_CHECKING, Any
 
-from distsys.lab.history.words import lasting
+from distsys.lab.history.words import duration_text
 
 if TYPE_CHECKING:
     pass
@@ -20,7 +20,7 @@ def _number(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if key in ("p50", "p99", "seconds"):
-        return lasting(value)
+        return duration_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
 
 

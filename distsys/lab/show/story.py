@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from distsys.lab.history.history import Fault, Finding, History, Op
-from distsys.lab.history.spans import RECOVERIES, Span, conflicts, expired, holds, is_of, pauses, waits
-from distsys.lab.history.words import WORDS, count, error, lasting, refusal, what
+from distsys.lab.history.spans import RECOVERIES, Span, conflicts, expired, holds, is_task_of, pauses, waits
+from distsys.lab.history.words import FAULT_WORDS, count, error_text, duration_text, refusal_text, fault_text
 
 LIMIT = 5
 
@@ -62,20 +62,20 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
         still = f" while {other} still held the lock" if other else ""
         yield hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}."
         if hold.lease_end is not None and hold in late:
-            kept = [k for who, k, a, b in pauses(history) if is_of(hold.process, who) and a <= hold.lease_end < b]
-            why = f" while it was {WORDS[kept[0]]}" if kept else ""
+            kept = [k for who, k, a, b in pauses(history) if is_task_of(hold.process, who) and a <= hold.lease_end < b]
+            why = f" while it was {FAULT_WORDS[kept[0]]}" if kept else ""
             yield hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}."
     for who, kind, a, b in pauses(history):
-        if any(is_of(process, who) for process in acts) and a <= until and b >= begin:
-            yield a, 2, f"{who} was {WORDS[kind]} at {at(a)}, for {lasting(b - a)}."
+        if any(is_task_of(process, who) for process in acts) and a <= until and b >= begin:
+            yield a, 2, f"{who} was {FAULT_WORDS[kind]} at {at(a)}, for {duration_text(b - a)}."
     for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
-        yield fault.at, 1 + n, f"t={at(fault.at)}: {what(fault)}."
+        yield fault.at, 1 + n, f"t={at(fault.at)}: {fault_text(fault)}."
     for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
         row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
         first, last = at(row[0].called, ""), at(row[-1].end)
         when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
         if status == "fail":
-            yield row[-1].end, 0, f"{process} was {refusal(finding)} at {last}."
+            yield row[-1].end, 0, f"{process} was {refusal_text(finding)} at {last}."
         else:
             yield row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."
     for op in witness:
@@ -106,7 +106,7 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
     for one, two in clashes[:1]:
         if one.op in witness and two.op in witness:
             end = min(one.end, two.end)
-            yield end, 3, f"For {lasting(end - two.start)}, until {at(end)}, both were inside."
+            yield end, 3, f"For {duration_text(end - two.start)}, until {at(end)}, both were inside."
 
 
 def _tally(asked: list[Op], history: History) -> str:
@@ -125,13 +125,13 @@ def _calls(history: History) -> Iterator[str]:
 
     def outcome(op: Op) -> str:
         if op.status == "info":
-            return "never answered" if op.returned is None else f"failed ({error(op)})"
+            return "never answered" if op.returned is None else f"failed ({error_text(op)})"
         return "answered" if op.status == "ok" else "refused"
 
     for process in list(dict.fromkeys(op.process for op in history.where("call")))[:LIMIT]:
         mine = history.where("call", process=process)
         ends = ", ".join(f"{n:,} {how}" for how, n in Counter(map(outcome, mine)).items())
-        longest = lasting(max(history.until(op) - op.called for op in mine))
+        longest = duration_text(max(history.until(op) - op.called for op in mine))
         yield f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}."
     sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
     waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
@@ -167,15 +167,15 @@ def _overview(history: History, finding: Finding) -> Iterator[str]:
                 yield _tally(asked, history)
         else:
             yield f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome."
-    kept = [(any(is_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
+    kept = [(any(is_task_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
     for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
         lock = " while it held the lock" if inside else ""
-        yield f"{process} was {WORDS[kind]} at {at(a)} for {lasting(b - a)}{lock}{_next(held, a)}."
+        yield f"{process} was {FAULT_WORDS[kind]} at {at(a)} for {duration_text(b - a)}{lock}{_next(held, a)}."
     ends = {hold.end: hold.lease_end for hold in expired(history)}
     for fault in _other_faults(history)[:2]:
         lease = ends.get(fault.at) if fault.kind == "killed" else None
         until = "" if lease is None else f", its lease ran until {at(lease)}"
-        yield f"t={at(fault.at)}: {what(fault)}{until}{_next(held, fault.at)}."
+        yield f"t={at(fault.at)}: {fault_text(fault)}{until}{_next(held, fault.at)}."
     for op in history.where("write", status="fail")[:1]:
         token = f" under {history.label(op)}" if op.token is not None else ""
         yield f"{op.process}'s write of {op.value!r}{token} was refused at {at(op.end)}."
@@ -184,9 +184,9 @@ def _overview(history: History, finding: Finding) -> Iterator[str]:
         yield f"The counter went from {first!r} to {last!r} in {count(len(sure), 'write')}."
     if answered := [op for op in met if op.returned is not None]:
         slow = max(answered, key=lambda op: op.end - op.called)
-        yield f"The longest wait was {slow.process}'s, {lasting(slow.end - slow.called)}."
+        yield f"The longest wait was {slow.process}'s, {duration_text(slow.end - slow.called)}."
 
 
 def _next(held: list[Span], t: float) -> str:
     after = next((h for h in held if h.start > t), None)
-    return f"; {after.process} acquired {lasting(after.start - t)} later" if after else ""
+    return f"; {after.process} acquired {duration_text(after.start - t)} later" if after else ""

@@ -12,8 +12,8 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from distsys.lab.history.history import Fault, Finding, History, Op
-from distsys.lab.history.spans import RECOVERIES, conflicts, expired, holds, is_of, pauses
-from distsys.lab.history.words import WORDS, count, refusal, what
+from distsys.lab.history.spans import RECOVERIES, conflicts, expired, holds, is_task_of, pauses
+from distsys.lab.history.words import FAULT_WORDS, count, refusal_text, fault_text
 from distsys.lab.show.story import involved, key_ops
 from distsys.lab.show.svg import GREY, HOLD, MARGIN, RED, WIDTH, box, cross, cut, hollow_cross, path, put, width_of
 
@@ -109,9 +109,9 @@ class _Picture:
             self.line(f"M{MARGIN} {y + LANE}H{WIDTH - MARGIN}", "g")
             self.out.append(put(MARGIN, y + 18, cut(name, self.left - MARGIN - 8, bold=True), "b"))
         for who, kind, a, b in pauses(history):
-            for y in (y for name, y in self.lane.items() if is_of(name, who) and self.shows(a, b)):
+            for y in (y for name, y in self.lane.items() if is_task_of(name, who) and self.shows(a, b)):
                 self.out.append(box(self.x(a), y + 1, max(2, self.x(b) - self.x(a)), LANE - 2, "p", 0))
-                self.icons[WORDS[kind]] = box(-9, -6, 18, 12, "p", 0), 18
+                self.icons[FAULT_WORDS[kind]] = box(-9, -6, 18, 12, "p", 0), 18
 
     def _waits(self) -> None:
         asked = [op for op in self.history if op.name in ("acquire", "call") and op.process in self.lane]
@@ -162,7 +162,7 @@ class _Picture:
         if witness:
             text = "".join(row[-1] for row in self.finding.violations[:1])
             if refused := [op for op in witness if op.status == "fail"]:
-                text, witness = refusal(self.finding), refused
+                text, witness = refusal_text(self.finding), refused
             first = min(op.end if op.name == "admit" else op.called for op in witness)
             self._bracket(self.x(first), self.x(max(map(self.history.until, witness))), text, bad=True)
 
@@ -215,7 +215,7 @@ class _Picture:
         ends, found = list[float](), []
         faults = [f for f in self.history.faults if f.kind not in RECOVERIES and self.shows(f.at, f.at)]
         for fault in sorted(faults, key=lambda f: f.at)[:LIMIT]:
-            text = cut(what(fault), 200, 11)
+            text = cut(fault_text(fault), 200, 11)
             x, wide = self.x(fault.at), width_of(text, 11) + 12
             at_left = x + wide > WIDTH - MARGIN
             start = x - wide if at_left else x
@@ -227,7 +227,7 @@ class _Picture:
 
     def _flags(self, flags: list[tuple[Fault, str, bool, int]]) -> None:
         for fault, text, at_left, row in flags:
-            mine = [y for name, y in self.lane.items() if is_of(name, fault.target)] or list(self.lane.values())
+            mine = [y for name, y in self.lane.items() if is_task_of(name, fault.target)] or list(self.lane.values())
             x, y0, y = self.x(fault.at), FLAG * row + 2, FLAG * row + 11
             self.line(f"M{x:.1f} {y0}V{max(mine) + LANE}", "g")
             for lane in mine:
@@ -298,7 +298,7 @@ def _zoom(history: History, finding: Finding, t0: float, t1: float) -> tuple[flo
     times += [min(a.end, b.end) for a, b in conflicts(history) if a in spans and b in spans and a.op in finding.witness]
     low, high = min(times), max(times)
     for who, _, a, b in pauses(history):
-        if any(is_of(process, who) for process in acts) and a <= high and b >= low:
+        if any(is_task_of(process, who) for process in acts) and a <= high and b >= low:
             low, high = min(low, a), max(high, b)
     if len(spans) > 1:
         low = min(low, spans[0].start)
@@ -322,7 +322,7 @@ def figure(history: History, finding: Finding) -> Figure:
     fig = Figure(figsize=(8, 1.2 + 0.5 * len(v.lanes)), layout="constrained")
     axes = fig.subplots()
     row = {name: -n for n, name in enumerate(v.lanes)}
-    paused = [(name, a, b) for who, _, a, b in pauses(history) for name in v.lanes if is_of(name, who)]
+    paused = [(name, a, b) for who, _, a, b in pauses(history) for name in v.lanes if is_task_of(name, who)]
     held = [(span.process, span.start, span.end) for span in v.bars]
     both = [(s.process, b.start, min(a.end, b.end)) for a, b in conflicts(history) for s in (a, b)]
     layers = (
