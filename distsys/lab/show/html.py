@@ -1,22 +1,21 @@
-"""The few HTML helpers that verdicts, simulations and ladders share."""
+"""HTML helpers that verdicts, simulations and ladders share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape as _escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distsys.lab.history.words import duration_text
 
-if TYPE_CHECKING:
-    pass
-
 
 def escape(text: str) -> str:
-    return _escape(text.encode("utf-8", "replace").decode())  # a lone surrogate is no UTF-8, and no page could hold it
+    """Return the text for an HTML page, without the lone surrogates that no UTF-8 page can hold."""
+    return _escape(text.encode("utf-8", "replace").decode())
 
 
-def _number(key: str, value: Any) -> str:
+def number_text(key: str, value: Any) -> str:
+    """Return a statistic as text: a duration for p50, p99 and seconds, else a number with separators."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if key in ("p50", "p99", "seconds"):
@@ -25,7 +24,7 @@ def _number(key: str, value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Every column flush left: JupyterLab sets them flush right, also words below their heading."""
+    """Return an HTML table with every column flush left, because JupyterLab sets columns flush right."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         plain = f'<{tag} align="left" style="text-align:left;padding:2px 12px 2px 0'

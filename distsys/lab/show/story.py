@@ -1,4 +1,4 @@
-"""The history in three to five sentences computed from it: what led to the counterexample, or what was survived."""
+"""The story: three to five sentences computed from a history, about the counterexample or about what was survived."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from collections.abc import Iterator
 
 from distsys.lab.history.history import Fault, Finding, History, Op
 from distsys.lab.history.spans import RECOVERIES, Span, conflicts, expired, holds, is_task_of, pauses, waits
-from distsys.lab.history.words import FAULT_WORDS, count, error_text, duration_text, refusal_text, fault_text
+from distsys.lab.history.words import FAULT_WORDS, count, duration_text, error_text, fault_text, refusal_text
 
-LIMIT = 5
+MAX_SENTENCES = 5
 
 
 def story(history: History, finding: Finding) -> list[str]:
+    """Return up to five sentences, in the order of time: first of the counterexample, then of the run as a whole."""
     acts = _counterexample(history, finding) if finding.status == "VIOLATED" else ()
-    best = sorted(acts, key=lambda act: (act[1], act[0]))[:LIMIT]
+    best = sorted(acts, key=lambda act: (act[1], act[0]))[:MAX_SENTENCES]
     told = [sentence for *_, sentence in sorted(best)]
     more = _overview(history, finding) if len(told) < 3 else ()
-    begun = tuple(text.rstrip(".").partition(",")[0] for text in told)
-    return [*told, *(text for text in more if not text.startswith(begun))][:LIMIT]
+    beginnings = tuple(text.rstrip(".").partition(",")[0] for text in told)
+    return [*told, *(text for text in more if not text.startswith(beginnings))][:MAX_SENTENCES]
 
 
 def involved(history: History, finding: Finding) -> list[Span]:
-    """The holds in which the counterexample took place, at most three."""
+    """Return the holds in which the counterexample took place, at most three."""
     found = []
     for hold in holds(history):
-        mine = [op for op in finding.witness if op.process == hold.process]
-        if any(op == hold.op or hold.start <= op.called < hold.end for op in mine):
+        own = [op for op in finding.witness if op.process == hold.process]
+        if any(op == hold.op or hold.start <= op.called < hold.end for op in own):
             found.append(hold)
     return found[:3]
 
 
 def key_ops(history: History, finding: Finding) -> tuple[list[Op], list[Op]]:
-    """What the picture names and the story tells: writes, and the release that may have opened the door.
+    """Return the writes that the picture and the story show, and the release that may have let the second holder in.
 
-    The writes are those of the counterexample; where it has none, the last two made by those who held at once. The
-    release is another's, inside the first hold and before the second.
+    The writes are those of the counterexample, or else the last two of the processes that held at the same time. The
+    release is by a third process, inside the first hold and before the second.
     """
     writes, spans = [op for op in finding.witness if op.name == "write"], involved(history, finding)
     if len(spans) < 2 or finding.status != "VIOLATED":
@@ -50,26 +51,26 @@ def key_ops(history: History, finding: Finding) -> tuple[list[Op], list[Op]]:
 
 
 def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float, int, str]]:
-    """What led to it: when, how dispensable, the sentence."""
+    """Yield (when, rank, sentence) of what led to the counterexample; the lowest ranks are kept."""
     at, spans, witness = history.at, involved(history, finding), finding.witness
-    acts, clashes, late = {op.process for op in witness}, conflicts(history), expired(history)
+    processes, overlaps, late = {op.process for op in witness}, conflicts(history), expired(history)
     times = [t for op in witness for t in (op.called, history.until(op))] + [hold.start for hold in spans]
     begin, until = min(times, default=history.started), max(times, default=history.end)
     for hold in spans:
         label = history.label(hold.op)
         token = f" ({'token ' if hold is spans[0] else ''}{label})" if label else ""
-        other = next((a.process for a, b in clashes if b == hold), None)
+        other = next((a.process for a, b in overlaps if b == hold), None)
         still = f" while {other} still held the lock" if other else ""
         yield hold.start, 0, f"t={at(hold.start)}: {hold.process} acquired{token}{still}."
         if hold.lease_end is not None and hold in late:
-            kept = [k for who, k, a, b in pauses(history) if is_task_of(hold.process, who) and a <= hold.lease_end < b]
-            why = f" while it was {FAULT_WORDS[kept[0]]}" if kept else ""
+            during = [p for p in pauses(history) if is_task_of(hold.process, p[0]) and p[2] <= hold.lease_end < p[3]]
+            why = f" while it was {FAULT_WORDS[during[0][1]]}" if during else ""
             yield hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}."
     for who, kind, a, b in pauses(history):
-        if any(is_task_of(process, who) for process in acts) and a <= until and b >= begin:
+        if any(is_task_of(process, who) for process in processes) and a <= until and b >= begin:
             yield a, 2, f"{who} was {FAULT_WORDS[kind]} at {at(a)}, for {duration_text(b - a)}."
-    for n, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):  # the latest matter most
-        yield fault.at, 1 + n, f"t={at(fault.at)}: {fault_text(fault)}."
+    for age, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):
+        yield fault.at, 1 + age, f"t={at(fault.at)}: {fault_text(fault)}."
     for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
         row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
         first, last = at(row[0].called, ""), at(row[-1].end)
@@ -82,8 +83,8 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
         if op.name == "read":
             yield op.end, 3, f"{op.process} read {op.value!r} at {at(op.end)}."
         elif op.name == "acquire" and op.status != "ok":
-            end, how = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
-            yield end, 0, f"{op.process} asked at {at(op.called)} and {how} at {at(end)}."
+            end, outcome = history.until(op), "was refused" if op.status == "fail" else "still had no answer"
+            yield end, 0, f"{op.process} asked at {at(op.called)} and {outcome} at {at(end)}."
         elif op.name == "apply":
             yield op.end, 0, f"{op.process} carried out {op.value} at {at(op.end)}."
         elif op.name == "told":
@@ -103,47 +104,48 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
         yield op.end, 0, text + ("." if op.status == "ok" else ", perhaps.")
     for op in releases:
         yield op.end, 0, f"{op.process}'s release came at {at(op.end)}, while {spans[0].process} held."
-    for one, two in clashes[:1]:
-        if one.op in witness and two.op in witness:
-            end = min(one.end, two.end)
-            yield end, 3, f"For {duration_text(end - two.start)}, until {at(end)}, both were inside."
+    for hold, other_hold in overlaps[:1]:
+        if hold.op in witness and other_hold.op in witness:
+            end = min(hold.end, other_hold.end)
+            yield end, 3, f"For {duration_text(end - other_hold.start)}, until {at(end)}, both were inside."
 
 
 def _tally(asked: list[Op], history: History) -> str:
-    """ "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
+    """Return the admissions of each process: "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
     told = []
-    for process in sorted({op.process for op in asked})[:LIMIT]:
-        mine = [op for op in asked if op.process == process]
-        passed = [op for op in mine if op.status == "ok"]
+    for process in sorted({op.process for op in asked})[:MAX_SENTENCES]:
+        own = [op for op in asked if op.process == process]
+        passed = [op for op in own if op.status == "ok"]
         last = f", last at {history.at(passed[-1].end)}" if passed else ""
-        told.append(f"{process} {len(passed):,} of {count(len(mine), 'time')}{last}")
+        told.append(f"{process} {len(passed):,} of {count(len(own), 'time')}{last}")
     return "; ".join(told).replace(" ", " was admitted ", 1) + "."
 
 
 def _calls(history: History) -> Iterator[str]:
-    """Of a guard: "w1 called 15 times: 5 failed (TimeoutError), 10 refused." """
+    """Yield the calls of each process by outcome: "w1 called 15 times: 5 failed (TimeoutError), 10 refused." """
 
     def outcome(op: Op) -> str:
         if op.status == "info":
             return "never answered" if op.returned is None else f"failed ({error_text(op)})"
         return "answered" if op.status == "ok" else "refused"
 
-    for process in list(dict.fromkeys(op.process for op in history.where("call")))[:LIMIT]:
-        mine = history.where("call", process=process)
-        ends = ", ".join(f"{n:,} {how}" for how, n in Counter(map(outcome, mine)).items())
-        longest = duration_text(max(history.until(op) - op.called for op in mine))
-        yield f"{process} called {count(len(mine), 'time')}, for{' up to' * (len(mine) > 1)} {longest}: {ends}."
+    for process in list(dict.fromkeys(op.process for op in history.where("call")))[:MAX_SENTENCES]:
+        own = history.where("call", process=process)
+        ends = ", ".join(f"{n:,} {text}" for text, n in Counter(map(outcome, own)).items())
+        longest = duration_text(max(history.until(op) - op.called for op in own))
+        yield f"{process} called {count(len(own), 'time')}, for{' up to' * (len(own) > 1)} {longest}: {ends}."
     sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
     waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
     yield f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."
 
 
 def _other_faults(history: History) -> list[Fault]:
+    """Return the faults that are neither pauses nor recoveries."""
     return [f for f in history.faults if f.kind not in (*RECOVERIES, "stopped", "held")]
 
 
 def _overview(history: History, finding: Finding) -> Iterator[str]:
-    """What was survived, or at least seen: under which load, and which faults."""
+    """Yield sentences about the run as a whole: the load, the faults, and what came of them."""
     at, held, asked, met = history.at, holds(history), history.where("acquire"), waits(history)
     if finding.status == "INCONCLUSIVE":
         yield "The danger was not reached, so this shows nothing either way."
@@ -167,8 +169,8 @@ def _overview(history: History, finding: Finding) -> Iterator[str]:
                 yield _tally(asked, history)
         else:
             yield f"{text}: {by['ok']:,} done, {by['fail']:,} refused, {by['info']:,} of unknown outcome."
-    kept = [(any(is_task_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
-    for inside, process, kind, a, b in sorted(kept, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
+    times = [(any(is_task_of(h.process, p[0]) and h.start <= p[2] <= h.end for h in held), *p) for p in pauses(history)]
+    for inside, process, kind, a, b in sorted(times, key=lambda k: (not k[0], k[3] - k[4]))[:2]:
         lock = " while it held the lock" if inside else ""
         yield f"{process} was {FAULT_WORDS[kind]} at {at(a)} for {duration_text(b - a)}{lock}{_next(held, a)}."
     ends = {hold.end: hold.lease_end for hold in expired(history)}
@@ -188,5 +190,6 @@ def _overview(history: History, finding: Finding) -> Iterator[str]:
 
 
 def _next(held: list[Span], t: float) -> str:
+    """Return who acquired first after a moment, and how much later; empty if nobody did."""
     after = next((h for h in held if h.start > t), None)
     return f"; {after.process} acquired {duration_text(after.start - t)} later" if after else ""
