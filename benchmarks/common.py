@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from distsys.lab.testbed.processes import Process, Processes
-from distsys.lab.testbed.servers import _COPY_AND_START, _POSTGRES, Server, Servers, ServerUnavailable
+from distsys.lab.testbed.servers import Server, Servers, ServerUnavailable
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER = 120.0  # seconds within which a child answers, or the run fails
@@ -126,20 +126,10 @@ class Bench:
 
     @asynccontextmanager
     async def durable_postgres(self) -> AsyncIterator[Server]:
-        """A PostgreSQL whose commits wait for a disk: its log is in /var/tmp, not in memory as the lab's."""
-        servers = self.servers
+        """Start a PostgreSQL whose commits wait for a disk. Its log is in /var/tmp; that of the lab is in memory."""
         with tempfile.TemporaryDirectory(dir="/var/tmp", ignore_cleanup_errors=True) as disk:
-            Path(disk).chmod(0o777)  # noqa: ASYNC240  at once; the server of root is somebody else
-
-            async def argv(program: str, home: Path, port: int) -> list[str]:
-                data = str(home / "data")
-                copy = ["sh", "-c", _COPY_AND_START, str(await servers._template()), data]
-                move = 'set -e; test -L "$0" || { mv "$0" "$1"; ln -s "$1" "$0"; }; shift; exec "$@"'
-                copy += ["sh", "-c", move, f"{data}/pg_wal", f"{disk}/pg_wal"]
-                where = ["-D", data, "-p", str(port), f"--unix_socket_directories={home}"]
-                return [*copy, program, *where, *_POSTGRES, "--fsync=on"]
-
-            yield await servers.serve("durable", "postgres", "postgresql://postgres@127.0.0.1:{port}/postgres", argv)
+            Path(disk).chmod(0o777)  # noqa: ASYNC240  takes no time; started by root, the server runs as nobody
+            yield await self.servers.postgres("durable", fsync=True, wal_folder=Path(disk))
 
     def wanted(self, title: str) -> bool:
         return bool(re.search(self.options.only, title, re.IGNORECASE))

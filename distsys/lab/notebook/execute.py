@@ -1,30 +1,27 @@
-"""`make notebooks`: execute, normalise, write. What a reader sees on GitHub was run, and a second run changes little.
+"""`make notebooks`: run each notebook with nbconvert, normalise it and write it, so that a second run changes little.
 
-Stripped are the widgets' state (it breaks GitHub's preview), execution times, and papermill's metadata; code cells are
-numbered 1..n; outputs that name this machine's folders are refused rather than edited.
+Normalising removes the state of widgets (it breaks GitHub's preview), execution times and papermill's metadata, and
+numbers the code cells 1..n. A notebook whose outputs name a folder of this machine is refused, not edited.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
 
 MAX_BYTES = 300_000
-CELL_TIMEOUT = 120  # seconds; nbclient's own default is for ever
+CELL_TIMEOUT_SECONDS = 120
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The same notebook without what differs between two runs or two machines. Idempotent."""
+    """Remove from a notebook what differs between two runs or two machines, and return it. Idempotent."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for cell in notebook.cells:
@@ -41,7 +38,10 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def faults(notebook: nbformat.NotebookNode, *, secrets: Sequence[str] = ()) -> Iterator[str]:
-    """Why an executed notebook must not be committed; `secrets` are strings of this machine that must not be in it."""
+    """Yield each reason why an executed notebook must not be committed.
+
+    secrets  strings of this machine that must not be in it
+    """
     text = nbformat.writes(notebook)
     if len(text.encode()) > MAX_BYTES:
         yield f"{len(text.encode()):,} bytes, more than {MAX_BYTES:,}"
@@ -50,7 +50,7 @@ def faults(notebook: nbformat.NotebookNode, *, secrets: Sequence[str] = ()) -> I
             if output.output_type == "error":
                 yield f"cell {i} raised {output.ename}: {output.evalue}"
             if " at 0x" in str(output.get("data", output.get("text", ""))):
-                yield f"cell {i} shows an object's address"
+                yield f"cell {i} shows the address of an object"
             if output.get("name") == "stderr":
                 yield f"cell {i} wrote to stderr: {output.text[:200]}"
     for secret in secrets:
@@ -58,19 +58,16 @@ def faults(notebook: nbformat.NotebookNode, *, secrets: Sequence[str] = ()) -> I
             yield f"names {secret}, a path of this machine"
 
 
-async def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
-    """The notebook, run from its own folder in a new kernel."""
+def execute(path: Path) -> nbformat.NotebookNode:
+    """Return the notebook after a run in a new kernel, from its own folder. Raises CellExecutionError."""
     notebook: nbformat.NotebookNode = nbformat.read(path, as_version=4)
-    where = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(
-        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", coalesce_streams=True, resources=where
-    )
-    await client.async_execute(env={**os.environ, **environment})
+    run = ExecutePreprocessor(timeout=CELL_TIMEOUT_SECONDS, kernel_name=KERNELSPEC["name"], coalesce_streams=True)  # type: ignore[no-untyped-call]
+    run.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     return notebook
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the notebooks named, or all of them. 1 when one must not be committed; that one is left as it was."""
+    """Run the notebooks named, or all of them. Return 1 if one must not be committed; that one is left unchanged."""
     root = Path.cwd()
     parser = argparse.ArgumentParser(prog="python -m distsys.lab.notebook.execute", description=main.__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="NOTEBOOK")
@@ -78,11 +75,11 @@ def main(arguments: Sequence[str]) -> int:
     if missing := [str(path) for path in paths if not path.is_file()]:
         parser.error(f"no such notebook: {', '.join(missing)}")
     homes = {str(root), str(Path.home()), sys.prefix, tempfile.gettempdir() + "/"} - {"/"}
-    bad = 0
+    failed = 0
     for path in paths:
         print(f"{path.relative_to(root) if path.is_absolute() else path} ...", flush=True)
         try:
-            notebook = normalise(asyncio.run(execute(path.resolve())))
+            notebook = normalise(execute(path.resolve()))
             problems = [f"  {problem}" for problem in faults(notebook, secrets=sorted(homes))]
             if not problems:
                 nbformat.write(notebook, path)
@@ -90,8 +87,8 @@ def main(arguments: Sequence[str]) -> int:
             problems = [str(error)]
         if problems:
             print("\n".join(problems), file=sys.stderr)
-            bad += 1
-    return min(bad, 1)
+            failed += 1
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

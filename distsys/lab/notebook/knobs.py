@@ -1,4 +1,4 @@
-"""The knobs of the notebooks: a lock or an endpoint under a fault; a demand and two limiters; a storm and a policy."""
+"""The knobs of the notebooks: controls for a lock, an endpoint, two limiters or a retry policy, and the answer."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ ATTEMPTS = {
     "another user": ("other-user", ""),
 }
 SECONDS = 10  # of a demand, in virtual time
-START = 1_000_000_000.0
+START = 1_000_000_000.0  # virtual Unix time
 COLOURS = {"asked": "#8c959f", "token bucket": "#0a3d70", "sliding window": "#1a6334"}
-BUILT_FOR = 10_000  # clients of a storm, at seventy percent of what the dependency can do
+FULL_CLIENTS = 10_000  # so many clients use 70 % of the dependency's capacity
 NARROW, WIDE = ({"description_width": width} for width in ("70px", "130px"))
 whole, part = partial(w.IntSlider, style=WIDE), partial(w.FloatSlider, style=WIDE)
 
 
 class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
-    """Controls, a Run button, an answer. Where no kernel runs, the answer of the last run is shown alone.
+    """Controls, a Run button and an answer. Without a kernel, only the answer of the last run is shown.
 
-    A subclass has `controls()`, which makes them and says how they stand, and `measure()`, which runs what they say.
+    A subclass has `controls()`, which returns the rows of controls, and `measure()`, which returns the answer as HTML.
     """
 
-    what = "for the button's tooltip"
+    tooltip = ""  # of the Run button
 
     def __init__(self, lab: Lab) -> None:
-        self._lab, self._loop = lab, asyncio.get_running_loop()
+        self._lab = lab
+        self._loop = asyncio.get_running_loop()
         self._running: asyncio.Task[Knob] | None = None
-        self.run = w.Button(description="Run", button_style="primary", tooltip=self.what)
+        self.run = w.Button(description="Run", button_style="primary", tooltip=self.tooltip)
         self.answer = w.HTML()
         self.run.on_click(self._clicked)
         super().__init__([*self.controls(), self.answer])
@@ -65,12 +66,12 @@ class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
             self._running = self._loop.create_task(self.show())
 
     async def show(self) -> Self:
-        """Runs what the controls say, and shows the answer or the error."""
+        """Measure with the values of the controls, and show the answer or the error."""
         self.run.disabled = True
         self.answer.value = "<p><i>running</i></p>"
         try:
             self.answer.value = await self.measure()
-        except Exception as error:  # shown where the reader looks
+        except Exception as error:  # shown in place of the answer
             self.answer.value = f"<p><b>{escape(type(error).__name__)}</b>: {escape(str(error))}</p>"
             raise
         finally:
@@ -82,15 +83,16 @@ class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
 
 
 class LockKnob(Knob):
-    """A lock, a fault, an account and a TTL; the answer is the verdict."""
+    """A knob for a lock, a fault, an account and a TTL. The answer is the verdict."""
 
-    what = "run this lock under this fault"
+    tooltip = "run this lock under this fault"
 
     def __init__(self, lab: Lab, locks: Mapping[str, Any]) -> None:
         self._locks = locks
         super().__init__(lab)
 
     def controls(self) -> list[Any]:
+        """Return the rows of controls."""
         self.lock = w.Dropdown(options=list(self._locks), description="Lock", style=NARROW)
         self.fault = w.Dropdown(options=FAULTS, value="slow-holder", description="Fault", style=NARROW)
         self.account = w.ToggleButtons(options=list(ACCOUNTS), description="Account", style=NARROW)
@@ -98,6 +100,7 @@ class LockKnob(Knob):
         return [w.HBox([self.lock, self.fault]), self.account, w.HBox([self.ttl, self.run])]
 
     async def measure(self) -> str:
+        """Return the verdict as HTML."""
         account = ACCOUNTS[self.account.value]
         lock, fault = self._locks[self.lock.value], self.fault.value
         self.answer.value = f"<p><i>running: {escape(experiments.load(fault).claim)}</i></p>"
@@ -105,15 +108,16 @@ class LockKnob(Knob):
 
 
 class EndpointKnob(Knob):
-    """An endpoint that pays once, and what comes in between; the answer is the verdict."""
+    """A knob for an endpoint that pays once, and a fault. The answer is the verdict."""
 
-    what = "pay by this endpoint, under this fault"
+    tooltip = "pay by this endpoint, under this fault"
 
     def __init__(self, lab: Lab, endpoints: Mapping[str, Any]) -> None:
         self._endpoints = endpoints
         super().__init__(lab)
 
     def controls(self) -> list[Any]:
+        """Return the rows of controls."""
         self.endpoint = w.Dropdown(options=list(self._endpoints), description="Endpoint", style=NARROW)
         self.fault = w.Dropdown(
             options=list(ATTEMPTS), value="killed after the effect", description="Fault", style=NARROW
@@ -121,20 +125,22 @@ class EndpointKnob(Knob):
         return [w.HBox([self.endpoint, self.fault, self.run])]
 
     async def measure(self) -> str:
+        """Return the verdict as HTML."""
         endpoint, (fault, point) = self._endpoints[self.endpoint.value], ATTEMPTS[self.fault.value]
         return (await self._lab.test(endpoint, fault, point=point, keep=False))._repr_html_()
 
 
 class LimitKnob(Knob):
-    """A rate, a burst and a demand, ten seconds in a moment: what a bucket and a window admit, on the real server.
+    """A knob for a rate, a burst and a demand. The answer is what a bucket and a window admit in ten seconds.
 
-    The time is virtual, so the picture depends on the sliders and the seed only.
+    The limiters run on the real server in virtual time, so the picture depends only on the sliders and the seed.
     """
 
-    what = "ten seconds of this demand"
+    tooltip = "ten seconds of this demand"
     _runs = 0
 
     def controls(self) -> list[Any]:
+        """Return the rows of controls."""
         self.rate = whole(value=10, min=1, max=50, description="rate per second")
         self.burst = whole(value=20, min=1, max=100, description="burst (capacity)")
         self.workers = whole(value=3, min=1, max=16, description="workers")
@@ -142,7 +148,7 @@ class LimitKnob(Knob):
         return [self.rate, self.burst, self.workers, w.HBox([self.demand, self.run])]
 
     async def measure(self) -> str:
-        """A picture of when each request was made, and of when those were that a limiter admitted."""
+        """Return a picture of the requests, and of those that each limiter admitted."""
         import redis.asyncio
 
         rng, now = random.Random(self._lab.seed), START
@@ -150,20 +156,20 @@ class LimitKnob(Knob):
         asked = sorted(at for _ in range(self.workers.value) for at in _arrivals(rng, self.demand.value))
         admitted: dict[str, list[float]] = {"asked": asked, "token bucket": [], "sliding window": []}
         rate, burst = self.rate.value, self.burst.value
-        how: Any = {"name": f"{self._lab.prefix}:knob:{self._runs}", "clock": lambda: now}
+        options: Any = {"name": f"{self._lab.prefix}:knob:{self._runs}", "clock": lambda: now}
         async with redis.asyncio.Redis.from_url(await self._lab.redis_url()) as client:
-            bucket = TokenBucketLimiter(client, capacity=burst, refill_rate=rate, **how)
-            window = SlidingWindowLimiter(client, limit=rate, window=1, **how)
+            bucket = TokenBucketLimiter(client, capacity=burst, refill_rate=rate, **options)
+            window = SlidingWindowLimiter(client, limit=rate, window=1, **options)
             for at in asked:
                 now = START + at
-                for which, limiter in ("token bucket", bucket), ("sliding window", window):
+                for name, limiter in ("token bucket", bucket), ("sliding window", window):
                     if await limiter.is_allowed("everybody"):
-                        admitted[which].append(at)
+                        admitted[name].append(at)
         return _picture(admitted, rate, burst)
 
 
 def _arrivals(rng: random.Random, rate: float) -> list[float]:
-    """A worker's requests: at random, none between the fourth and the sixth second, and twice as many after it."""
+    """Return when one worker sends: at random, never between seconds 4 and 6, and twice as often after that."""
     at, times = 0.0, []
     while (at := at + rng.expovariate(2 * rate if at > 6 else rate)) < SECONDS:
         if not 4 < at < 6:
@@ -172,6 +178,7 @@ def _arrivals(rng: random.Random, rate: float) -> list[float]:
 
 
 def _picture(admitted: dict[str, list[float]], rate: float, burst: float) -> str:
+    """Return an <img> with the running totals, beside the most that the bucket may admit."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -195,11 +202,12 @@ def _picture(admitted: dict[str, list[float]], rate: float, burst: float) -> str
 
 
 class StormKnob(Knob):
-    """How many clients, what fails and for how long, and how they retry: beside no retries at all, with verdicts."""
+    """A knob for clients, an outage and a retry policy. The answer is the simulation, beside one without retries."""
 
-    what = "such a storm, in virtual time"
+    tooltip = "this storm, in virtual time"
 
     def controls(self) -> list[Any]:
+        """Return the rows of controls."""
         self.clients = whole(value=10_000, min=5_000, max=14_000, step=500, description="clients")
         self.outage = whole(value=5, min=1, max=20, description="outage in s")
         self.share = part(value=1.0, min=0.1, max=1.0, step=0.1, description="share that fails")
@@ -212,9 +220,10 @@ class StormKnob(Knob):
                 w.HBox([self.attempts, self.budget]), w.HBox([self.breaker, self.run])]  # fmt: skip
 
     async def measure(self) -> str:
-        how = {"jitter": self.jitter.value, "budget": self.budget.value, "breaker": 5 * self.breaker.value}
-        arms = {"no retries": policy(1), "yours": policy(self.attempts.value, **how)}
+        """Return the verdict as HTML."""
+        options = {"jitter": self.jitter.value, "budget": self.budget.value, "breaker": 5 * self.breaker.value}
+        arms = {"no retries": policy(1), "yours": policy(self.attempts.value, **options)}
         clients, storm = self.clients.value, {"outage": self.outage.value, "failure_share": self.share.value}
-        load = {"clients": clients, "rate": clients / 50, "utilisation": 0.7 * clients / BUILT_FOR}
+        load = {"clients": clients, "rate": clients / 50, "utilisation": 0.7 * clients / FULL_CLIENTS}
         simulation = await asyncio.to_thread(simulate, arms, seed=self._lab.seed, after=12, **load, **storm)
         return simulation._repr_html_()

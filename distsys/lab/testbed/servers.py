@@ -1,10 +1,10 @@
-"""Real servers for a lab: found on this machine, started on free ports in the lab's own folder, and gone with the lab.
+"""Real servers for a lab: started on free ports in the lab's own folder, and ended with the lab.
 
-Where they come from, in this order:
-1. DISTSYS_REDIS_URL / DISTSYS_POSTGRES_URL: a server that runs already, which the lab can't kill or pause
-2. the programs inside installed wheels, 3. those of this machine; DISTSYS_BACKEND=system turns these two round
-4. containers, only with DISTSYS_BACKEND=docker; DISTSYS_REDIS_IMAGE and DISTSYS_POSTGRES_IMAGE name their images
-5. else ServerUnavailable, which names the one command to run.
+Where a server comes from, in this order:
+1. DISTSYS_REDIS_URL / DISTSYS_POSTGRES_URL: a server that runs already; the lab cannot kill or pause it
+2. the programs in installed wheels, 3. those installed on this machine; DISTSYS_BACKEND=system tries 3 before 2
+4. containers, only with DISTSYS_BACKEND=docker; DISTSYS_REDIS_IMAGE and DISTSYS_POSTGRES_IMAGE name the images
+5. otherwise ServerUnavailable, which names the one command to run
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,22 +41,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "ServerUnavailable", "Servers"]
 
-Argv = Callable[[str, Path, int], Awaitable[list[str]]]  # of a program, its server's folder and port: the start line
+Argv = Callable[[str, Path, int], Awaitable[list[str]]]  # (program, home folder, port) -> command line
 
-_OTHER = "DISTSYS_BACKEND=system takes the one installed on this machine; it said:"
+_REMEDY = "DISTSYS_BACKEND=system uses the one installed on this machine; it printed:"
 _REDIS = shlex.split("--bind 127.0.0.1 --unixsocketperm 700 --save '' --appendonly no")
-# A replica is ready in milliseconds: no wait for others to join, and no disk on either side.
+# A replica is ready in milliseconds: it does not wait for other replicas, and uses no disk.
 _REDIS += shlex.split("--repl-diskless-sync yes --repl-diskless-sync-delay 0 --repl-diskless-load on-empty-db")
 _POSTGRES = ["--listen_addresses=127.0.0.1", "--max_connections=100", "--shared_buffers=32MB", "--timezone=UTC"]
-_POSTGRES += ["--jit=off", "--dynamic_shared_memory_type=mmap"]  # a file in the data folder: it goes with it
-_POSTGRES += ["--fsync=off", "--full_page_writes=off"]  # a killed server loses nothing by it, only a crashed machine
-# One launch copies and starts, so that neither the event loop nor the supervisor waits for the copy.
-_COPY_AND_START = 'set -e; if ! test -d "$1"; then cp -R "$0" "$1.$$"; mv "$1.$$" "$1"; fi; shift; exec "$@"'
+_POSTGRES += ["--jit=off", "--dynamic_shared_memory_type=mmap"]  # a file in the data folder, removed with it
+_POSTGRES += ["--fsync=off", "--full_page_writes=off"]  # only a crash of the machine loses data by it
+# sh -c _COPY_AND_START template data wal-folder-or-"" program...: neither event loop nor supervisor waits for the copy.
+_COPY_AND_START = '''set -e
+if ! test -d "$1"; then
+    cp -R "$0" "$1.$$"
+    if test -n "$2"; then mv "$1.$$/pg_wal" "$2"; ln -s "$2/pg_wal" "$1.$$/pg_wal"; fi
+    mv "$1.$$" "$1"
+fi
+shift 2
+exec "$@"'''
 _IMAGES = {"redis": "redis:7", "postgres": "postgres:15"}
 
 
 @dataclass(eq=False)
 class Server:
+    """A running server, and the faults that a lab can inject if it has started the server."""
+
     name: str
     kind: Kind
     url: str
@@ -71,69 +81,72 @@ class Server:
 
     @property
     def address(self) -> str:
+        """Host and port: "127.0.0.1:6379"."""
         return f"{self.host}:{self.port}"
 
     @property
     def controllable(self) -> bool:
-        """Whether this lab started its process, and so can kill, pause and restart it."""
+        """Whether this lab started the server, and so can kill, pause and restart it."""
         return self._start is not None
 
     async def kill(self) -> None:
-        """SIGKILL to the server and all its processes, as when the machine's memory runs out. Idempotent."""
-        process = self._mine("killed")
+        """Send SIGKILL to all processes of the server, as the kernel does when memory runs out. Idempotent."""
+        process = self._require_ours("killed")
         if process.state == "exited":
             return
-        await self.pause()  # or it might fork once more between the look at its children and their end
+        await self.pause()  # otherwise it might fork after its children were listed
         parts = self._parts()
-        await self._send(signal.SIGKILL, "gone", lambda: parts)
+        await self._send(signal.SIGKILL, "killed", lambda: parts)
         await process.exited()
 
     async def pause(self) -> None:
-        """SIGSTOP to the server and all its processes: connections stay open and silent, what is sent arrives later."""
-        process = self._mine("paused")
+        """Send SIGSTOP to all processes of the server: connections stay open, and data sent arrives after `resume`."""
+        process = self._require_ours("paused")
         await self._send(signal.SIGSTOP, psutil.STATUS_STOPPED, self._parts)
         await process.stopped()
 
     async def resume(self) -> None:
-        process = self._mine("resumed")
+        """Send SIGCONT to all processes of the server."""
+        process = self._require_ours("resumed")
         for part in self._parts():
             run_folder.send(part, signal.SIGCONT)
         process.signal(signal.SIGCONT)
         await process.continued()
 
     async def restart(self) -> None:
-        """Killed if it still runs, then started on its port again: a Redis empty, a Postgres with its data."""
+        """Kill the server and start it on its port again: a Redis is empty then, a PostgreSQL has its data."""
         await self.kill()
         assert self._start is not None
         self.process = await self._start()
 
-    def _mine(self, fault: str) -> Process:
+    def _require_ours(self, fault: str) -> Process:
         if self.process is None:
             message = f"{self.name} ({self}) was not started by this lab, so it can't be {fault}; for faults of servers"
             raise ServerUnavailable(f"{message} unset DISTSYS_REDIS_URL, DISTSYS_POSTGRES_URL and DISTSYS_BACKEND")
         return self.process
 
     def _parts(self) -> list[psutil.Process]:
-        """The server and its children, which in Postgres are sessions of their own: no group signal reaches them."""
-        process = self._mine("found")
+        """Return the server and its children, which a signal to the process group of a PostgreSQL would not reach."""
+        process = self._require_ours("found")
         try:
             return run_folder.tree([psutil.Process(process.pid)]) if process.state != "exited" else []
         except psutil.NoSuchProcess:
             return []
 
     async def _send(self, sig: int, state: str, parts: Callable[[], list[psutil.Process]]) -> None:
-        """To each of these processes, until all are in that state, or gone."""
-        for _ in range(1000):
-            if not (rest := [part for part in parts() if run_folder.state(part) not in ("", state)]):
-                return
+        """Send the signal to these processes until each has reached the state, or has ended."""
+
+        async def reached() -> bool:
+            rest = [part for part in parts() if run_folder.state(part) not in ("", state)]
             for part in rest:
                 run_folder.send(part, sig)
-            await asyncio.sleep(0.002)
-        raise TimeoutError(f"{self.name} was not {state} after a thousand looks")
+            return not rest
+
+        await poll(reached, f"{self.name} was not {state}", 10)
 
 
 class Servers:
-    """The servers of one lab: each is started when first asked for, and handed out again when asked for by its name."""
+    """The servers of one lab by name. Each is started at the first request, and returned again at later ones."""
 
     def __init__(
         self, processes: Processes, *, redis_url: str = "", pg_dsn: str = "", backend: str | None = None
@@ -149,7 +162,13 @@ class Servers:
         self._containers: list[Any] = []
 
     async def redis(self, name: str = "redis", *, replica_of: Server | None = None, args: Sequence[str] = ()) -> Server:
-        """A Redis or Valkey with nothing in it. A given URL is the one named "redis"; others are started beside it."""
+        """Return an empty Redis or Valkey.
+
+        name        "redis" is the one at the given URL, if there is one; any other is started beside it
+        replica_of  its master; returned when the replica has caught up
+        args        more options of the command line
+        Raises ServerUnavailable.
+        """
         master = () if replica_of is None else ("--replicaof", replica_of.host, str(replica_of.port))
 
         async def argv(program: str, home: Path, port: int) -> list[str]:
@@ -159,23 +178,29 @@ class Servers:
         anywhere = not (args or master)
         server = await self.serve(name, "redis", "redis://127.0.0.1:{port}/0", argv, anywhere=anywhere)
         if master:
-            await _info(server, "replication", {"master_link_status": "up"})
+            await _wait_for_info(server, "replication", {"master_link_status": "up"})
         return server
 
-    async def postgres(self, name: str = "postgres") -> Server:
-        """A PostgreSQL with an empty database "postgres". A given URL is the one named "postgres"."""
+    async def postgres(self, name: str = "postgres", *, fsync: bool = False, wal_folder: Path | None = None) -> Server:
+        """Return a PostgreSQL with an empty database "postgres".
+
+        name        "postgres" is the one at the given URL, if there is one; any other is started beside it
+        fsync       commits wait for the disk; by default a crash of the machine may lose them
+        wal_folder  where its write-ahead log is kept; by default with its data, in memory if there is room
+        Raises ServerUnavailable.
+        """
 
         async def argv(program: str, home: Path, port: int) -> list[str]:
             data = str(home / "data")
-            copy = ["sh", "-c", _COPY_AND_START, str(await self._template()), data]
-            return [*copy, program, "-D", data, "-p", str(port), f"--unix_socket_directories={home}", *_POSTGRES]
+            copy = ["sh", "-c", _COPY_AND_START, str(await self._template()), data, str(wal_folder or "")]
+            own = ["-D", data, "-p", str(port), f"--unix_socket_directories={home}"]
+            return [*copy, program, *own, *_POSTGRES, *(["--fsync=on"] if fsync else [])]
 
-        return await self.serve(
-            name, "postgres", "postgresql://postgres@127.0.0.1:{port}/postgres", argv, anywhere=True
-        )
+        url, anywhere = "postgresql://postgres@127.0.0.1:{port}/postgres", not (fsync or wal_folder)
+        return await self.serve(name, "postgres", url, argv, anywhere=anywhere)
 
     async def pgbouncer(self, postgres: Server, *, pool_mode: str = "transaction", pool_size: int = 20) -> Server:
-        """A connection pooler in front of a PostgreSQL; ServerUnavailable when pgbouncer is not installed."""
+        """Return a pgbouncer in front of a PostgreSQL. Raises ServerUnavailable if it is not installed."""
         target = urlsplit(postgres.url)
         user = target.username or "postgres"
         upstream = f"host={postgres.host} port={postgres.port} user={user}"
@@ -192,12 +217,15 @@ class Servers:
         return await self.serve(f"pgbouncer-{pool_mode}-{pool_size}", "pgbouncer", url, argv)
 
     async def promote(self, replica: Server) -> None:
-        """Makes a replica a master, with what it has received so far: a failover."""
+        """Make a replica the master, with the writes that it has received so far: a failover."""
         async with _client(replica.url) as client:
             await client.replicaof("NO", "ONE")
 
     async def cluster(self, masters: int = 3, *, replicas: int = 0, name: str = "cluster") -> list[Server]:
-        """A Redis Cluster of so many masters, formed through the client alone (2-3 s), then `replicas` of each."""
+        """Return a Redis Cluster: first the masters, then `replicas` of each. It takes 2 to 3 s.
+
+        Raises ValueError for fewer than 3 masters, and ServerUnavailable.
+        """
         if masters < 3:
             raise ValueError(f"a cluster has at least 3 masters, not {masters}")
         size = masters * (1 + replicas)
@@ -214,21 +242,21 @@ class Servers:
                 if i:
                     await _command(node, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
             for server in servers:
-                await _info(server, "cluster", {"cluster_state": "ok", "cluster_known_nodes": str(size)})
+                await _wait_for_info(server, "cluster", {"cluster_state": "ok", "cluster_known_nodes": str(size)})
             for i in range(masters, size):
                 await _command(nodes[i], "CLUSTER REPLICATE", await _command(nodes[i % masters], "CLUSTER MYID"))
-                await _info(servers[i], "replication", {"master_link_status": "up"})
+                await _wait_for_info(servers[i], "replication", {"master_link_status": "up"})
         return servers
 
     async def aclose(self) -> None:
-        """Ends the containers; servers that are processes end with the lab's Processes."""
+        """End the containers. Servers that are processes end with the lab's Processes."""
         containers, self._containers = self._containers, []
         await asyncio.gather(*(asyncio.to_thread(c.stop) for c in containers))
 
-    # ---- one of no process of ours
+    # ---- a server that this lab does not start as a process
 
     async def _elsewhere(self, kind: Kind, name: str) -> Server | None:
-        """One that is no process of this lab: a server that runs already, somewhere, or a container."""
+        """Return the server at a given URL, or one in a container; None if a process has to be started."""
         origin: Origin = "url"
         url, variable = self._urls[kind] if name == kind else "", f"DISTSYS_{kind.upper()}_URL"
         if not url and self.backend == "docker":
@@ -240,17 +268,17 @@ class Servers:
         server = Server(name, kind, url, "", origin, host, port)
         try:
             server.version = await asyncio.wait_for(_ask_version(server), 10)
-        except Exception as error:  # whatever a client can meet at an address it was given
+        except Exception as error:  # any error that a client can raise
             message = f"no {kind} answers at {server.address} ({error}); start it, or unset {variable}"
             raise ServerUnavailable(message) from error
         return server
 
     async def _container(self, kind: Kind) -> str:
-        """The URL of a new one, which testcontainers' reaper ends even when this process is killed."""
+        """Start a container and return its URL. The reaper of testcontainers ends it even if this process is killed."""
         image = os.environ.get(f"DISTSYS_{kind.upper()}_IMAGE", _IMAGES[kind])
         try:
             container = await asyncio.to_thread(_start_container, kind, image)
-        except Exception as error:  # no testcontainers, no engine, no image: each with an error of its own library
+        except Exception as error:  # no testcontainers, no engine or no image: each library has errors of its own
             message = f"no container from {image}: start Docker or Podman, name another image, or unset DISTSYS_BACKEND"
             raise ServerUnavailable(f"{message}\n{error}") from error
         self._containers.append(container)
@@ -262,44 +290,50 @@ class Servers:
     # ---- starting a process
 
     def home(self, name: str) -> Path:
-        """A server's own folder: its socket and its data."""
+        """Return the folder of a server, with its socket and its data."""
         home = self._processes.folder / name
         home.mkdir(mode=0o700, exist_ok=True)
         if root_becomes() == "nobody":
             os.chown(home, NOBODY, NOBODY)
-            self._processes.folder.chmod(0o711)  # enough to pass through
+            self._processes.folder.chmod(0o711)  # so that the user nobody can reach its subfolders
         return home
 
     async def _template(self) -> Path:
-        """A data folder to copy, made once per version; two labs may make it at once, and the first one's stays."""
+        """Return an initialised data folder to copy. It is made once per version; several labs may make it at once."""
         program, version, _ = find("postgres", self.backend)
         caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
         caches = Path(os.environ.get("XDG_CACHE_HOME") or caches) / "distsys"
         cached = caches / re.sub(r"[^\w.]+", "-", f"{version} {platform.machine()}".lower())
         if cached.is_dir() and cached.stat().st_uid == os.geteuid() and root_becomes() != "nobody":
-            return cached  # readable for the server that is to copy it
+            return cached  # the user of the server can read it
         async with self._starting["initdb"]:
             data = self.home("initdb") / "data"
             if not data.is_dir():
-                part = data.with_name(secrets.token_hex(4))  # made elsewhere: cancelled, it may go on for a moment
+                part = data.with_name(
+                    secrets.token_hex(4)
+                )  # another folder, because initdb may run on for a moment if this is cancelled
                 argv = [str(program.with_name("initdb")), "-D", str(part), "--locale=C", "--encoding=UTF8", "--no-sync"]
                 argv += ["--username=postgres", "--auth=trust"]
                 process = await self._launch("initdb", "postgres", argv)
                 if await process.exited(60):
-                    raise ServerUnavailable(f"{version} could not make its data folder; {_OTHER}\n{process.tail()}")
+                    raise ServerUnavailable(f"{version} could not make its data folder; {_REMEDY}\n{process.tail()}")
                 part.rename(data)
                 if root_becomes() != "nobody":
                     await asyncio.to_thread(_keep, data, cached)
             return data
 
     async def _launch(self, name: str, kind: Kind, argv: list[str]) -> Process:
-        how = "" if kind == "redis" else root_becomes()
-        argv = [*NAMESPACE, *argv] if how == "namespace" else argv
-        uid = NOBODY if how == "nobody" else None
+        identity = "" if kind == "redis" else root_becomes()
+        argv = [*NAMESPACE, *argv] if identity == "namespace" else argv
+        uid = NOBODY if identity == "nobody" else None
         return await self._processes.launch(argv, name=name, env={"LC_ALL": "C"}, uid=uid)
 
     async def serve(self, name: str, kind: Kind, url: str, argv: Argv, *, anywhere: bool = False) -> Server:
-        """The server of this name, started if it is not there yet; `anywhere` means that one elsewhere will do."""
+        """Return the server of this name, started if it does not run yet.
+
+        url       with "{port}" for its port
+        anywhere  the server at a given URL, or one in a container, will do
+        """
         async with self._starting[name]:
             if name not in self.running:
                 elsewhere = await self._elsewhere(kind, name) if anywhere else None
@@ -307,32 +341,30 @@ class Servers:
             return self.running[name]
 
     async def _serve(self, name: str, kind: Kind, url: str, argv: Argv) -> Server:
-        """Starts it on a free port, or on another one when that was taken meanwhile; from then on it keeps its port."""
+        """Start a server on a free port, or on another one if that was taken meanwhile. A restart keeps the port."""
         program, version, origin = find(kind, self.backend)
         server, home = Server(name, kind, url, version, origin), self.home(name)
 
         async def start() -> Process:
-            said = ""
+            printed = ""
             for _ in range(5):
                 port = server.port or free_port()
                 process = await self._launch(name, kind, await argv(str(program), home, port))
                 try:
-                    async with asyncio.timeout(30):
-                        while process.state != "exited":
-                            if await _is_ready(kind, home, port, process):
-                                server.port = port
-                                return process
-                            await asyncio.sleep(0.003)
-                except BaseException as error:  # cancelled, or never ready: the next start finds the place free
-                    words = f"{process!r} was not ready within 30 s; {_OTHER}\n{process.tail()}"
+                    await poll(partial(_is_ready, kind, home, port, process), f"{process!r} was not ready")
+                except BaseException as error:  # cancelled or never ready: end it, so that it can be started again
+                    printed = process.tail()
                     await process.end(signal.SIGQUIT if kind == "postgres" else signal.SIGKILL)
-                    if isinstance(error, TimeoutError):
-                        raise ServerUnavailable(words) from None
+                    if isinstance(error, ServerUnavailable):
+                        raise ServerUnavailable(f"{error}; {_REMEDY}\n{printed}") from None
                     raise
-                said = process.tail()
-                if "ddress already in use" not in said:
+                if process.state != "exited":
+                    server.port = port
+                    return process
+                printed = process.tail()
+                if "ddress already in use" not in printed:
                     break
-            raise ServerUnavailable(f"{name} ({server}) did not start; {_OTHER}\n{said}")
+            raise ServerUnavailable(f"{name} ({server}) did not start; {_REMEDY}\n{printed}")
 
         server.process = await start()
         server._start = start
@@ -341,8 +373,10 @@ class Servers:
 
 
 async def _is_ready(kind: Kind, home: Path, port: int, process: Process) -> bool:
-    """By its unix socket, in our own folder: behind a TCP port there might be a stranger."""
-    if kind == "postgres":  # which answers before it is ready
+    """Return True if a server can be used, or has exited. Its TCP port may belong to another server: ask its socket."""
+    if process.state == "exited":
+        return True
+    if kind == "postgres":  # its socket answers before it is ready
         started = [lines for lines in run_folder.postmasters(home.parent) if lines[0] == str(process.pid)]
         return any(word.strip() == "ready" for lines in started for word in lines[7:8])
     try:
@@ -353,9 +387,21 @@ async def _is_ready(kind: Kind, home: Path, port: int, process: Process) -> bool
     return True
 
 
+async def poll(done: Callable[[], Awaitable[bool]], failure: str, seconds: float = 30) -> None:
+    """Wait until `done()` is true. Raises ServerUnavailable with the text of `failure` after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                if await done():
+                    return
+                await asyncio.sleep(0.003)
+    except TimeoutError:
+        raise ServerUnavailable(f"{failure} (waited {seconds} s)") from None
+
+
 def free_port() -> int:
-    """From below the range systems take outgoing connections' ports from, so that a restart finds it free again."""
-    # Not from `random`, which a notebook may have seeded.
+    """Return a port below the range of outgoing connections, so that it is still free at a restart."""
+    # `random` would not do: a notebook may have seeded it.
     ports = (20000 + secrets.randbelow(12000) for _ in range(100))
     if port := next(filter(is_free, ports), None):
         return port
@@ -363,7 +409,7 @@ def free_port() -> int:
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen there, on 127.0.0.1."""
+    """Return True if a server could listen on this port of 127.0.0.1."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
@@ -372,24 +418,25 @@ def is_free(port: int) -> bool:
 
 
 def configure(config: Path, lines: list[str]) -> Path:
+    """Write a configuration file, and return its path."""
     config.write_text("\n".join(lines) + "\n")
-    config.chmod(0o644)  # the server may run as nobody; the folder keeps all others out
+    config.chmod(0o644)  # the server may run as nobody; the folder is closed to all others
     return config
 
 
 def _keep(data: Path, cached: Path) -> None:
-    """Copies a fresh data folder into the cache, where under its name it is complete or not there."""
-    with suppress(OSError):  # read-only, full, or another lab was faster: this one has its own
+    """Copy a fresh data folder into the cache, all of it or nothing."""
+    with suppress(OSError):  # read-only, full, or another lab was faster: this lab uses its own
         cached.parent.mkdir(parents=True, exist_ok=True)
         for old in cached.parent.glob("part-*"):
-            if time.time() - old.stat().st_mtime > 3600:  # whoever was copying it was killed
+            if time.time() - old.stat().st_mtime > 3600:  # left by a lab that was killed
                 shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="part-", dir=cached.parent) as part:
             shutil.copytree(data, Path(part) / "data").rename(cached)
 
 
 def _client(url: str) -> redis.asyncio.Redis:
-    import redis.asyncio  # takes 0.5 s: not before a server is on its way
+    import redis.asyncio  # takes 0.5 s, so it is imported while a server starts
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
@@ -400,16 +447,15 @@ async def _command(client: redis.asyncio.Redis, *words: str | int) -> Any:
     return await client.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own gap
 
 
-async def _info(server: Server, section: str, wanted: dict[str, str]) -> None:
-    """Waits until a Redis says these words of itself."""
-    words: Any = None
+async def _wait_for_info(server: Server, section: str, wanted: dict[str, str]) -> None:
+    """Wait until the INFO of a Redis holds these entries."""
     async with _client(server.url) as client:
-        for _ in range(1500):
-            words = await (_command(client, "CLUSTER INFO") if section == "cluster" else client.info(section))
-            if wanted.items() <= words.items():
-                return
-            await asyncio.sleep(0.01)
-    raise ServerUnavailable(f"{server.name} ({server}) was not ready within 15 s: {words}")
+
+        async def matches() -> bool:
+            info: Any = await (_command(client, "CLUSTER INFO") if section == "cluster" else client.info(section))
+            return bool(wanted.items() <= info.items())
+
+        await poll(matches, f"{server.name} ({server}) never had {wanted} in its INFO {section}")
 
 
 def _start_container(kind: Kind, image: str) -> Any:

@@ -1,9 +1,9 @@
-"""The one process that owns every server and worker of a lab, so that nothing outlives the notebook that opened it.
+"""The process that owns every server and worker of a lab, so that nothing outlives the notebook that opened it.
 
-It runs in a session of its own, so the stop button's SIGINT reaches neither it nor its children, and it holds one end
-of a socket: when the notebook is gone, however it went, the socket reads EOF; then everything is ended and the run
-folder removed. It has one thread, because it forks workers out of itself, the drivers already imported: each takes
-milliseconds. If it is killed itself, Linux ends its children, and the next lab to start removes what is left.
+It runs in a session of its own, so the SIGINT of the stop button does not reach it or its children. It holds one end of
+a socket. When the notebook ends, in whatever way, the socket reads EOF; then the supervisor ends every process and
+removes the run folder. It forks workers from itself with the drivers already imported, which takes milliseconds and
+needs a single thread. If the supervisor is killed, Linux ends its children, and the next lab removes what is left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import psutil
 from distsys.lab.testbed import run_folder
 
 PRELOAD = ("asyncio", "redis.asyncio", "psycopg", "psycopg_pool", "cloudpickle", "distsys.lab.run.worker")
-IDLE = 0.1  # seconds without a request before the next of these is imported: servers asked for at once come first
+IDLE_SECONDS = 0.1  # without a request, before the next module is imported: server starts come first
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _KEPT = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # the last two: Python ignores them
@@ -37,30 +37,36 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Supervisor:
+    """The loop that starts processes on request, reports their states, and ends them all."""
+
     def __init__(self, control: socket.socket, folder: Path) -> None:
-        self.control, self.folder = control, folder
-        self.children: dict[int, int] = {}  # of each that runs, by its pid the number it was asked for under
+        self.control = control
+        self.folder = folder
+        self.children: dict[int, int] = {}  # pid -> request number, of each that runs
         self.todo = list(PRELOAD)
-        self.fds: list[int] = []  # received and not yet used: a socket and a file per worker, in their order
+        self.fds: list[int] = []  # received and not yet used: a socket and a file per worker, in this order
         self.buffer = b""
         self.woken, self.wake = socket.socketpair()
         for end in (self.woken, self.wake):
             end.setblocking(False)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # its number on the wakeup descriptor is all we need
-        self.selector = selectors.DefaultSelector()  # each handler answers whether to go on
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the byte on the wakeup descriptor is enough
+        self.selector = selectors.DefaultSelector()  # each handler returns whether to go on
         self.selector.register(control, selectors.EVENT_READ, self._read)
         self.selector.register(self.woken, selectors.EVENT_READ, lambda: bool(self.woken.recv(4096)))
-        if hasattr(os, "pidfd_open"):  # a notebook's own forks keep its end of our socket open: watch the process too
+        if hasattr(
+            os, "pidfd_open"
+        ):  # forks of the notebook keep its end of the socket open, so its process is watched too
             self.selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, lambda: False)
         if _libc:
-            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves behind becomes ours, to be ended too
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process, and end with it
 
     def serve(self) -> None:
+        """Serve requests until the socket reads EOF."""
         self.tell(number=0, state="running")
         going = True
         while going:
-            ready = self.selector.select(IDLE if self.todo else None)
+            ready = self.selector.select(IDLE_SECONDS if self.todo else None)
             for key, _ in ready:
                 going = key.data() and going
             self._reap()
@@ -68,6 +74,7 @@ class Supervisor:
                 self._preload(1)
 
     def close(self) -> None:
+        """End every process, then remove the run folder."""
         for sig in _ENDS:
             signal.signal(sig, signal.SIG_IGN)
         me = psutil.Process()
@@ -80,14 +87,14 @@ class Supervisor:
         run_folder.remove(self.folder)
 
     def tell(self, **message: Any) -> None:
-        """What has become of the child asked for under this `number`; of the supervisor itself, under 0."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # nobody to tell any more; the EOF comes next
+        """Report a change of state; `number` is that of the request, 0 for the supervisor itself."""
+        with suppress(BrokenPipeError, ConnectionResetError):  # the notebook has ended; the EOF comes next
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
     def _read(self) -> bool:
         try:
             data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 64)
-        except ConnectionResetError:  # gone, with words of ours unread
+        except ConnectionResetError:  # the notebook has ended before it read everything
             return False
         self.fds += fds
         *lines, self.buffer = (self.buffer + data).split(b"\n")
@@ -101,12 +108,12 @@ class Supervisor:
             if given:
                 self._preload(len(self.todo))
             me = os.getpid()
-            # Until the child has put our handlers off, signals wait: one of ours would swallow what is sent to it.
+            # Signals wait until the child has reset our handlers: one of them would swallow a signal to the child.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             pid = os.fork()
             if not pid:
                 self._become(me, given, **request)
-        except OSError as error:  # no more processes, no more memory: the caller's to know, not ours to die of
+        except OSError as error:  # too many processes or too little memory: the caller is told
             self.tell(number=number, state="exited", code=1, error=str(error))
         else:
             self.children[pid] = number
@@ -117,13 +124,13 @@ class Supervisor:
                 os.close(descriptor)
 
     def _reap(self) -> None:
-        """Reports every change of state: to a child that stops at a checkpoint somebody is waiting."""
+        """Report every change of state of a child."""
         options = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
-        with suppress(ChildProcessError):  # there is none left
+        with suppress(ChildProcessError):  # no child is left
             while (found := os.waitpid(-1, options))[0]:
                 pid, status = found
                 if pid not in self.children:
-                    continue  # left behind by a child, and adopted
+                    continue  # an orphan of a child
                 if os.WIFSTOPPED(status):
                     self.tell(number=self.children[pid], state="stopped")
                 elif os.WIFCONTINUED(status):
@@ -135,21 +142,21 @@ class Supervisor:
         for name in [self.todo.pop(0) for _ in range(count)]:
             try:
                 importlib.import_module(name)
-            except Exception:  # noqa: BLE001 (not installed or broken: the worker that needs it says so, servers go on)
+            except Exception:  # noqa: BLE001 (not installed or broken: only a worker that needs it fails)
                 traceback.print_exc()
-        gc.freeze()  # what is here now stays shared with the workers
+        gc.freeze()  # keep these objects in memory that is shared with the workers
 
     def _become(self, supervisor: int, given: list[int], name: str, **program: Any) -> NoReturn:
-        """In the child: the server or the worker; whatever happens, it never returns into the supervisor's own code."""
+        """Run the server or the worker, in the child. It never returns into the code of the supervisor."""
         code = 1
         try:
             os.setsid()
             if _libc:
-                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # the supervisor's end is its end
-            if os.getppid() != supervisor:  # which has come already
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # the child ends with the supervisor
+            if os.getppid() != supervisor:  # the supervisor has ended already
                 os._exit(code)
             signal.set_wakeup_fd(-1)
-            for sig in signal.valid_signals() - _KEPT:  # a shell's background jobs, for one, ignore SIGQUIT and SIGINT
+            for sig in signal.valid_signals() - _KEPT:  # a background job of a shell ignores SIGQUIT and SIGINT
                 signal.signal(sig, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             log = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -161,7 +168,7 @@ class Supervisor:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # noqa: BLE001 (into its log; anything that escaped would run the supervisor's code twice)
+        except BaseException:  # noqa: BLE001 (an error that escaped would run the supervisor's code a second time)
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -170,7 +177,7 @@ class Supervisor:
 
 
 def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None) -> NoReturn:
-    for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # a program that is not Python would inherit that
+    for sig in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a program would inherit that
         signal.signal(sig, signal.SIG_DFL)
     os.chdir(folder)
     if uid is not None:
@@ -182,7 +189,7 @@ def _execute(folder: Path, argv: list[str], env: dict[str, str], uid: int | None
 
 def _work(descriptor: int, file: int) -> None:
     with os.fdopen(file, "rb") as work:
-        target, path, cwd, payload = pickle.load(work)  # noqa: S301 (our own)
+        target, path, cwd, payload = pickle.load(work)  # noqa: S301 (written by Processes.fork)
     os.dup2(descriptor, 3, inheritable=False)
     for other in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 (numbers, not paths)
         if other > 3:
@@ -196,15 +203,16 @@ def _work(descriptor: int, file: int) -> None:
 
 
 def main(control: int, lock: int, folder: str) -> NoReturn:
+    """Run a supervisor on these descriptors until the notebook ends."""
     for descriptor in (control, lock):
-        os.set_inheritable(descriptor, False)  # a server that held them would outlive both of their meanings
+        os.set_inheritable(descriptor, False)  # a server must not keep the socket or the lock
     for sig in _ENDS:
         signal.signal(sig, lambda *_: sys.exit())
     supervisor = Supervisor(socket.socket(fileno=control), Path(folder))
     try:
         run_folder.sweep()
         supervisor.serve()
-    except Exception:  # noqa: BLE001 (told to the notebook, because the log goes with the folder)
+    except Exception:  # noqa: BLE001 (reported to the notebook, because the log is removed with the folder)
         supervisor.tell(number=0, state="running", error=traceback.format_exc())
     finally:
         supervisor.close()

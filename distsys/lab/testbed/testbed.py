@@ -1,4 +1,4 @@
-"""What one lab stands on: its processes, its servers, and the key prefix and schema that are its own on them."""
+"""The testbed of one lab: its processes and servers, and a key prefix and schema of its own on them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from distsys.lab.testbed.servers import Servers
 
 
 class Testbed:
-    """Processes, servers, a key prefix and a schema. Nothing of it outlives `close()` or the process that opened it."""
+    """Processes, servers, a key prefix and a schema. All end with `close()`, or with the process that opened it."""
 
-    __test__ = False  # pytest: the name is the field's, this is no test class
+    __test__ = False  # pytest: this is no test class
 
     def __init__(self, processes: Processes, servers: Servers) -> None:
         self.processes = processes
@@ -35,7 +35,7 @@ class Testbed:
         return testbed
 
     async def close(self) -> None:
-        """End every process, and remove what was written to servers that are not ours. Idempotent."""
+        """End every process, and remove what was written to servers that the lab did not start. Idempotent."""
         if self.closed:
             return
         self.closed = True

@@ -155,7 +155,7 @@ def test_a_violation_is_never_told_by_colour_alone() -> None:
     drawn = overlap().svg()
     assert "url(#red)" in drawn
     assert 'class="violation"' in drawn
-    assert 'class="q"' in drawn
+    assert 'class="alarm"' in drawn
     assert {"VIOLATED", "2 holders", "two hold at once"} <= set(ElementTree.fromstring(drawn).itertext())
 
 

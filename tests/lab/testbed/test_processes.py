@@ -24,14 +24,17 @@ from distsys.lab.testbed import run_folder
 from distsys.lab.testbed.processes import Processes
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")])}
+ROOT = HERE.parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 
 
 @pytest.fixture(autouse=True)
 def _jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers import what the client can: `jobs` lies beside this file."""
-    monkeypatch.syspath_prepend(HERE)
+    """Workers import what the client can: `jobs` is a module of tests/lab."""
+    monkeypatch.syspath_prepend(HERE.parent)
 
 
 @pytest.fixture
@@ -415,8 +418,8 @@ async def test_a_kernel_interrupted_and_then_ended(ending: str) -> None:
 
 
 OPEN = """
-from distsys.lab.processes import Processes
-from distsys.lab.servers import Servers
+from distsys.lab.testbed.processes import Processes
+from distsys.lab.testbed.servers import Servers
 processes = await Processes.start()
 server = await Servers(processes).postgres()
 print(processes.folder, processes._child.pid)

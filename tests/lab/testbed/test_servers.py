@@ -111,7 +111,7 @@ def test_where_there_is_none_the_error_names_the_command(tmp_path: Path) -> None
     broken = tmp_path / "redis-server"
     broken.write_text("#!/bin/sh\necho not a server\n")
     broken.chmod(0o755)
-    code = f"import sys; sys.path.append({str(HERE.parent.parent)!r}); from distsys.lab import binaries; "
+    code = f"import sys; sys.path.append({str(HERE.parents[2])!r}); from distsys.lab.testbed import binaries; "
     code += "binaries.find('redis')"
     run = subprocess.run(
         [sys.executable, "-S", "-c", code], env={"PATH": str(tmp_path)}, capture_output=True, text=True
