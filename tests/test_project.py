@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import shlex
 import shutil
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,9 @@ def _name(path: Path) -> str:
 
 
 each_module = pytest.mark.parametrize("path", MODULES, ids=_name)
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[cr]*/*.md")), *NOTEBOOKS]
+FILE_ENDINGS = (".py", ".pyi", ".toml", ".sql")
+each_text = pytest.mark.parametrize("path", TEXTS, ids=_name)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=_name)
 
 
@@ -175,12 +181,12 @@ def test_make_names_the_remedy_in_one_line(settings: dict[str, str], message: st
 
 
 def test_the_table_of_the_readme_is_fresh() -> None:
-    """`make readme` writes it from decide.py and the modules' docstrings."""
+    """`make readme` writes it from the matrix and the docstrings of the modules."""
     text = (ROOT / "README.md").read_text("utf-8")
     assert refresh(text) == text
 
 
-@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[cr]*/*.md")), *NOTEBOOKS], ids=_name)
+@each_text
 def test_every_link_leads_somewhere(path: Path) -> None:
     """Files exist, and headings too, where the link names one."""
     for text, anchors in _texts(path):
@@ -191,6 +197,33 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             if anchor:
                 known = anchors if goal == path else {a for _, found in _texts(goal) for a in found}
                 assert anchor in known, f"{target}#{anchor}"
+
+
+@each_text
+def test_every_name_of_ours_in_the_texts_exists(path: Path) -> None:
+    """What a text imports from distsys, or calls distsys.something, can be had."""
+    for dotted in re.findall(r"(?<![/\w.-])distsys((?:\.[A-Za-z_]\w*)+)", _prose_and_code(path)):
+        if not dotted.endswith(FILE_ENDINGS):
+            pkgutil.resolve_name(f"distsys{dotted}")
+    for module, names in _imported(path):
+        for name in names:
+            assert hasattr(import_module(module), name) or find_spec(f"{module}.{name}"), f"{module} has no {name}"
+
+
+@each_text
+def test_the_texts_import_public_names_from_the_package_itself(path: Path) -> None:
+    """`from distsys import X`: modules may move, the package's own names stay."""
+    for module, names in _imported(path):
+        if module != "distsys":
+            assert not set(names) & set(distsys.__all__), f"{module}: import {', '.join(names)} from distsys"
+
+
+def test_the_architecture_names_every_room() -> None:
+    """A new folder is described, or it is not found."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    rooms = [path.parent for path in MODULES if path.name == "__init__.py"]
+    for room in (room for room in rooms if room.parent in (ROOT / "distsys", ROOT / "distsys/lab")):
+        assert re.search(rf"^  ?.*\b{room.name}/", text, re.MULTILINE), room.name
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("checklists/*.md")), ids=_name)
@@ -308,7 +341,7 @@ def test_each_notebook_leads_to_the_next_and_back() -> None:
 
 
 def test_the_start_notebook_shows_the_tables_of_today() -> None:
-    """Its committed outputs are what decide.py says now; `make notebooks` renews them."""
+    """Its committed outputs are what distsys.decide says now; `make notebooks` renews them."""
     cells = nbformat.read(ROOT / "notebooks/00_start_here.ipynb", as_version=4).cells
     shown = [output.get("data", {}).get("text/markdown") for cell in cells for output in cell.get("outputs", [])]
     for table in (decide.matrix_markdown(), decide.decisions_markdown(), decide.rules_markdown("../")):
@@ -347,6 +380,21 @@ def _files() -> Iterator[Path]:
     else:
         hidden = re.compile(r"/(\.[^/]+|__pycache__|[^/]+\.egg-info)/")
         yield from (p for p in ROOT.rglob("*") if p.is_file() and not hidden.search(f"/{p.relative_to(ROOT)}"))
+
+
+def _prose_and_code(path: Path) -> str:
+    """All of a Markdown file, or the cells of a notebook without their outputs."""
+    if path.suffix == ".ipynb":
+        return "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    return path.read_text("utf-8")
+
+
+def _imported(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(module, names) of each import from distsys in a text."""
+    for module, several, one_line in re.findall(
+        r"from (distsys[\w.]*) import (?:\(([^)]*)\)|([^\n`#(;]+))", _prose_and_code(path)
+    ):
+        yield module, re.findall(r"(\w+)(?: as \w+)?\s*(?:,|$)", (several or one_line).strip())
 
 
 def _texts(path: Path) -> list[tuple[str, set[str]]]:
