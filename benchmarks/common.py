@@ -1,16 +1,16 @@
 """What the benchmarks share: contenders in processes of their own, interleaved rounds, ratios, tables, a chart.
 
 How a number is made
-- Every contender lives in a child process of its own, forked with the drivers imported, and only the one whose turn it
-  is runs; the others sleep in a read. Client and server share one core (--unpinned: all of them), for on two cores of
-  an idle machine a round trip is mostly the wake-up of the other core, which hides what the client costs.
-- Rounds are interleaved, A B C A B C, after one that warms up. A value is the median over the rounds, a ratio the
-  median of the ratios to the floor *of the same round*. The floor is the least a client can do: the raw commands,
-  through the same client.
+- Every contender runs in a child process of its own, forked with the drivers imported. Only one runs at a time; the
+  others wait in a read. Client and server share one core (--unpinned: all cores), because on two cores of an idle
+  machine a round trip is mostly the wake-up of the other core, which hides what the client costs.
+- Rounds are interleaved, A B C A B C, after a warm-up round. A value is the median over the rounds, a ratio the
+  median of the ratios to the floor *of the same round*. The floor is the least that a client can do: the raw
+  commands through the same client.
 - On one core an operation takes the CPU time of the client and the server. The ratio to the floor is the ratio of these
-  sums, so that others who use the machine do not count; where it can't be measured (not Linux, --unpinned, a server
+  sums, so that other users of the machine do not count. Where it cannot be measured (not Linux, --unpinned, a server
   that was not started here) it is the ratio of the rates.
-- Rates drift by 2x from run to run, and count the neighbours in. Compare ratios.
+- Rates drift by 2x from run to run, and other users of the machine change them. Compare ratios.
 """
 
 from __future__ import annotations
@@ -58,16 +58,20 @@ class Contender:
 
 
 class Round(NamedTuple):
+    """What the processes of one contender answered in one round."""
+
     answers: list[Any]  # of each process of a contender
     server_cpu: float | None  # seconds that all servers together were busy meanwhile, if it can be told
 
 
 @dataclass
 class Table:
+    """A table of results, and its bars in the chart."""
+
     title: str
     columns: Sequence[str]
     rows: list[list[str]]
-    note: str  # what the peers do not do
+    note: str  # what the peers leave out
     bars: dict[str, list[float]]  # row -> a value per round, for the chart
     axis: str
     goal: float | None = None
@@ -102,6 +106,7 @@ class Bench:
     @classmethod
     @asynccontextmanager
     async def open(cls, topic: str) -> AsyncIterator[Bench]:
+        """Read the options, start the lab's processes, and write the results at the end."""
         parser = argparse.ArgumentParser(description=f"Benchmark of {topic}: medians and ratios to the raw commands.")
         parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds that count (default 7)")
         parser.add_argument("--quick", action="store_true", help="a third of the time; keeps no results")
@@ -110,7 +115,7 @@ class Bench:
         parser.add_argument("--out", type=Path, help=f"folder for the results (default {RESULTS.name}, --quick: none)")
         options = parser.parse_args()
         if hasattr(os, "sched_setaffinity") and not options.unpinned:
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # whatever is started from here on inherits it
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # every process that is started later inherits it
         else:
             options.unpinned = True
         processes = await Processes.start()
@@ -132,9 +137,11 @@ class Bench:
             yield await self.servers.postgres("durable", fsync=True, wal_folder=Path(disk))
 
     def wanted(self, title: str) -> bool:
+        """Return True if --only selects the table of this title."""
         return bool(re.search(self.options.only, title, re.IGNORECASE))
 
     def seconds(self, full: float) -> float:
+        """Return the duration of a measurement; --quick takes a third."""
         return full / 3 if self.options.quick else full
 
     async def rounds(
@@ -147,7 +154,7 @@ class Bench:
         times: int = 1,
         **request: Any,
     ) -> dict[str, list[Round]]:
-        """What each contender answers, round by round; `do` is a function of the script."""
+        """Return what each contender answers, round by round. `do` names a function of the script."""
         rounds = times * self.options.rounds
         groups: dict[str, list[_Child]] = {}
         try:
@@ -190,9 +197,9 @@ class Bench:
         waits: bool = False,
         **request: Any,
     ) -> None:
-        """A table of rates: medians, CPU per operation, ratios to the floor, and whether the goal is met.
+        """Show a table of rates: medians, CPU per operation, ratios to the floor, and whether the goal is met.
 
-        By the CPU time of client and server; by the rate if it is a disk that is waited for.
+        waits  an operation waits for a disk, so the ratio is that of the rates, not of the CPU times
         """
         if not self.wanted(title):
             return
@@ -219,7 +226,7 @@ class Bench:
         self.show(Table(title, columns, rows, note, bars, f"{unit}, speed to the floor's", goal, samples=found))
 
     def _server_pids(self) -> list[int]:
-        """Of the servers started here and what they have forked; none if one of them was not."""
+        """Return the pids of all servers and their children; none if a server was not started here."""
         started = [server.process for server in self.servers.running.values()]
         if not all(started):
             return []
@@ -227,6 +234,7 @@ class Bench:
         return [part.pid for root in roots for part in (root, *root.children(recursive=True))]
 
     def show(self, table: Table) -> None:
+        """Print a table, and keep it for the results."""
         table.note = table.note.strip()
         self.tables.append(table)
         print(f"\n{table}\n", flush=True)
@@ -234,6 +242,7 @@ class Bench:
     # ---- results
 
     def facts(self) -> dict[str, Any]:
+        """Return what the results depend on: machine, versions, options."""
         return {
             "topic": self.topic,
             "date": time.strftime("%Y-%m-%d"),
@@ -247,6 +256,7 @@ class Bench:
         }
 
     def write(self) -> None:
+        """Write the results as Markdown, JSON and a chart; --quick writes none."""
         out = self.options.out or (None if self.options.quick else RESULTS)
         if out is None or not self.tables:
             return
@@ -318,24 +328,27 @@ core by the CPU time of client and server, so that neighbours do not count. Rate
 
 
 def median(values: Sequence[float]) -> float:
+    """Return the median."""
     return statistics.median(values)
 
 
 def ratios(values: Sequence[float], floor: Sequence[float]) -> list[float]:
+    """Return each value divided by the floor of the same round."""
     return [value / least if least else math.inf for value, least in zip(values, floor, strict=True)]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest rank: a value that was measured, never one in between."""
+    """Return the percentile by nearest rank: always a value that was measured."""
     return sorted(values)[min(len(values) - 1, int(percent / 100 * len(values)))]
 
 
 def judge(*goals: tuple[str, bool]) -> str:
+    """Return the cell of a table that says which goals are met."""
     return " · ".join(f"{goal} {'met' if met else '**not met**'}" for goal, met in goals)
 
 
 def _cost(answers: list[Any], server_cpu: float | None) -> dict[str, Any]:
-    """What `repeat` answered, for one operation."""
+    """Return the cost of one operation, from the answer of `repeat`."""
     (one,) = answers
     per = 1e6 / one["count"]
     server = None if server_cpu is None else per * server_cpu
@@ -343,7 +356,7 @@ def _cost(answers: list[Any], server_cpu: float | None) -> dict[str, Any]:
 
 
 def _cpu_time(pids: Sequence[int]) -> float | None:
-    """Seconds, exact to the nanosecond: what psutil tells is counted in ticks of 10 ms."""
+    """Return the CPU seconds of these processes, to the nanosecond. Those of psutil have a resolution of 10 ms."""
     try:
         return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9 if pids else None
     except FileNotFoundError:
@@ -357,7 +370,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-# ---- a child: enters `make` once, then answers one line of JSON with another, until the socket is closed
+# ---- a child: enters `make` once, then answers each line of JSON with a line, until the socket is closed
 
 
 class _Child:
@@ -392,6 +405,7 @@ class _Child:
 
 
 def child(payload: bytes, sock: socket.socket) -> None:
+    """Run one contender, in a worker process of the lab."""
     asyncio.run(_serve(sock, **json.loads(payload)))
 
 
@@ -401,7 +415,7 @@ async def _serve(sock: socket.socket, script: str, make: str, args: list[str]) -
         async with getattr(module, make)(*args) as subject:
             wire.write("null\n")
             wire.flush()
-            for line in wire:  # blocks the loop on purpose: while others are measured, nothing runs here
+            for line in wire:  # blocks the loop on purpose: nothing runs here while others are measured
                 request = json.loads(line)
                 answer = await getattr(module, request.pop("do"))(subject, **request)
                 wire.write(json.dumps(answer) + "\n")
@@ -409,7 +423,7 @@ async def _serve(sock: socket.socket, script: str, make: str, args: list[str]) -
 
 
 async def repeat(once: Callable[[], Any], seconds: float) -> dict[str, float]:
-    """Calls a function, or awaits a coroutine function, over and over."""
+    """Call a function, or await a coroutine function, again and again. Return count, seconds and CPU seconds."""
     count, awaited = 0, inspect.iscoroutinefunction(once)
     cpu, begin = time.process_time(), time.perf_counter()
     now = begin

@@ -1,4 +1,4 @@
-"""What the commands share: errors that tell the caller what to do, JSON, and an open lab."""
+"""What the commands share: usage errors, JSON output, and opening a lab."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Usage(Exception):
-    """What the caller can do about it, in one line: the whole answer of the program."""
+    """A usage error. Its message is one line that says what to do, and all that the program prints."""
 
 
 def print_json(document: Any) -> None:
@@ -16,7 +16,7 @@ def print_json(document: Any) -> None:
 
 
 async def open_lab(seed: int) -> Any:
-    """Open a lab, or raise Usage with the command that brings the missing server."""
+    """Open a lab. Raises Usage with the command that installs a missing server."""
     from distsys.lab.session import Lab
     from distsys.lab.testbed.servers import ServerUnavailable
 

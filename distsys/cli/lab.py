@@ -12,7 +12,7 @@ from distsys.cli.common import Usage
 
 
 def lab(options: argparse.Namespace) -> int:
-    """Become a JupyterLab on the notebooks of this folder, or of the project."""
+    """Replace this process by a JupyterLab on the notebooks of this folder, or of the project."""
     import_module("jupyterlab")
     from jupyter_core.paths import jupyter_runtime_dir
 
@@ -31,22 +31,22 @@ def lab(options: argparse.Namespace) -> int:
     try:
         Path(jupyter_runtime_dir()).mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise Usage(f"Jupyter cannot write to {problem.filename}: say  HOME=/a/folder/of/yours make lab") from problem
+        raise Usage(f"Jupyter cannot write to {problem.filename}: run  HOME=/a/folder/of/yours make lab") from problem
     if not os.access(path.parent, os.W_OK):
         print(f"distsys: {path.parent} is read-only: to keep your changes, copy the project's folder", file=sys.stderr)
-    print("JupyterLab starts in a few seconds; Ctrl-C here stops it and all it started", flush=True)
+    print("JupyterLab starts in a few seconds. Ctrl-C here stops it and everything it started.", flush=True)
     settings = {
         "ServerApp.ip": "127.0.0.1",
         "ServerApp.root_dir": str(root),
         "LabApp.default_url": f"/lab/tree/notebooks/{path.name}",
         "ServerApp.open_browser": not options.no_browser,
         "ServerApp.allow_root": not os.geteuid(),
-        "ServerApp.answer_yes": True,  # Ctrl-C means it
+        "ServerApp.answer_yes": True,  # Ctrl-C stops without a question
         "Application.log_level": "WARN",
     }
     if options.port:
         settings |= {"ServerApp.port": options.port, "ServerApp.port_retries": 0}
     arguments = [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in settings.items())]
-    quiet = Path(__file__).parent / "jupyter"  # no news, and checklists open as pages
+    quiet = Path(__file__).parent / "jupyter"  # settings: no news, and Markdown files open as pages
     config = os.pathsep.join(filter(None, (os.environ.get("JUPYTER_CONFIG_PATH"), str(quiet))))
     os.execve(sys.executable, arguments, {**os.environ, "JUPYTER_CONFIG_PATH": config})  # Ctrl-C goes to the server

@@ -1,7 +1,7 @@
 """distsys lab | run | prove | decide.
 
 Exit codes: 0 as expected, 1 a verdict is not as expected, 2 usage or something missing, 130 interrupted.
-What a command started ends with it, Ctrl-C and kill -9 included: the lab's supervisor sees to that.
+What a command started ends with it, also after Ctrl-C and kill -9: the lab's supervisor does that.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ CODES = "exit codes: 0 as expected · 1 a verdict is not as expected · 2 usage 
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     as_written: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     top = argparse.ArgumentParser(prog="distsys", description=ABOUT, epilog=CODES, **as_written)
     top.add_argument("--version", action="version", version=f"distsys {__version__}")
@@ -53,35 +54,35 @@ def parser() -> argparse.ArgumentParser:
     add("--no-browser", action="store_true", help="print the address instead of opening it")
 
     add_run = command("run", run, "run experiments and print a verdict per arm", "slow-holder --runs 20 --seed 7")
-    add_run("experiments", nargs="*", metavar="EXPERIMENT", help="names; none lists them")
+    add_run("experiments", nargs="*", metavar="EXPERIMENT", help="names; without one, they are listed")
     add_run("--list", action="store_true", help="list names and claims, run nothing")
-    add_run("--story", action="store_true", help="tell what happened in the run that decided")
+    add_run("--story", action="store_true", help="print what happened in the run that decided the verdict")
     add_run("--runs", type=int, default=3, metavar="N", help="runs of each arm (default: %(default)s)")
 
     text = "put your own class under the lab's faults, level by level, until one breaks it"
     add_prove = command("prove", prove, text, "mypkg.locks:MyLock --as lock")
     add_prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
     kinds = ["lock", "limiter", "breaker", "retry", "endpoint"]
-    add_prove("--as", dest="kind", choices=kinds, required=True, help="what it promises to be")
+    add_prove("--as", dest="kind", choices=kinds, required=True, help="what kind of rule it is")
     add_prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
-    ttl = "of a lock, seconds: what it is given or has built in (default: %(default)s)"
+    ttl = "seconds: the TTL that a lock is given, or has built in (default: %(default)s)"
     add_prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
 
     text = "whether a pattern pays at your stage, and what is simpler"
     add_decide = command("decide", decide, text, "'rate limiting' --stage Growth --instances 4")
-    add_decide("pattern", nargs="?", metavar="PATTERN", help="any part of its name; none shows them all")
+    add_decide("pattern", nargs="?", metavar="PATTERN", help="any part of its name; without one, all are shown")
     add_decide("--stage", required=True, metavar="STAGE", help=" | ".join(STAGES))
     add_decide("--instances", type=int, required=True, metavar="N", help="server processes that run at the same time")
 
     for add in (add_run, add_prove):
-        add("--seed", type=int, default=7, metavar="N", help="the same seed replays the same run")
+        add("--seed", type=int, default=7, metavar="N", help="the same seed repeats the same run")
     for add in (add_run, add_prove, add_decide):
         add("--json", action="store_true", help="one JSON document on stdout")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What the command answered, as an exit code."""
+    """Run one command and return its exit code."""
     options = parser().parse_args(arguments)
     try:
         code: int = options.call(options)

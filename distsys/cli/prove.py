@@ -13,7 +13,7 @@ from distsys.cli.common import Usage, open_lab, print_json
 
 
 def prove(options: argparse.Namespace) -> int:
-    """Climb the ladder with the candidate that MODULE:NAME names; 1 if it fails a level."""
+    """Test the candidate MODULE:NAME level by level. Return 1 if it fails one."""
     module, _, name = options.candidate.partition(":")
     if not (module and name):
         raise Usage(f"{options.candidate!r} is not MODULE:NAME, as in mypkg.locks:MyLock")

@@ -1,4 +1,4 @@
-"""`python -m distsys.decide README.md`: write the table of the rules anew."""
+"""`python -m distsys.decide README.md`: write the table of the rules into it."""
 
 import sys
 from pathlib import Path

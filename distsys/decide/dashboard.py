@@ -1,8 +1,8 @@
-"""The decision dashboard: three controls and one HTML answer.
+"""The decision dashboard: three controls and an answer in HTML.
 
-An `ipywidgets.HTML` and no `Output`: an error inside an Output passes unseen through papermill. The card brings its
-own light background, so it reads the same in a light and a dark theme; the verdict is a word and a sign, never colour
-alone.
+The answer is an `ipywidgets.HTML`, because papermill does not see an error inside an `Output`. The card has a light
+background of its own, so that it looks the same in light and dark themes. A verdict is a word and a sign, not only a
+colour.
 """
 
 from __future__ import annotations
@@ -15,36 +15,41 @@ import ipywidgets as w
 from distsys.decide.matrix import DONT, PATTERNS, STAGES, Recommendation, Word, recommend
 
 AMBER = ("~", "#7a4b00", "#fff3d6")
-TONES: dict[Word, tuple[str, str, str]] = {  # sign, ink, paper: at least 4.5 : 1
+TONES: dict[Word, tuple[str, str, str]] = {  # (sign, ink, paper) with a contrast of at least 4.5 : 1
     "IN-PROCESS": ("○", "#3d4852", "#e8ecf0"),
     "OVERKILL": ("✕", "#9b1c1c", "#fdeaea"),
     **dict.fromkeys(("BORDERLINE", "SIMPLE ONLY", "SELECTIVE", "WHEN JUSTIFIED"), AMBER),
     "APPROPRIATE": ("✓", "#14592b", "#e3f5e8"),
     "REQUIRED": ("!", "#0b4a8f", "#e3effc"),
 }
-BADGE = "border:1px solid;padding:1px 8px;font-weight:700;white-space:nowrap"  # in the colour of the ink
-HERE = "border:2px solid;padding:2px 8px;font-size:12px;font-weight:700"
-THERE = "border:1px solid #c8ced6;padding:2px 8px;font-size:12px"
+BADGE = "border:1px solid;padding:1px 8px;font-weight:700;white-space:nowrap"
+CURRENT_STAGE = "border:2px solid;padding:2px 8px;font-size:12px;font-weight:700"
+OTHER_STAGE = "border:1px solid #c8ced6;padding:2px 8px;font-size:12px"
 INK, PAPER, QUIET, LINK = "#1f2328", "#ffffff", "#57606a", "#0b57d0"
 
 
 def answer_html(answer: Recommendation, *, base: str = "../") -> str:
-    """The card of one recommendation; links are relative to `base`, the project's folder as seen from the notebook."""
+    """Return the card of one recommendation.
+
+    base  the project's folder, relative to the notebook
+    """
     badge = f"{TONES[answer.verdict][0]} {answer.verdict}"
     parts = [("font-size:18px", f"{_chip(answer.verdict, badge, BADGE)} {escape(answer.pattern.name)}")]
     parts += [("margin:8px 0", escape(answer.reason))]
     instead = "Instead" if answer.verdict in DONT else "Simpler, where it is enough"
     parts += [("margin:2px 0", f"<b>{instead}:</b> {escape(answer.alternative)}")]
-    for one in answer.decisions:
-        parts += [("margin:2px 0", f"<b>{escape(one.topic)}:</b> {escape(one.claim)}")]
-        parts += [(f"margin-left:16px;color:{QUIET}", f"Caveat: {escape(one.caveat)}.")] if one.caveat else []
+    for choice in answer.decisions:
+        parts += [("margin:2px 0", f"<b>{escape(choice.topic)}:</b> {escape(choice.claim)}")]
+        parts += [(f"margin-left:16px;color:{QUIET}", f"Caveat: {escape(choice.caveat)}.")] if choice.caveat else []
     link = f'<a href="{{}}" target="_blank" rel="noopener" style="color:{LINK}">{{}}</a>'
     links = " · ".join(link.format(escape(base + path), escape(label)) for label, path in answer.links)
     parts += [("margin-top:8px", f"Next: {links}")] if links else []
     strip = ""
     for stage, word in zip(STAGES, answer.pattern.cells, strict=True):
-        on = stage == answer.stage and answer.instances > 1
-        strip += _chip(word, f"{'▸ ' if on else ''}{stage}: {word.lower()}", HERE if on else THERE)
+        current = stage == answer.stage and answer.instances > 1
+        strip += _chip(
+            word, f"{'▸ ' if current else ''}{stage}: {word.lower()}", CURRENT_STAGE if current else OTHER_STAGE
+        )
     parts += [("display:flex;flex-wrap:wrap;gap:6px;margin-top:12px", strip)]
     ours = " The verdicts of this pattern are ours." if answer.pattern.ours else ""
     parts += [(f"margin-top:6px;color:{QUIET};font-size:12px", f"The row of the matrix, for several instances.{ours}")]
@@ -56,9 +61,9 @@ def answer_html(answer: Recommendation, *, base: str = "../") -> str:
 
 
 class Dashboard(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
-    """Pattern, stage and number of instances, the recommendation below; every control works from the keyboard.
+    """Controls for pattern, stage and number of instances, with the recommendation below.
 
-    Where no kernel runs (GitHub, an untrusted notebook) the card alone is shown.
+    Every control works from the keyboard. Without a kernel (GitHub, an untrusted notebook) only the card is shown.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Whether to use a pattern at all: the decision matrix, the rule of thumb, the key decisions, the map of the rules.
+"""The decision matrix: whether to use a pattern at all. Also the key decisions and the map of the rules.
 
-The data stands in matrix.toml; here is one pure function over it, `recommend(pattern, stage, instances)`, and its
-tables for README and notebooks. Nothing here imports a driver or the lab.
+The data is in matrix.toml. `recommend(pattern, stage, instances)` is a pure function of it. Nothing here imports a
+driver or the lab.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ DONT: tuple[Word, ...] = ("IN-PROCESS", "OVERKILL")
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """A row of the matrix. `ours` marks a row that is this project's own opinion."""
+    """A row of the matrix."""
 
     name: str
     cells: Sequence[Word]  # one for each stage
-    alternative: str  # simpler, and enough until the matrix says otherwise
+    alternative: str  # simpler, and enough unless the cell says otherwise
     in_process: str  # what one instance does instead
     when: str  # the fact that makes it necessary
     rules: Sequence[str]
-    ours: bool = False
+    ours: bool = False  # an opinion of this project
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyDecision:
-    """A claim the notebooks back with evidence; `caveat` and `evidence` are filled in when an experiment has spoken."""
+    """A claim about a choice inside a pattern, with the caveat and the evidence that experiments gave."""
 
     topic: str
     claim: str
@@ -50,7 +50,7 @@ class KeyDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One of the sixteen. `modules` is empty until it is built; paths are relative to the project's folder."""
+    """One of the sixteen rules. `modules` is empty until it is built. Paths are relative to the project's folder."""
 
     category: str
     impact: Literal["critical", "high"]
@@ -63,7 +63,7 @@ class Rule:
 
     @property
     def links(self) -> tuple[tuple[str, str], ...]:
-        """(label, path) of what a reader opens next; none while the rule is not built."""
+        """The pages to read next, as (label, path). Empty while the rule is not built."""
         if not self.modules:
             return ()
         deep = tuple((Path(path).stem.replace("_", " "), path) for path in self.references)
@@ -90,6 +90,8 @@ RULES = tuple(
 
 @dataclass(frozen=True)
 class Recommendation:
+    """What to do about one pattern at one stage: the verdict, the reason, and a simpler alternative."""
+
     pattern: Pattern
     stage: Stage
     instances: int
@@ -108,28 +110,30 @@ class Recommendation:
 
 
 def recommend(pattern: str, stage: str, instances: int) -> Recommendation:
-    """What to do about `pattern` at this stage, with this many server processes running at the same time.
+    """Return what to do about a pattern at this stage.
 
-    Four workers of one web server are four instances. One instance gets the in-process alternative whatever the stage:
-    the matrix answers a question that only arises with the second one.
+    pattern    its name, or a part that only one name has
+    instances  server processes that run at the same time; four workers of one web server are four
+    One instance gets the in-process alternative at every stage, because it has nobody to coordinate with.
+    Raises ValueError, which names the choices.
     """
     row, column = find(pattern), next((n for n, name in enumerate(STAGES) if name.lower() == stage.lower()), None)
     if column is None:
         raise ValueError(f"stage {stage!r} is none of {', '.join(STAGES)}")
     if instances < 1:
-        raise ValueError(f"instances is {instances}: it counts running server processes, so at least 1")
+        raise ValueError(f"instances must be at least 1 (got {instances}): count running server processes")
     verdict, why, alternative = row.cells[column], row.when, row.alternative
     if instances == 1:
-        why = "Count again before a rolling deploy or a second worker: then there are two."
+        why = "A rolling deploy or a second worker makes two: ask again before that."
         verdict, alternative = "IN-PROCESS", row.in_process
-    decisions = tuple(one for one in DECISIONS if row.name in one.patterns and verdict not in DONT)
+    decisions = tuple(choice for choice in DECISIONS if row.name in choice.patterns and verdict not in DONT)
     links = dict.fromkeys(link for rule in RULES if rule.name in row.rules for link in rule.links)
     reason = f"{MEANING[verdict]} {why}"
     return Recommendation(row, STAGES[column], instances, verdict, reason, alternative, decisions, tuple(links))
 
 
 def find(pattern: str) -> Pattern:
-    """The row whose name is, or alone contains, `pattern`, whatever its case; a hyphen may stand for a space."""
+    """Return the row whose name is `pattern`, or the only one that contains it. Case and hyphens do not matter."""
     wanted = pattern.strip().lower().replace("-", " ")
     hits = [row for row in PATTERNS if wanted and wanted in row.name.lower()]
     hits = [row for row in hits if wanted == row.name.lower()] or hits

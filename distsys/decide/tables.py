@@ -15,24 +15,27 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def stage_strip(pattern: str) -> str:
-    """The row of the matrix alone, for a notebook's title."""
+    """Return one row of the matrix as a table, for the title of a notebook."""
     return _markdown(STAGES, [[word.lower() for word in find(pattern).cells]])
 
 
 def matrix_markdown() -> str:
-    """The whole matrix as a table, the project's own rows marked."""
+    """Return the whole matrix as a table; rows that are this project's opinion are marked "(ours)"."""
     rows = [(p.name + (" (ours)" if p.ours else ""), *p.cells, p.alternative) for p in PATTERNS]
     return _markdown(("pattern", *STAGES, "simpler alternative"), rows)
 
 
 def decisions_markdown() -> str:
-    """The eight key decisions, with what the experiments had to say so far."""
+    """Return the key decisions as a table, with caveats and evidence."""
     rows = [(d.topic, d.claim, d.caveat or "", d.evidence or "coming") for d in DECISIONS]
     return _markdown(("decision", "claim", "caveat", "evidence"), rows)
 
 
 def rules_markdown(base: str = "") -> str:
-    """The sixteen rules as a table: promises from the modules' docstrings, links below `base` ("../" in a notebook)."""
+    """Return the sixteen rules as a table, with the promises in their modules' docstrings.
+
+    base  put before each link: "../" in a notebook
+    """
     rows, last = [], ""
     for rule in RULES:
         category = f"{rule.category} ({rule.impact})" if rule.category != last else ""
@@ -44,10 +47,10 @@ def rules_markdown(base: str = "") -> str:
 
 
 def promise(rule: Rule) -> str:
-    """The first clause of the Promise of the rule's first module, read from its source: nothing is imported."""
+    """Return the first clause of Promise in the docstring of the rule's first module, which is not imported."""
     path = Path(__file__).parents[2] / rule.modules[0]
     docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    found = re.search(r"^Promise (.*(?:\n .*)*)", docstring, re.MULTILINE)  # with the indented lines that follow
+    found = re.search(r"^Promise (.*(?:\n .*)*)", docstring, re.MULTILINE)  # with the indented lines below it
     if found is None:
         raise ValueError(f"{path}: its docstring has no line that begins with 'Promise'")
     return re.split(r"[;:.] |\.$", " ".join(found[1].split()))[0]
@@ -57,6 +60,6 @@ MARKS = "<!-- the rules: written by `make readme` -->", "<!-- end of the rules -
 
 
 def refresh(text: str) -> str:
-    """A README with the table between its two marks written anew."""
+    """Return a README with a new table between its two marks."""
     head, rest = text.split(MARKS[0])
     return f"{head}{MARKS[0]}\n{rules_markdown()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"

@@ -54,9 +54,9 @@ def test_help_shows_every_command_an_example_of_each_and_the_exit_codes(capsys: 
         (["decide", "locks"], "the following arguments are required: --stage, --instances"),
         (["decide", "locks", "--stage", "Seed", "--instances", "2"], "'Seed' is none of Interview"),
         (["decide", "mutex", "--stage", "mvp", "--instances", "2"], "'mutex' is none of Event sourcing"),
-        (["decide", "locks", "--stage", "mvp", "--instances", "0"], "at least 1"),
+        (["decide", "locks", "--stage", "mvp", "--instances", "0"], "instances must be at least 1 (got 0)"),
         (["run", "no-such"], "no experiment 'no-such': run  distsys run --list"),
-        (["run", "no-lock", "--runs", "0"], "--runs 0: at least 1"),
+        (["run", "no-lock", "--runs", "0"], "--runs must be at least 1 (got 0)"),
         (["prove", "MyLock", "--as", "lock"], "'MyLock' is not MODULE:NAME"),
         (["prove", "no_such.module:MyLock", "--as", "lock"], "cannot import 'no_such'"),
         (["prove", "distsys.errors:Nope", "--as", "lock"], "has no attribute 'Nope'"),
@@ -169,4 +169,4 @@ def test_a_home_that_cannot_be_written_is_one_line_too(
     """As in many containers."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/proc/nowhere")
     assert cli.main(["lab"]) == 2
-    assert capsys.readouterr().err.startswith("distsys: Jupyter cannot write to /proc/nowhere: say  HOME=")
+    assert capsys.readouterr().err.startswith("distsys: Jupyter cannot write to /proc/nowhere: run  HOME=")

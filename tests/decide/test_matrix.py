@@ -69,7 +69,7 @@ def test_the_answer_for_locks_changes_from_mvp_to_enterprise() -> None:
         ("", "MVP", 2, "'' is none of"),
         ("ing", "MVP", 2, "may be any of Event sourcing, Rate limiting"),
         ("locks", "Seed", 2, "'Seed' is none of Interview, Hackathon"),
-        ("locks", "MVP", 0, "instances is 0: it counts running server processes, so at least 1"),
+        ("locks", "MVP", 0, "instances must be at least 1 (got 0): count running server processes"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_would_be_right(
