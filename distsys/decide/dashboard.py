@@ -47,9 +47,8 @@ def answer_html(answer: Recommendation, *, base: str = "../") -> str:
     strip = ""
     for stage, word in zip(STAGES, answer.pattern.cells, strict=True):
         current = stage == answer.stage and answer.instances > 1
-        strip += _chip(
-            word, f"{'▸ ' if current else ''}{stage}: {word.lower()}", CURRENT_STAGE if current else OTHER_STAGE
-        )
+        style = CURRENT_STAGE if current else OTHER_STAGE
+        strip += _chip(word, f"{'▸ ' if current else ''}{stage}: {word.lower()}", style)
     parts += [("display:flex;flex-wrap:wrap;gap:6px;margin-top:12px", strip)]
     ours = " The verdicts of this pattern are ours." if answer.pattern.ours else ""
     parts += [(f"margin-top:6px;color:{QUIET};font-size:12px", f"The row of the matrix, for several instances.{ours}")]

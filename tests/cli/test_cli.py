@@ -78,7 +78,7 @@ def test_wrong_use_is_exit_code_2_and_one_line_that_says_what_would_be_right(
 
 
 def test_decide_answers_for_one_pattern_or_all_in_words_or_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """The same answer as recommend()."""
+    """The command gives the answer of recommend()."""
     assert cli.main(["decide", "locks", "--stage", "enterprise", "--instances", "3"]) == 0
     assert "Distributed locks at Enterprise, 3 instances: REQUIRED" in capsys.readouterr().out
     assert cli.main(["decide", "--stage", "mvp", "--instances", "1", "--json"]) == 0
@@ -166,7 +166,7 @@ def test_an_occupied_port_is_one_line_that_names_a_free_one(capsys: pytest.Captu
 def test_a_home_that_cannot_be_written_is_one_line_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in many containers."""
+    """Many containers have such a home."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/proc/nowhere")
     assert cli.main(["lab"]) == 2
     assert capsys.readouterr().err.startswith("distsys: Jupyter cannot write to /proc/nowhere: run  HOME=")

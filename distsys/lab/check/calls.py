@@ -1,4 +1,4 @@
-"""Checks of circuit breaker, retry and bulkhead: how many requests are sent, who is answered, who waits in vain."""
+"""Checks of circuit breaker, retry and bulkhead: the requests sent, the calls answered, and the waits in vain."""
 
 from __future__ import annotations
 

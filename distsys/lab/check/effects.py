@@ -38,9 +38,8 @@ def exactly_once(history: History) -> Finding:
     if not (repeated or lost):
         return inconclusive(f"no request was repeated, {count(len(history.where('request')), 'request')}")
     unknown = f", {lost:,} without an answer" if lost else ""
-    return Finding(
-        "HELD", f"{count(len(requests), 'key')} applied as asked, {repeated:,} asked for more than once{unknown}"
-    )
+    keys = count(len(requests), "key")
+    return Finding("HELD", f"{keys} applied as asked, {repeated:,} asked for more than once{unknown}")
 
 
 def somebody_answered(history: History) -> Finding:

@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 WIDTH, MARGIN = 720, 18  # px
 PAPER, INK, GREY, LINE, PLATE, ALARM = "#ffffff", "#1f2328", "#57606a", "#d8dee4", "#f3f4f6", "#ffd33d"
 RED, GREEN, AMBER, BLUE, HOLD = "#b3121d", "#1a6334", "#7d4e00", "#0a3d70", "#cfe2f6"
+STATUS_COLOUR = {"HELD": GREEN, "VIOLATED": RED, "INCONCLUSIVE": AMBER}
 TEXT_ON = [  # every pair of text colour and ground in use
     *((ink, PAPER) for ink in (INK, GREY, RED, GREEN, AMBER, BLUE)), (BLUE, HOLD), (GREY, PLATE), (INK, PLATE),
     (INK, ALARM), *((PAPER, ground) for ground in (RED, GREEN, AMBER)),

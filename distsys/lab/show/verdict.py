@@ -14,12 +14,11 @@ from distsys.lab.show.html import escape, number_text, table
 from distsys.lab.show.story import story
 from distsys.lab.show.svg import (
     ALARM,
-    AMBER,
-    GREEN,
     LINE,
     MARGIN,
     PAPER,
     RED,
+    STATUS_COLOUR,
     WIDTH,
     box,
     document,
@@ -30,7 +29,7 @@ from distsys.lab.show.svg import (
 from distsys.lab.show.timeline import timeline
 
 MARK = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
-COLOUR = {"HELD": GREEN, "VIOLATED": RED, "INCONCLUSIVE": AMBER}
+COLOUR = STATUS_COLOUR  # old name, until the other rooms use the new one
 ICON = {"HELD": "M0 5l4 4 8-9", "VIOLATED": "M1 0l9 9m0-9l-9 9", "INCONCLUSIVE": ""}
 MAX_ROWS = 12  # of the table of violations; the rest is counted
 
@@ -110,7 +109,7 @@ class Verdict:
 
     def svg(self) -> str:
         """Return the card as SVG: badge, timeline and story in one picture."""
-        out, y, colour = list[str](), 14.0, COLOUR[self.status]
+        out, y, colour = list[str](), 14.0, STATUS_COLOUR[self.status]
 
         def flow(text: str, step: float, css: str, *, x: float = MARGIN, size: float = 13, lines: int = 2,
                  lift: float = 0.0, style: str = "") -> None:  # fmt: skip
@@ -205,7 +204,7 @@ class Verdicts(list[Verdict]):
             violations = f"{len(v.finding.violations):,}"
             rows.append((v.title, verdict, (v.expected or "").lower(), str(v.runs), *stats, violations))
         # One picture for each status; the other arms tell their story in words, so that a notebook stays small.
-        first_of = [next((v for v in self if v.status == status), None) for status in COLOUR]
+        first_of = [next((v for v in self if v.status == status), None) for status in STATUS_COLOUR]
         cards = []
         for v in self:
             line = f"<summary>{escape(v.title)}: {escape(v.badge)}</summary>"

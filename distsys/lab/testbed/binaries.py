@@ -70,9 +70,7 @@ def _in_wheels(kind: Kind) -> list[Path]:
 def _installed(kind: Kind) -> list[Path]:
     folders = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/usr/local/sbin"]
     commands = [shutil.which(command, path=os.pathsep.join(folders)) for command in _COMMANDS.get(kind, [kind])]
-    found = [
-        Path(command).resolve() for command in commands if command
-    ]  # resolved, because initdb is beside the real file
+    found = [Path(command).resolve() for command in commands if command]  # initdb is beside the real file
     for folder in _FOLDERS.get(kind, []):
         found += _newest_first(Path("/"), f"{folder}/bin/{kind}")
     return found

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 CHUNK_BYTES = 1 << 16
 MAX_CHUNKS = 64  # buffered in each direction of a connection; the kernel holds the rest
 
+Chunks = asyncio.Queue[tuple[float, bytes]]  # when each is due, by the clock of the loop
+
 
 class TcpProxy:
     """A proxy from 127.0.0.1:`port` to a server. A fault applies to every connection, also to later ones."""
@@ -117,7 +119,7 @@ class _Link:
             self.writers.append(server)
             async with asyncio.TaskGroup() as group:
                 for kind, reader, writer in (("requests", requests, server), ("replies", replies, self.writers[0])):
-                    queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_CHUNKS)
+                    queue: Chunks = asyncio.Queue(MAX_CHUNKS)
                     group.create_task(self._receive(reader, queue))
                     group.create_task(self._forward(kind, queue, writer))
             for writer in self.writers:
@@ -137,15 +139,13 @@ class _Link:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.transport.abort()
 
-    async def _receive(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _receive(self, reader: asyncio.StreamReader, queue: Chunks) -> None:
         clock = asyncio.get_running_loop().time
         while data := await reader.read(CHUNK_BYTES):
             await queue.put((clock() + self.proxy.delay_seconds, data))
         await queue.put((clock() + self.proxy.delay_seconds, b""))
 
-    async def _forward(
-        self, kind: str, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
-    ) -> None:
+    async def _forward(self, kind: str, queue: Chunks, writer: asyncio.StreamWriter) -> None:
         data = b"\0"
         while data:
             due, data = await queue.get()

@@ -76,9 +76,8 @@ def end(folder: Path, find: Callable[[], list[psutil.Process]]) -> None:
         for process in orderly:
             send(process, signal.SIGQUIT)
         for process in left:
-            send(
-                process, signal.SIGCONT if process in spared else signal.SIGKILL
-            )  # a paused process must run to obey SIGQUIT
+            # A paused process must run to obey SIGQUIT.
+            send(process, signal.SIGCONT if process in spared else signal.SIGKILL)
         time.sleep(0.005)
 
 

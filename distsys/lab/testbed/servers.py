@@ -309,9 +309,8 @@ class Servers:
         async with self._starting["initdb"]:
             data = self.home("initdb") / "data"
             if not data.is_dir():
-                part = data.with_name(
-                    secrets.token_hex(4)
-                )  # another folder, because initdb may run on for a moment if this is cancelled
+                # Another folder for each try, because initdb may run on for a moment if this is cancelled.
+                part = data.with_name(secrets.token_hex(4))
                 argv = [str(program.with_name("initdb")), "-D", str(part), "--locale=C", "--encoding=UTF8", "--no-sync"]
                 argv += ["--username=postgres", "--auth=trust"]
                 process = await self._launch("initdb", "postgres", argv)

@@ -163,7 +163,7 @@ NO_ANSWER = history(op("w1", "admit", 0, None), op("w1", "admit", 0.1, None), *a
 
 REFUSING = history(*asks(3, status="fail"), faults=[(2, "server", "redis", "hung")])
 STARVED = history(*asks(0, 0.2), *asks(0.5, 1.5, status="fail"))
-SO_FAR = history(*asks(0, 0.2), *asks(0.5, status="fail"))  # whoever asks no more shows nothing
+SO_FAR = history(*asks(0, 0.2), *asks(0.5, status="fail"))  # without a later request nothing is shown
 MAYBE_USED = history(*asks(0, 0.1, status="info"), *asks(0.3, status="fail"), *asks(2))
 STILL_MAYBE = history(*asks(0, 0.1, status="info"), *asks(1.9, status="fail"), *asks(2))  # it may land late
 IN_FLIGHT = history(*asks(0, 0.1, lasting=5), *asks(4, status="fail"), *asks(5.5))
@@ -563,10 +563,10 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (sends_2_each, "asks for no failure", unless_violated(sends_2_each), "ALL_IS_WELL"),
     (answered, "is content with one", edited(answered, without("call", "fail")), "STAYS_OPEN"),
     (answered, "looks at the whole run", faultless(answered, "killed", "restarted"), "OPENS_AND_CLOSES"),
-    (answered, "overlooks who waits for ever", edited(answered, in_the_end), "CALL_UNANSWERED"),
+    (answered, "overlooks a call that waits for ever", edited(answered, in_the_end), "CALL_UNANSWERED"),
     (answered, "takes a script's hold for a fault", faults(answered, kind="x"), "HELD_BACK_BY_A_SCRIPT"),
     (fast_answered, "looks at all", answered, "OTHERS_WAIT"),
-    (fast_answered, "overlooks who waits for ever", edited(fast_answered, in_the_end), "FAST_WAITS"),
+    (fast_answered, "overlooks a call that waits for ever", edited(fast_answered, in_the_end), "FAST_WAITS"),
     (fast_answered, "takes nobody for everybody", unless_violated(fast_answered), "ALL_IS_WELL"),
     (refused, "takes every wait for one in vain", edited(refused, without("request")), "WAITS_THEN_SENDS"),
     (refused, "blames the wrong process", edited(refused, lambda o: replace(o, process="w1")), "ANOTHER_WAITS"),
@@ -642,7 +642,7 @@ def test_exclusion_agrees_with_comparing_every_pair(spans: list[tuple[str, float
 
 @given(st.lists(st.tuples(st.sampled_from(["w1", "w2", "w3"]), st.floats(0.1, 5)), min_size=2, max_size=30))
 def test_a_serial_history_of_waiting_workers_is_held(turns: list[tuple[str, float]]) -> None:
-    """Whoever asks while another holds, and enters after it left, has been kept out."""
+    """A process that asks while another holds, and enters after it left, was kept out."""
     ops, now = [], 0.0
     for n, (who, lasting) in enumerate(turns):
         asked = now - 0.05 if n and turns[n - 1][0] != who else now
@@ -702,7 +702,7 @@ def test_an_exact_bucket_is_never_accused(requests: list[tuple[float, float, flo
 def test_an_exact_window_is_never_accused(
     requests: list[tuple[float, float, float, int]], n: int, window: float
 ) -> None:
-    """Nor is one; and what a bucket of the same size and rate refuses, the window refuses, too."""
+    """It is accused of nothing, and it refuses what a bucket of the same size and rate refuses."""
     log, bucket, used, last = list[tuple[float, int]](), list[Op](), 0.0, 0.0
     ops = []
     for t, called, returned, cost in requests:

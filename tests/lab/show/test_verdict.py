@@ -109,7 +109,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_what_was_done_twice_is_written_twice() -> None:
-    """The request around an effect does not take its words their place."""
+    """The label of a request does not take the place of the label of its effect."""
     ops = [op("w1", name, t, t + 0.2, "order-1") for t in (1.0, 4.0) for name in ("request", "apply")]
     past = history(*ops, applied={"order-1": 2})
     assert timeline_svg(past, exactly_once(past)).count(">a order-1<") == 2
@@ -228,14 +228,14 @@ def test_at_most_sixty_bars_are_drawn_and_the_rest_is_counted(rounds: int, more:
 
 
 def test_a_crowd_of_processes_is_cut_to_twelve_lanes() -> None:
-    """And says how many more there were."""
+    """The picture says how many more there were."""
     texts = list(ElementTree.fromstring(SCENES["crowd"].svg()).itertext())
     assert sum(re.fullmatch(r"w\d+", text) is not None for text in texts) == LANES
     assert "+18 more processes" in texts
 
 
 def test_the_picture_zooms_on_the_first_violation() -> None:
-    """Of a minute, the reader sees the tenth of a second that matters, and is told so."""
+    """The picture shows the tenth of a second that matters in a minute, and says so."""
     calm = [o for n in range(30) for o in section("w3", 2.0 * n, 2.0 * n + 0.1, 2.0 * n + 0.2)]
     clash = [*section("w1", 30.4, 30.5, 30.9), *section("w2", 30.6, 30.7, 31.0)]
     past = history(*calm, *clash, ended=60)
@@ -320,7 +320,7 @@ def test_the_story_of_a_lock_that_nobody_gets_again() -> None:
 
 
 def test_the_story_calls_an_update_lost_if_its_overwriter_had_read_before_it() -> None:
-    """Whatever the values: who read after the other's write keeps it."""
+    """The values do not matter: a process that read after the other's write keeps it."""
     both = [*section("w1", 0, 1, 9), *section("w2", 0.5, 2, 8), op("w2", "write", 3, 3.1, 10)]
     blind = history(*both, op("w1", "read", 2, 2.5, 0), op("w1", "write", 4, 4.1, 1))
     assert "w1 wrote 1 at 4.10 s, over w2's 10: one update is lost." in story(blind, mutual_exclusion(blind))
@@ -357,7 +357,7 @@ def test_the_badge_counts_the_runs() -> None:
     assert SCENES["empty"].badge.startswith("? INCONCLUSIVE - nobody acquired")
 
 
-def test_an_unexpected_verdict_jumps_to_the_eye() -> None:
+def test_an_unexpected_verdict_is_hard_to_miss() -> None:
     """In the line, in the card, in its alternative text, and in the comparison."""
     wrong = overlap(expected="HELD")
     assert str(wrong).endswith("(EXPECTED: HELD)")
@@ -391,7 +391,7 @@ def test_the_dict_is_json_and_has_all_of_the_verdict() -> None:
 
 
 def test_the_alternative_text_is_badge_and_story() -> None:
-    """Who cannot see the picture misses nothing of the argument."""
+    """A reader who cannot see the picture gets the whole argument."""
     alt = Page(overlap()._repr_html_()).images[0]["alt"]
     assert "✗ VIOLATED - 2 holders at once" in alt
     assert all(sentence in alt for sentence in story(paused(), overlap().finding))
@@ -416,7 +416,7 @@ def test_long_tables_are_cut_and_counted() -> None:
 
 
 def test_the_summary_of_several_arms_is_words_only() -> None:
-    """The same in every run, so a notebook can be compared with it."""
+    """Every run gives the same text, so that the output of a notebook can be compared."""
     arms = Verdicts([overlap(title="Textbook"), held(title="RedisLock"), held(title="Mine", expected=None)])
     assert arms.summary() == "Textbook: VIOLATED (as expected)\nRedisLock: HELD (as expected)\nMine: HELD"
     assert "NOT as expected: HELD" in Verdicts([overlap(expected="HELD")]).summary()

