@@ -66,9 +66,9 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
             during = [p for p in pauses(history) if is_task_of(hold.process, p[0]) and p[2] <= hold.lease_end < p[3]]
             why = f" while it was {FAULT_WORDS[during[0][1]]}" if during else ""
             yield hold.lease_end, 0, f"{hold.process}'s lease ended at {at(hold.lease_end)}{why}."
-    for who, kind, a, b in pauses(history):
-        if any(is_task_of(process, who) for process in processes) and a <= until and b >= begin:
-            yield a, 2, f"{who} was {FAULT_WORDS[kind]} at {at(a)}, for {duration_text(b - a)}."
+    for target, kind, a, b in pauses(history):
+        if any(is_task_of(process, target) for process in processes) and a <= until and b >= begin:
+            yield a, 2, f"{target} was {FAULT_WORDS[kind]} at {at(a)}, for {duration_text(b - a)}."
     for age, fault in enumerate(reversed([f for f in _other_faults(history) if f.at <= until])):
         yield fault.at, 1 + age, f"t={at(fault.at)}: {fault_text(fault)}."
     for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):

@@ -74,18 +74,18 @@ class _Picture:
     def draw(self) -> None:
         """Draw all layers into `out`, and set `bottom`."""
         finding = self.finding
-        self.clashes = [(a, b) for a, b in conflicts(self.history) if a in self.bars and b in self.bars]
+        self.overlaps = [(a, b) for a, b in conflicts(self.history) if a in self.bars and b in self.bars]
         flags = self._place_flags()
         asked = bool(self.history.where("call"))
         admits = [op for op in finding.witness if (op.name == "admit" or asked) and finding.status == "VIOLATED"]
-        self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.clashes or admits else 6.0)
+        self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.overlaps or admits else 6.0)
         self.lane = {name: self.top + LANE * n for n, name in enumerate(self.lanes)}
         self.bottom = self.top + LANE * len(self.lanes)
         self._background()
         self._waits()
         self._bars()
         self._decisions(admits)
-        self._clashes()
+        self._overlaps()
         self._tokens()
         self._flags(flags)
         self._marks()
@@ -111,8 +111,8 @@ class _Picture:
         for name, y in self.lane.items():
             self.line(f"M{MARGIN} {y + LANE}H{WIDTH - MARGIN}", "grid")
             self.out.append(put(MARGIN, y + 18, cut(name, self.left - MARGIN - 8, bold=True), "bold"))
-        for who, kind, a, b in pauses(history):
-            for y in (y for name, y in self.lane.items() if is_task_of(name, who) and self.shows(a, b)):
+        for target, kind, a, b in pauses(history):
+            for y in (y for name, y in self.lane.items() if is_task_of(name, target) and self.shows(a, b)):
                 self.out.append(box(self.x(a), y + 1, max(2, self.x(b) - self.x(a)), LANE - 2, "pause", 0))
                 self.icons[FAULT_WORDS[kind]] = box(-9, -6, 18, 12, "pause", 0), 18
 
@@ -186,23 +186,23 @@ class _Picture:
         self.out.append(put(x + 7, self.top - 8, text, "small middle bold red halo" if bad else "small middle halo"))
         return x + half
 
-    def _clashes(self) -> None:
+    def _overlaps(self) -> None:
         """Draw the intervals with two holders, hatched in both lanes; red where that breaks the promise."""
         written, bad = 0.0, self.finding.status == "VIOLATED"
-        both = [(b.start, min(a.end, b.end), {a.process, b.process}) for a, b in self.clashes]
-        for process in dict.fromkeys(span.process for pair in self.clashes for span in pair):
-            for start, end, _ in _merged((a, b) for a, b, who in both if process in who):
+        both = [(b.start, min(a.end, b.end), {a.process, b.process}) for a, b in self.overlaps]
+        for process in dict.fromkeys(span.process for pair in self.overlaps for span in pair):
+            for start, end, _ in _merged((a, b) for a, b, holders in both if process in holders):
                 x, css = self.x(start), "violation" if bad else "overlap"
                 self.out.append(box(x, self.lane[process] + 4, max(4, self.x(end) - x), BAR, css))
                 self.icons["two hold at once"] = box(-9, -6, 18, 12, css), 18
         for start, end, _ in _merged((a, b) for a, b, _ in both):
-            begun = [b.start for _, b in self.clashes if start <= b.start <= end]
+            begun = [b.start for _, b in self.overlaps if start <= b.start <= end]
             crowd = max(len({s.process for s in self.bars if s.start <= t < s.end}) for t in begun)
             written = self._bracket(self.x(start), self.x(end), f"{max(2, crowd)} holders", bad=bad, after=written)
 
     def _tokens(self) -> None:
         """Draw each fencing token in its bar, or beside it if there is room."""
-        clashing = [bar for pair in self.clashes for bar in pair]
+        overlapping = [bar for pair in self.overlaps for bar in pair]
         for n, bar in enumerate(self.bars):
             if bar.op.token is None:
                 continue
@@ -212,7 +212,7 @@ class _Picture:
             later = [self.x(other.start) for other in self.bars[n + 1 :] if other.process == bar.process]
             if x1 - x0 > wide + 4:
                 middle = (x0 + x1) / 2
-                self.out.append(box(middle - wide / 2 - 3, y - 11, wide + 6, 13, "label") if bar in clashing else "")
+                self.out.append(box(middle - wide / 2 - 3, y - 11, wide + 6, 13, "label") if bar in overlapping else "")
                 self.out.append(put(middle, y, text, "small middle bold blue"))
             elif any(f.at == bar.end and f.kind == "killed" for f in self.history.faults):
                 self.out.append(put(x0 - 3, y, text, "small bold blue halo end") if x0 - wide > self.left else "")
@@ -308,8 +308,8 @@ def _zoom(history: History, finding: Finding, t0: float, t1: float) -> tuple[flo
     times = [t for op in finding.witness for t in (op.called, history.until(op))]
     times += [min(a.end, b.end) for a, b in conflicts(history) if a in spans and b in spans and a.op in finding.witness]
     low, high = min(times), max(times)
-    for who, _, a, b in pauses(history):
-        if any(is_task_of(process, who) for process in acts) and a <= high and b >= low:
+    for target, _, a, b in pauses(history):
+        if any(is_task_of(process, target) for process in acts) and a <= high and b >= low:
             low, high = min(low, a), max(high, b)
     if len(spans) > 1:
         low = min(low, spans[0].start)
