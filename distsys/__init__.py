@@ -1,4 +1,4 @@
-"""Sixteen rules for distributed systems, each shown breaking and holding on real servers.
+"""Sixteen rules for distributed systems, each shown failing and then holding up on real servers.
 
 Names are loaded when first used: `import distsys` imports no driver. They are listed once, in `__init__.pyi`.
 """

@@ -1,4 +1,4 @@
-"""`distsys decide`: whether a pattern pays at your stage, and what is simpler."""
+"""`distsys decide`: whether a pattern pays off at your stage, and a simpler alternative."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from distsys.cli.run import run
 from distsys.decide.matrix import STAGES
 
 ABOUT = """\
-Sixteen rules for distributed systems, each shown breaking and holding on real Redis and PostgreSQL.
+Sixteen rules for distributed systems, each shown failing and then holding up on real Redis and PostgreSQL.
 
   distsys lab                                  open the notebooks in JupyterLab
   distsys run --list                           the experiments and their claims
   distsys run slow-holder --runs 20            run one; every arm gets a verdict: HELD, VIOLATED or INCONCLUSIVE
-  distsys prove mypkg.locks:MyLock --as lock   put your own lock under the same faults and the same checker
+  distsys prove mypkg.locks:MyLock --as lock   test your own lock under the same faults and checker
   distsys decide locks --stage MVP --instances 3
 
 Servers are started for you and end with the command. To use your own, set DISTSYS_REDIS_URL and DISTSYS_POSTGRES_URL.
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add_run("--story", action="store_true", help="print what happened in the run that decided the verdict")
     add_run("--runs", type=int, default=3, metavar="N", help="runs of each arm (default: %(default)s)")
 
-    text = "put your own class under the lab's faults, level by level, until one breaks it"
+    text = "test your own class under the lab's faults, level by level, until one breaks it"
     add_prove = command("prove", prove, text, "mypkg.locks:MyLock --as lock")
     add_prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
     kinds = ["lock", "limiter", "breaker", "retry", "endpoint"]
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     ttl = "seconds: the TTL that a lock is given, or has built in (default: %(default)s)"
     add_prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
 
-    text = "whether a pattern pays at your stage, and what is simpler"
+    text = "whether a pattern pays off at your stage, and a simpler alternative"
     add_decide = command("decide", decide, text, "'rate limiting' --stage Growth --instances 4")
     add_decide("pattern", nargs="?", metavar="PATTERN", help="any part of its name; without one, all are shown")
     add_decide("--stage", required=True, metavar="STAGE", help=" | ".join(STAGES))

@@ -1,4 +1,4 @@
-"""`distsys prove`: put your own class under the lab's faults, level by level, until one breaks it."""
+"""`distsys prove`: test your own class under the lab's faults, level by level, until one breaks it."""
 
 from __future__ import annotations
 
