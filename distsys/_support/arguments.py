@@ -1,29 +1,29 @@
-"""Checks of arguments, in the same words everywhere: the name, the value, and what to give instead."""
+"""Checks of arguments. Each error has the same form: the name, the value, and what to give instead."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-YEAR = 366 * 86_400.0  # seconds: a longer duration is a typing error
+YEAR = 366 * 86_400.0  # seconds; a longer duration is taken for a mistake
 
 
 def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:
-    """Return the value if it lies between the bounds, both included."""
+    """Return the value if it lies between the bounds, both included. TypeError, ValueError."""
     if not least <= _number(name, value, unit) <= most:
         raise ValueError(f"{name}={value!r}: give {unit} from {least:g} to {'a year' if most == YEAR else f'{most:g}'}")
     return value
 
 
 def check_positive(name: str, value: float, most: float, unit: str) -> float:
-    """Return the value if it is above 0 and at most `most`."""
+    """Return the value if it is above 0 and at most `most`. TypeError, ValueError."""
     if not 0 < _number(name, value, unit) <= most:
         raise ValueError(f"{name}={value!r}: give {unit} above 0, at most {most:,.0f}")
     return value
 
 
 def check_count(name: str, value: int, least: int, unit: str) -> int:
-    """Return the value if it is a whole number and at least `least`."""
+    """Return the value if it is an int and at least `least`. TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a whole number")
     if value < least:
@@ -32,12 +32,12 @@ def check_count(name: str, value: int, least: int, unit: str) -> int:
 
 
 def check_seconds(name: str, value: float, least: float = 0.001) -> float:
-    """Return the value if it is a duration from `least` seconds to a year."""
+    """Return the value if it is a duration from `least` seconds to a year. TypeError, ValueError."""
     return check_number(name, value, least, YEAR, "seconds")
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Return how long to wait, in seconds: None is for ever, 0 is one try."""
+    """Return how long to wait, in seconds: None is for ever, 0 is one try. TypeError, ValueError."""
     if timeout is None:
         return None
     if not _number("timeout", timeout, "seconds (0 is one try, None is for ever)") >= 0:
@@ -46,9 +46,10 @@ def check_timeout(timeout: float | None) -> float | None:
 
 
 def check_text(name: str, value: Any, example: str = "", *, least: int = 1, most: int | None = None) -> str:
-    """Return the value if it is a str of at least `least` characters that UTF-8 can encode.
+    """Return the value if it is a str of at least `least` characters that UTF-8 can encode. TypeError, ValueError.
 
-    most  bytes; set for text that becomes part of a PostgreSQL key, which can't hold a NUL either
+    example  a good value, for the error
+    most     bytes; set for text that becomes part of a PostgreSQL key, which can't hold a NUL either
     """
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a str{f': {example}' if example else ''}")
@@ -69,7 +70,7 @@ def check_text(name: str, value: Any, example: str = "", *, least: int = 1, most
 
 
 def optional(module: str, extra: str) -> Any:
-    """Import a module of an optional package; ImportError says which extra of distsys brings it."""
+    """Import a module of an optional package; ImportError names the extra of distsys that installs it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""Tasks that are cancelled, and work that goes on when they are."""
+"""Cancellation of tasks, and work that continues after it.
+
+The traps of Python 3.11's wait_for live in this module alone, so that they can go with that version.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ logger = logging.getLogger("distsys.cancellation")
 _background: set[asyncio.Future[Any]] = set()  # asyncio keeps only weak references to tasks
 
 
-async def heard(work: Awaitable[T]) -> T:
-    """Awaits `work`, and raises the cancellation (of a timeout, too) which `work` may have swallowed.
+async def reraise_swallowed_cancel(work: Awaitable[T]) -> T:
+    """Await `work`, and raise the cancellation (also that of a timeout) which `work` may have swallowed.
 
-    wait_for of Python 3.11, by which redis-py sends, does so when its work is done in the same moment.
+    wait_for of Python 3.11, which redis-py uses to send, swallows one that arrives when its work is just done.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
@@ -27,18 +30,22 @@ async def heard(work: Awaitable[T]) -> T:
     return answer
 
 
-def cancellation() -> Callable[[], bool]:
-    """Whether the running task was asked to cancel since: for loops, around much that may swallow it."""
+def cancel_watch() -> Callable[[], bool]:
+    """Return a function that tells whether the running task was cancelled since this call.
+
+    For a loop around code that may swallow the cancellation.
+    """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
     return lambda: bool(task and task.cancelling() > before)
 
 
-def try_cancel(body: asyncio.Task[Any]) -> bool:
-    """Cancels a task; False if it would not notice, and should be asked again in the next turn of the event loop.
+def cancel_if_deliverable(body: asyncio.Task[Any]) -> bool:
+    """Cancel the task and return True; return False if wait_for on 3.11 would swallow it: retry next loop iteration.
 
-    wait_for of Python 3.11 returns the result when it is cancelled and its work is done by the time the task is woken:
-    a body busy with Redis would run on. Work that is about to run is waited for, or cancelled if it has not begun.
+    A cancelled wait_for of Python 3.11 returns the result if its work is done by the time the task is woken: a body
+    busy with Redis would run on. Therefore work that is about to finish is waited for, and work that has not begun is
+    cancelled too.
     """
     if sys.version_info < (3, 12):
         inner: Any = body.get_coro()
@@ -47,23 +54,28 @@ def try_cancel(body: asyncio.Task[Any]) -> bool:
         frame = getattr(inner, "cr_frame", None)
         if frame is not None and frame.f_code is asyncio.wait_for.__code__:
             work = frame.f_locals["fut"]
-            waits = getattr(work, "_fut_waiter", work)
+            waits_for = getattr(work, "_fut_waiter", work)
             if hasattr(work, "get_coro") and getcoroutinestate(work.get_coro()) == CORO_CREATED:
                 work.cancel()
-            elif work.done() or waits is None or waits.done():
+            elif work.done() or waits_for is None or waits_for.done():
                 return False
     return body.cancel()
 
 
 def in_background(work: Awaitable[Any], what: str) -> asyncio.Future[Any]:
-    """Runs `work` to its end whatever happens to the caller; a failure is logged, for nobody is left to raise it to."""
+    """Run `work` to its end whatever happens to the caller; a failure is logged, because no caller waits for it."""
 
-    def done(future: asyncio.Future[Any]) -> None:
+    def log_failure(future: asyncio.Future[Any]) -> None:
         _background.discard(future)
         if not future.cancelled() and (error := future.exception()) is not None:
             logger.warning("%s failed: %r", what, error)
 
     future = asyncio.ensure_future(work)
     _background.add(future)
-    future.add_done_callback(done)
+    future.add_done_callback(log_failure)
     return future
+
+
+heard = reraise_swallowed_cancel  # old name, until the other rooms use the new one
+cancellation = cancel_watch  # old name, until the other rooms use the new one
+try_cancel = cancel_if_deliverable  # old name, until the other rooms use the new one

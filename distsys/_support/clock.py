@@ -1,7 +1,7 @@
-"""How the package learns the time: a monotonic clock that goes on while the machine sleeps.
+"""A monotonic clock that also counts the time while the machine is suspended.
 
-On Linux CLOCK_MONOTONIC stands still during suspend, and a lease must not: a laptop lid or a paused virtual machine
-would stretch every local deadline. CLOCK_BOOTTIME goes on; where there is none, CLOCK_MONOTONIC has to do.
+On Linux CLOCK_MONOTONIC stops during suspend, and a lease must not: a closed laptop or a paused virtual machine would
+stretch every local deadline. CLOCK_BOOTTIME does not stop. Systems without it use CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ _CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def elapsed() -> float:
-    """Seconds, time spent suspended included."""
+    """Return the seconds since an arbitrary point, time spent suspended included."""
     return time.clock_gettime(_CLOCK)

@@ -1,4 +1,4 @@
-"""What every rule over HTTP needs: the ASGI types, errors as RFC 9457 problems, and the date in a header."""
+"""Shared by the rules over HTTP: the ASGI types, errors as RFC 9457 problems, and dates in headers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PROBLEM = "application/problem+json"
 async def problem_response(request: Any, error: Exception) -> Any:
     """Answer with an RFC 9457 problem: `app.add_exception_handler(DistsysError, problem_response)`.
 
-    The status, the headers (Retry-After, and RateLimit of a limiter) and the facts are those of the error. An error of
-    somebody else's, for which it was registered by mistake, is raised again.
+    The status, the headers (Retry-After, and RateLimit of a limiter) and the facts are those of the error. Any other
+    exception, for which this was registered by mistake, is raised again.
     """
     if not isinstance(error, DistsysError):
         raise error
@@ -36,7 +36,7 @@ async def problem_response(request: Any, error: Exception) -> Any:
 
 
 def problem(error: DistsysError) -> tuple[int, Headers, bytes]:
-    """Return status, headers and body of the response that tells a client of this error."""
+    """Return status, headers and body of the problem that tells a client of this error."""
     body = json.dumps(error.problem()).encode()
     headers = [header("content-type", PROBLEM), header("content-length", len(body))]
     wait = error.facts.get("retry_after")
@@ -59,11 +59,11 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
 
 
 def header(name: str, value: object) -> tuple[bytes, bytes]:
-    """Return a header as ASGI has it."""
+    """Return a header in the form of ASGI: name and value as bytes."""
     return name.encode(), str(value).encode()
 
 
 def epoch_of(date: str) -> float:
-    """Return the seconds since 1970 of an HTTP date. The asctime form names no zone: it is UTC."""
+    """Return the seconds since 1970 of an HTTP date. The asctime form names no time zone and means UTC."""
     at = parsedate_to_datetime(date)
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

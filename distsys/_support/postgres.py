@@ -1,4 +1,4 @@
-"""What every rule on PostgreSQL needs: a connection or a pool as `db`, and rows as tuples."""
+"""Shared by the rules on PostgreSQL: a connection or a pool as `db`, and rows as tuples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Database = AsyncConnection[Any] | AsyncConnectionPool[Any]
 
 @asynccontextmanager
 async def connection(db: Database) -> AsyncIterator[AsyncConnection[Any]]:
-    """Give the connection itself, or one of the pool for the length of the block."""
+    """Give the connection itself, or one from the pool for the length of the block. TypeError for anything else."""
     given: object = db
     if isinstance(given, AsyncConnection):
         yield given

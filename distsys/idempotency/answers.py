@@ -14,7 +14,7 @@ from uuid import UUID
 from distsys._support.arguments import optional
 
 Headers = list[tuple[bytes, bytes]]
-# Never kept: secrets of one exchange, and what is true of it alone.
+# Headers that are never kept: secrets of one exchange, and facts about that exchange alone.
 DROPPED = frozenset(
     b"set-cookie date age authorization proxy-authorization www-authenticate proxy-authenticate connection keep-alive "
     b"te trailer transfer-encoding upgrade".split()
@@ -22,20 +22,24 @@ DROPPED = frozenset(
 
 
 def kept(result: Any) -> bytes:
-    """JSON; or, of a response, what http_answer makes of it."""
+    """Return the result as it is kept: JSON, or http_answer of a Starlette Response.
+
+    TypeError if it can't be kept: a stream, or a value that has no form in JSON.
+    """
     if is_response(result):
         if not hasattr(result, "body"):
-            raise TypeError(f"{result!r} is a stream, and can't be kept: answer with what is complete")
+            raise TypeError(f"{result!r} is a stream, which can't be kept: return a complete response")
         return http_answer(result.status_code, result.raw_headers, result.body)
     return json_of(result).encode()
 
 
 def json_of(value: Any) -> str:
+    """Return the value as JSON, pydantic models, dataclasses, dates, Decimals, UUIDs and Enums included."""
     return _encode(value)
 
 
 def answer_of(answer: bytes) -> Any:
-    """What `kept` was given, as JSON tells it; a Starlette Response for a response."""
+    """Return what `kept` was given, read back from JSON, or as a Starlette Response."""
     if not answer.startswith(b"\0"):
         return json.loads(answer)
     status, headers, body = http_response(answer)
@@ -45,23 +49,28 @@ def answer_of(answer: bytes) -> Any:
 
 
 def status_of(result: Any) -> int:
+    """Return the status of a Starlette Response; 200 for any other result."""
     return int(result.status_code) if is_response(result) else 200
 
 
 def is_response(result: Any) -> bool:
-    """Of Starlette, or FastAPI."""
+    """Return whether the result is a Response of Starlette, or of FastAPI."""
     return hasattr(result, "raw_headers") and hasattr(result, "status_code")
 
 
 def http_answer(
     status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, dropped: Collection[bytes] = DROPPED
 ) -> bytes:
-    """A zero byte, which no JSON begins with; status and headers as a line; the body."""
+    """Return a response as it is kept: a zero byte, which no JSON begins with; status and headers as a line; the body.
+
+    dropped  names of headers that are not kept, in lower case
+    """
     safe = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name.lower() not in dropped]
     return b"\0" + json.dumps([status, safe]).encode() + b"\n" + body
 
 
 def http_response(answer: bytes) -> tuple[int, Headers, bytes]:
+    """Return status, headers and body of what http_answer made."""
     head, _, body = answer[1:].partition(b"\n")
     status, headers = json.loads(head)
     return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers], body
@@ -78,7 +87,7 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, (Decimal, UUID)):
         return str(value)
-    raise TypeError(f"an answer is kept as JSON, and {value!r} is a {type(value).__name__}: return plain values")
+    raise TypeError(f"an answer is kept as JSON, but {value!r} is a {type(value).__name__}: return plain values")
 
 
-_encode = json.JSONEncoder(default=_plain).encode  # made once: json.dumps makes one for each call
+_encode = json.JSONEncoder(default=_plain).encode  # made once: json.dumps makes an encoder for each call

@@ -1,12 +1,12 @@
-"""Claims: who carries out an intent, for how long nobody else may, and what later attempts are told.
+"""Claims: who carries out an intent, how long nobody else may, and what later attempts are answered.
 
-Promise  of all attempts with a key one at a time carries it out; what it answered is what all others are answered. A
-         claim is a lease with a heartbeat and a fencing number: an owner that was overtaken can't end what is another's
-         now. An attempt that ended without a word leaves its outcome UNKNOWN, and a policy decides.
-Not      one effect by itself: a worker that dies after the effect leaves it to the policy. Only where effect and answer
+Promise  of all attempts with a key, one at a time carries it out; its answer is what all other attempts get. A claim is
+         a lease with a heartbeat and a fencing number: an owner that was overtaken can no longer complete the claim. An
+         attempt that ended without a word leaves its outcome UNKNOWN, and a policy decides what happens next.
+Not      one effect by itself: if a worker dies after the effect, the policy decides. Only where effect and answer
          commit together there is no such gap: database.py.
 Units    seconds.
-Errors   KeyReused, KeyInProgress, OutcomeUnknown, AnswerNotKept, StoreUnavailable.
+Errors   KeyReused, KeyInProgress, OutcomeUnknown, AnswerNotKept, StoreUnavailable, BadKey for an empty key.
 Source   Gray & Cheriton 1989 (leases); draft-ietf-httpapi-idempotency-key-header-07, 2.6.
 """
 
@@ -36,146 +36,171 @@ from distsys.idempotency.answers import json_of
 from distsys.idempotency.keys import fingerprint_of
 
 logger = logging.getLogger("distsys.idempotency")
-NOT_KEPT = b"\0not kept"  # instead of an answer too long to be kept
-DAY = 86_400.0
-FINGERPRINT = 32  # bytes: a record has its place
+NOT_KEPT = b"\0not kept"  # stored instead of an answer that is too long
+DAY = 86_400.0  # seconds
+FINGERPRINT_BYTES = 32  # a record of Redis has a fixed place for it
 End = Literal["done", "unknown", "free"]
 OnUnknown = Literal["block", "rerun"] | Callable[[str], Awaitable[bytes | None]]
 
 
 def unchanged(data: bytes) -> bytes:
+    """Return the answer as it is: the default for encrypt and decrypt."""
     return data
 
 
 class Found(NamedTuple):
-    """What a store has for a key."""
+    """A store's record of a key."""
 
-    state: Literal["claimed", "running", "done", "unknown"]  # claimed: by this very question
+    state: Literal["claimed", "running", "done", "unknown"]  # claimed: by this very call
     owner: int  # of the claim; no two claims of a key have the same
     fingerprint: bytes
     answer: bytes
-    left: float  # seconds of the owner's lease
+    lease_left: float  # seconds
 
 
 class Store(Protocol):
-    """What is decided is decided at the server, in one step, never by what an earlier step has seen."""
+    """A place for claims. The server makes each decision in one step, never from what an earlier step has read."""
 
     async def claim(
-        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
+        self,
+        key: str,
+        fingerprint: bytes,
+        *,
+        lease: float,
+        ttl: float,
+        takeover_from: int = 0,
+        notify_on_end: bool = False,
     ) -> Found:
-        """Claims what is free, or whose outcome is unknown and whose owner is `over`; else says what there is.
+        """Claim the key if it is free, or if its outcome is unknown and its owner is `takeover_from`; else read it.
 
-        One that failed or was cancelled leaves no claim behind that nobody knows of, as far as the store can be told.
+        notify_on_end  the end of a running claim has to wake those who `wait`
+
+        A call that failed or was cancelled gives back what it may have claimed, as far as the store can be reached.
         """
 
     async def end(self, key: str, owner: int, state: End, answer: bytes, ttl: float) -> bool:
-        """False, and nothing happens, when the claim of that owner is over; done twice is done."""
+        """End the claim; return False, without effect, if this owner no longer holds it. Idempotent for 'done'."""
 
     async def extend(self, key: str, owner: int, lease: float) -> bool:
-        """The same."""
+        """Set the lease to `lease` seconds from now; return False, without effect, if this owner no longer holds it."""
 
     async def fence(self, key: str, owner: int) -> int:
-        """The claim's number, larger than those of all claims before it; 0 when it is over."""
+        """Return the claim's number, larger than all before it; 0 if this owner no longer holds the claim."""
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
-        """Until the claim ends, which claim(waits=True) asked to be told of; at most for the timeout."""
+        """Wait at most `timeout` seconds for the end of a claim that was found with notify_on_end=True."""
 
     def unavailable(self, error: Exception) -> bool:
-        """Whether the store could not be asked."""
+        """Return whether the error means that the store could not be reached."""
 
 
 class Claim:
-    """One attempt: either `answer` is that of an earlier one, or it is None and the attempt is yours.
+    """One attempt: `answer` is that of an earlier attempt, or None, and then the caller has to carry out the intent.
 
-    `async with claim:` carry it out, then `await claim.done(answer)`. A block that ends otherwise frees the key;
-    unless it set `effect_began`, or raised Indeterminate: then nobody knows. Write with `await claim.fence()` where
-    that is possible.
+    `async with claim:` carry it out, then `await claim.done(answer)`. A block that ends in another way frees the key,
+    unless it set `effect_began` or raised Indeterminate: then the outcome is unknown. Write with
+    `await claim.fence()` where that is possible.
     """
 
     def __init__(
         self, claims: Claims, key: str, owner: int, answer: bytes | None = None, until: float = 0.0, name: str = ""
     ) -> None:
-        self.claims, self.key, self.owner, self.answer = claims, key, owner, answer
+        self.claims = claims
+        self.key = key
         self.name = name or key  # what errors call it
-        self.effect_began = self._overtaken = False
+        self.owner = owner
+        self.answer = answer
+        self.effect_began = False
         self.open = answer is None and owner > 0
-        self._until = until  # when the lease ends at the latest, by time.monotonic
-        self._beating = claims.keep_alive(self) if self.open else set()
+        self._overtaken = False
+        self._lease_end = until  # at the latest, by time.monotonic
+        self._heartbeats = claims.start_heartbeat(self) if self.open else set()
 
     @property
     def lost(self) -> bool:
-        """Its lease is over, or could not be prolonged: another attempt may be under way."""
-        return self._overtaken or (self.open and time.monotonic() > self._until)
+        """Whether the lease is over or could not be extended: another attempt may be under way."""
+        return self._overtaken or (self.open and time.monotonic() > self._lease_end)
 
     async def done(self, answer: bytes) -> None:
-        """OutcomeUnknown when another attempt has taken over."""
+        """Store the answer and end the claim. OutcomeUnknown when another attempt has taken over."""
         self.effect_began = True
-        if self.open and not await self._end("done", self.claims.sealed(answer)):
-            raise self._overtaken_by_another("what this one did is on no record")
+        if self.open and not await self._end("done", self.claims.encrypted(answer)):
+            raise self._overtaken_error("what this attempt did is not recorded")
 
     async def fence(self) -> int:
-        """A number to write with, larger than those of all attempts before; 0 without the store (on_failure="open").
+        """Return a number to write with, larger than those of all attempts before.
 
-        The resource refuses a write with a smaller number than it has seen. OutcomeUnknown as from `done`.
+        0 without the store (on_failure="open"). The resource refuses a write with a smaller number than it has seen.
+        OutcomeUnknown when another attempt has taken over.
         """
         if not self.owner:
             return 0
         number = await self.claims.store.fence(self.key, self.owner)
         if not number:
-            raise self._overtaken_by_another("write nothing")
+            raise self._overtaken_error("write nothing")
         return number
 
-    def _overtaken_by_another(self, advice: str) -> OutcomeUnknown:
-        return OutcomeUnknown(
-            f"{self.name!r}: this attempt was silent for longer than its lease of {self.claims.lease:g} s and "
-            f"another took over, or the store lost its claim; {advice}",
-            key=self.name,
-        )
+    async def give_up(self, *, unsure: bool = False) -> None:
+        """End a claim that is not done: its outcome is unknown if `effect_began` or `unsure`, else the key is free.
+
+        An error of the store is logged, not raised: the lease ends by itself.
+        """
+        if self.open:
+            try:
+                await self._end("unknown" if unsure or self.effect_began else "free", b"")
+            except Exception as failure:  # noqa: BLE001  the caller's own error is what counts
+                logger.warning("the claim of %r could not be ended: %r", self.key, failure)
+
+    async def extend(self) -> None:
+        """Send one heartbeat. A failed one is not the last."""
+        lease, asked = self.claims.lease, time.monotonic()
+        async with asyncio.timeout(lease / 3):
+            if await self.claims.store.extend(self.key, self.owner, lease):
+                self._lease_end = asked + lease
+            else:
+                self._overtaken = self.open  # if it is not open, this very attempt has ended it
+                self._heartbeats.discard(self)
+
+    def extend_in_background(self) -> None:
+        """Send one heartbeat without waiting for it, unless the claim has ended."""
+        if self in self._heartbeats:
+            in_background(self.extend(), f"the heartbeat of {self.key!r}")
 
     async def __aenter__(self) -> Claim:
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self.open:
-            unsure = self.effect_began or isinstance(error, Indeterminate)
-            try:
-                await self._end("unknown" if unsure else "free", b"")
-            except Exception as failure:  # noqa: BLE001  the block's own error is what counts; the lease ends by itself
-                logger.warning("the claim of %r could not be ended: %r", self.key, failure)
+        await self.give_up(unsure=isinstance(error, Indeterminate))
 
     async def _end(self, state: End, answer: bytes) -> bool:
-        store, ttl, self.open = self.claims.store, self.claims.ttl, False
-        self._beating.discard(self)
+        store, ttl = self.claims.store, self.claims.ttl
+        self.open = False
+        self._heartbeats.discard(self)
         try:
             return await store.end(self.key, self.owner, state, answer, ttl)
-        except asyncio.CancelledError:  # what has happened has to be written down all the same; twice does no harm
+        except asyncio.CancelledError:  # the end has to be recorded all the same; recording it twice does no harm
             in_background(store.end(self.key, self.owner, state, answer, ttl), f"ending the claim of {self.key!r}")
             raise
 
-    def beat(self) -> None:
-        if self in self._beating:
-            in_background(self.extend(), f"the heartbeat of {self.key!r}")
-
-    async def extend(self) -> None:
-        """One heartbeat. One that fails is not the last."""
-        lease, asked = self.claims.lease, time.monotonic()
-        async with asyncio.timeout(lease / 3):
-            if await self.claims.store.extend(self.key, self.owner, lease):
-                self._until = asked + lease
-            else:
-                self._overtaken = self.open  # else it is this very attempt that ended it
-                self._beating.discard(self)
+    def _overtaken_error(self, advice: str) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"{self.name!r}: this attempt sent no heartbeat within its lease of {self.claims.lease:g} s and "
+            f"another took over, or the store lost its claim; {advice}",
+            key=self.name,
+        )
 
 
 class Claims:
     """Claims in one store.
 
     ttl         how long an answer is kept: longer than anybody retries
-    lease       how long a silent owner is waited for; it says that it lives three times in a lease
+    lease       how long an owner counts as alive without a heartbeat; it sends three in a lease
     wait        how long an attempt waits for the one that is running, instead of KeyInProgress
-    on_unknown  when an owner fell silent, and may have done it: "block" raises OutcomeUnknown until the ttl is over,
-                "rerun" does it again, or a function of the key finds out, and says the answer or None: not done
-    on_failure  without the store: "open" carries out unprotected, "closed" raises StoreUnavailable, None: its error
+    on_unknown  what happens when an owner fell silent and may have done it: "block" raises OutcomeUnknown until the ttl
+                is over, "rerun" carries it out again, a function of the key finds out and returns the answer, or None
+                if it was not done
+    on_failure  what happens without the store: "open" carries out unprotected, "closed" raises StoreUnavailable, None
+                lets the store's error pass
     encrypt, decrypt  of answers, as they are kept
     """
 
@@ -191,18 +216,27 @@ class Claims:
         encrypt: Callable[[bytes], bytes] = unchanged,
         decrypt: Callable[[bytes], bytes] = unchanged,
     ) -> None:
-        self.ttl, self.lease = check_seconds("ttl", ttl), check_seconds("lease", lease)
-        self.wait = check_seconds("wait", wait, least=0.0)
         if on_unknown not in ("block", "rerun") and not callable(on_unknown):
-            raise ValueError(f"on_unknown={on_unknown!r}: 'block', 'rerun' or an async function of the key")
+            raise ValueError(f"on_unknown={on_unknown!r}: give 'block', 'rerun' or an async function of the key")
         if on_failure not in ("open", "closed", None):
-            raise ValueError(f"on_failure={on_failure!r}: 'open', 'closed' or None")
-        self.store, self.on_unknown, self.on_failure = store, on_unknown, on_failure
-        self._encrypt, self._decrypt = encrypt, decrypt
+            raise ValueError(f"on_failure={on_failure!r}: give 'open', 'closed' or None")
+        self.store = store
+        self.ttl = check_seconds("ttl", ttl)
+        self.lease = check_seconds("lease", lease)
+        self.wait = check_seconds("wait", wait, least=0.0)
+        self.on_unknown = on_unknown
+        self.on_failure = on_failure
+        self._encrypt = encrypt
+        self._decrypt = decrypt
         self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, set[Claim]] = WeakKeyDictionary()
 
     async def run(self, key: str, operation: Callable[[], Awaitable[Any]], *, request: Any = None) -> Any:
-        """What `operation()` answers, as JSON: carried out once, and then remembered."""
+        """Return what `operation()` returns, as JSON: carried out once, and then remembered.
+
+        request  what has to be equal in all attempts, in JSON: another one raises KeyReused
+
+        The errors of `begin` and `Claim.done`; the operation's own errors pass, and free the key.
+        """
         async with await self.begin(key, fingerprint_of(request)) as claim:
             if claim.answer is None:
                 result = await operation()
@@ -212,34 +246,47 @@ class Claims:
         return _decode(claim.answer.decode())
 
     async def begin(self, key: str, fingerprint: bytes, *, name: str = "") -> Claim:
-        """The attempt of a request with this fingerprint; errors call the key by `name`, if its owner knows it so."""
+        """Begin an attempt at a request with this fingerprint of 32 bytes.
+
+        name  what errors call the key, if its owner knows it by another name
+
+        KeyReused, KeyInProgress, OutcomeUnknown, AnswerNotKept, StoreUnavailable; BadKey for an empty key.
+        """
         if not key:
-            raise BadKey("the key is empty: an intent has a name")
-        if len(fingerprint) != FINGERPRINT:
-            raise ValueError(f"fingerprint={fingerprint!r}: {FINGERPRINT} bytes, as fingerprint_of(request) makes them")
-        name, over, found = name or key, 0, None
+            raise BadKey("the key is empty: give the intent a name")
+        if len(fingerprint) != FINGERPRINT_BYTES:
+            raise ValueError(
+                f"fingerprint={fingerprint!r}: give {FINGERPRINT_BYTES} bytes, as fingerprint_of(request) makes them"
+            )
+        name, takeover_from, found = name or key, 0, None
         deadline = time.monotonic() + self.wait
         try:
             while True:
                 asked = time.monotonic()
-                waits = asked < deadline
-                found = await self.store.claim(key, fingerprint, lease=self.lease, ttl=self.ttl, over=over, waits=waits)
+                found = await self.store.claim(
+                    key,
+                    fingerprint,
+                    lease=self.lease,
+                    ttl=self.ttl,
+                    takeover_from=takeover_from,
+                    notify_on_end=asked < deadline,
+                )
                 if found.state == "claimed":
                     return Claim(self, key, found.owner, until=asked + self.lease, name=name)
-                check_same(found, fingerprint, name)
+                check_same_request(found, fingerprint, name)
                 if found.state == "done":
                     if found.answer == NOT_KEPT:
                         raise AnswerNotKept(key=name)  # noqa: TRY301  it passes, as KeyInProgress does
                     return Claim(self, key, found.owner, self._decrypt(found.answer))
                 if found.state == "unknown":
-                    over = await self._may_take_over(key, found.owner, name)
-                elif (left := min(found.left, deadline - time.monotonic())) > 0:
+                    takeover_from = await self._owner_to_take_over(key, found.owner, name)
+                elif (left := min(found.lease_left, deadline - time.monotonic())) > 0:
                     await self.store.wait(key, found.owner, left)
                 else:
                     raise KeyInProgress(  # noqa: TRY301
-                        f"{name!r}: an earlier attempt is running; its lease has {found.left:.3g} s left",
+                        f"{name!r}: an earlier attempt is running; its lease has {found.lease_left:.3g} s left",
                         key=name,
-                        retry_after=min(1.0, found.left),
+                        retry_after=min(1.0, found.lease_left),
                     )
         except Exception as error:
             if self.on_failure is None or not self.store.unavailable(error):
@@ -249,51 +296,54 @@ class Claims:
             logger.warning("%r is carried out unprotected: %r", key, error)
             return Claim(self, key, 0)
 
-    def keep_alive(self, claim: Claim) -> set[Claim]:
-        """Those that share a timer: one for each is a fifth of what a claim costs here, for nothing mostly."""
+    def encrypted(self, answer: bytes) -> bytes:
+        """Return the answer as it is kept."""
+        return answer if answer == NOT_KEPT else self._encrypt(answer)
+
+    def start_heartbeat(self, claim: Claim) -> set[Claim]:
+        """Send heartbeats for the claim while it is in the returned set.
+
+        One shared timer: one per claim costs ~20 % of a claim, and most claims end before their first heartbeat.
+        """
         loop = asyncio.get_running_loop()
         if (claims := self._open.get(loop)) is None:
             claims = self._open[loop] = set()
-            loop.call_later(self.lease / 4, self._beat, loop, claims)
+            loop.call_later(self.lease / 4, self._send_heartbeats, loop, claims)
         claims.add(claim)
         return claims
 
-    def _beat(self, loop: asyncio.AbstractEventLoop, claims: set[Claim]) -> None:
-        """One after the other: a pool has not a connection for each, and would refuse the same ones every time.
-
-        What each is late by, and the time between two beats, are a third of the lease together.
-        """
+    def _send_heartbeats(self, loop: asyncio.AbstractEventLoop, claims: set[Claim]) -> None:
+        """Stagger heartbeats over lease/12, so that a small pool is not exhausted; lease/4 + lease/12 = lease/3."""
         for number, claim in enumerate(claims):
-            loop.call_later(self.lease / 12 * number / len(claims), claim.beat)
+            loop.call_later(self.lease / 12 * number / len(claims), claim.extend_in_background)
         if claims:
-            loop.call_later(self.lease / 4, self._beat, loop, claims)
+            loop.call_later(self.lease / 4, self._send_heartbeats, loop, claims)
         else:
             del self._open[loop]
 
-    async def _may_take_over(self, key: str, owner: int, name: str) -> int:
-        """The owner of the claim whose outcome is unknown, if the policy lets another attempt begin."""
+    async def _owner_to_take_over(self, key: str, owner: int, name: str) -> int:
+        """Return the owner of the claim whose outcome is unknown, if the policy lets another attempt take over."""
         if self.on_unknown == "block":
             raise OutcomeUnknown(
-                f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or say on_unknown", key=name
+                f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or set on_unknown=",
+                key=name,
             )
         if callable(self.on_unknown):
             try:
                 answer = await self.on_unknown(key)
             except Exception as error:
-                logger.warning("what became of %r could not be found out: %r", key, error)
-                text = f"{name!r}: what became of an earlier attempt is not known yet"
+                logger.warning("on_unknown could not find out the outcome of %r: %r", key, error)
+                text = f"{name!r}: the outcome of an earlier attempt is not known yet"
                 raise OutcomeUnknown(text, key=name) from error
             if answer is not None:
-                await self.store.end(key, owner, "done", self.sealed(answer), self.ttl)
+                await self.store.end(key, owner, "done", self.encrypted(answer), self.ttl)
         return owner
 
-    def sealed(self, answer: bytes) -> bytes:
-        return answer if answer == NOT_KEPT else self._encrypt(answer)
 
-
-_decode = json.JSONDecoder().decode  # json.loads is two calls around this one
-
-
-def check_same(found: Found, fingerprint: bytes, key: str) -> None:
+def check_same_request(found: Found, fingerprint: bytes, key: str) -> None:
+    """Raise KeyReused if the record belongs to a request with another fingerprint."""
     if not hmac.compare_digest(found.fingerprint, fingerprint):
         raise KeyReused(f"{key!r} belongs to another request: make a key for each intent", key=key)
+
+
+_decode = json.JSONDecoder().decode  # json.loads wraps two more calls around this one

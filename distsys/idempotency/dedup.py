@@ -1,11 +1,13 @@
 """Request dedup: each message takes effect once per consumer group, however often the broker delivers it.
 
-Promise  the mark of a processed message commits with its effect, or neither does. Redis answers the common duplicate
-         without the database, and is told only after the commit: flushed, evicted or down it changes speed, not truth.
+Promise  the mark of a processed message commits with its effect, or neither does. Redis recognises the common duplicate
+         without the database. It is written only after the commit, so a Redis that is flushed, evicted or down costs
+         time, never correctness.
 Not      for effects outside of the database (give them the message id as idempotency key); not for ever: a mark is kept
          for `retention`, which has to be longer than the broker may deliver a message again.
 Units    seconds.
-Errors   the handler's own are counted and answered by Delivery.NACK; after `max_attempts` the message is parked.
+Errors   errors of the handler are counted and returned as Delivery.NACK; after `max_attempts` the message is parked.
+         Errors of the database pass.
 Source   Hohpe & Woolf 2003 (Idempotent Receiver); Richardson (Transactional inbox); Redis XAUTOCLAIM.
 """
 
@@ -20,8 +22,8 @@ from typing import Any
 
 from psycopg_pool import AsyncConnectionPool
 
-from distsys._support.arguments import check_seconds
-from distsys._support.cancellation import heard
+from distsys._support.arguments import check_count, check_seconds
+from distsys._support.cancellation import reraise_swallowed_cancel
 from distsys._support.postgres import rows
 from distsys._support.redis import async_client, hash_tag, milliseconds, unavailable
 from distsys.idempotency.answers import json_of
@@ -29,8 +31,8 @@ from distsys.idempotency.database import check_column, delete_batch
 
 logger = logging.getLogger("distsys.idempotency")
 Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
-PATIENCE = 0.5  # seconds for a Redis that is only there to be fast
-PAUSE = 5.0  # and after it failed, until it is asked again
+REDIS_TIMEOUT_SECONDS = 0.5  # for a Redis that is only there to be fast
+REDIS_PAUSE_SECONDS = 5.0  # after it failed, until it is asked again
 
 _MARK = """
 INSERT INTO distsys_processed (consumer_group, source, message_id) VALUES (%s, %s, %s)
@@ -47,26 +49,29 @@ _FORGIVE = "DELETE FROM distsys_failures WHERE (consumer_group, source, message_
 
 
 class Delivery(StrEnum):
-    """What became of a delivery; all but NACK mean that the broker may forget it."""
+    """The outcome of a delivery. After all but NACK the broker may forget the message."""
 
     DONE = "done"
     DUPLICATE = "duplicate"
-    PARKED = "parked"  # it failed too often, and waits in distsys_failures for somebody to look at it
+    PARKED = "parked"  # it failed too often, and stays in distsys_failures until somebody looks at it
     NACK = "nack"  # to be delivered again
 
     @property
     def ack(self) -> bool:
+        """Whether to acknowledge the message."""
         return self is not Delivery.NACK
 
 
 class Dedup:
-    """`await Dedup("billing", pool, retention=7 * 86_400).handle("orders", message_id, handler, message)`
+    """Messages that one consumer group has processed.
 
-    group         of consumers: each processes every message for itself
-    pool          where marks and effects commit together. Needs `ensure_schema`
-    retention     how long a message may come again: see redelivery_horizon; delete_old() deletes older marks
-    redis         answers duplicates before the database is asked; optional
-    max_attempts  after which a message that fails is parked
+    `await Dedup("billing", pool, retention=7 * 86_400).handle("orders", message_id, handler, message)`
+
+    group         name of the consumer group: each group processes every message once
+    pool          an AsyncConnectionPool; marks and effects commit together. Needs `ensure_schema`
+    retention     how long a message may be delivered again, in seconds: see redelivery_horizon
+    redis         recognises duplicates before the database is asked; optional
+    max_attempts  after so many failures a message is parked
     """
 
     def __init__(
@@ -78,17 +83,20 @@ class Dedup:
         redis: Any = None,
         max_attempts: int = 5,
     ) -> None:
-        if type(max_attempts) is not int or max_attempts < 1:
-            raise ValueError(f"max_attempts={max_attempts!r}: a whole number, 1 or more")
-        self.group, self.pool = check_column("group", group), pool
+        self.group = check_column("group", group)
+        self.pool = pool
         self.retention = check_seconds("retention", retention)
         self.redis = None if redis is None else async_client(redis)
-        self.max_attempts, self._ask_after = max_attempts, 0.0
+        self.max_attempts = check_count("max_attempts", max_attempts, 1, "attempts")
+        self._ask_redis_after = 0.0  # by the event loop's clock
 
     def __call__(
         self, *, source: str, message_id: Callable[[Any], str]
     ) -> Callable[[Handler], Callable[[Any], Awaitable[Delivery]]]:
-        """`@dedup(source="orders", message_id=lambda message: message["id"])` above an async handler(conn, message)."""
+        """Decorate an async handler(conn, message): `@dedup(source="orders", message_id=lambda message: message["id"])`
+
+        The decorated function takes the message and returns its Delivery.
+        """
 
         def decorate(handler: Handler) -> Callable[[Any], Awaitable[Delivery]]:
             @functools.wraps(handler)
@@ -100,12 +108,12 @@ class Dedup:
         return decorate
 
     async def handle(self, source: str, message_id: str, handler: Handler, message: Any = None) -> Delivery:
-        """Runs `handler(connection, message)` unless this message has been processed.
+        """Run `handler(connection, message)` unless this message has been processed.
 
-        Cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
+        If cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
         """
         identity = (self.group, check_column("source", source), check_column("message_id", message_id))
-        if await self._seen(identity):
+        if await self._is_known_to_redis(identity):
             return Delivery.DUPLICATE
         async with self.pool.connection() as conn:
             try:
@@ -115,18 +123,20 @@ class Dedup:
                         await handler(conn, message)
                         await rows(conn, _FORGIVE, identity)
             except Exception as error:
-                if conn.closed:  # the database is gone: no fault of the message, and nobody to count it
+                if conn.closed:  # the database is gone: the message is not at fault, and nothing can count it
                     raise
-                return await self._failed(conn, identity, error, message)
-        await self._remember(identity)
+                return await self._count_failure(conn, identity, error, message)
+        await self._tell_redis(identity)
         return Delivery.DONE if fresh else Delivery.DUPLICATE
 
     async def delete_old(self, *, batch: int = 1_000) -> int:
-        """Deletes marks older than the retention, at most so many, and says how many. No consumer waits for it."""
+        """Delete at most `batch` marks older than the retention and return how many. No consumer waits for it."""
         old = "consumer_group = %s AND processed_at < now() - make_interval(secs => %s)"
         return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention), batch)
 
-    async def _failed(self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any) -> Delivery:
+    async def _count_failure(
+        self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any
+    ) -> Delivery:
         group, source, message_id = identity
         facts = {"group": group, "source": source, "id": message_id, "message": _shown(message), "error": _shown(error)}
         async with conn.transaction():
@@ -134,40 +144,42 @@ class Dedup:
         logger.warning("%s of %s failed%s: %s", message_id, source, ", and is parked" if parked else "", facts["error"])
         return Delivery.PARKED if parked else Delivery.NACK
 
-    # ---- the fast layer: what it says "yes" to has been committed
+    # ---- the fast layer: a message that Redis knows has been committed
 
-    async def _seen(self, identity: tuple[str, str, str]) -> bool:
+    async def _is_known_to_redis(self, identity: tuple[str, str, str]) -> bool:
         return self.redis is not None and bool(await self._ask(self.redis.exists, _key(identity)))
 
-    async def _remember(self, identity: tuple[str, str, str]) -> None:
+    async def _tell_redis(self, identity: tuple[str, str, str]) -> None:
         if self.redis is not None:
             await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
 
     async def _ask(self, command: Callable[..., Awaitable[Any]], *args: Any, **more: Any) -> Any:
         now = asyncio.get_running_loop().time
-        if now() < self._ask_after:
+        if now() < self._ask_redis_after:
             return None
         try:
-            async with asyncio.timeout(PATIENCE):
-                return await heard(command(*args, **more))
+            async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+                return await reraise_swallowed_cancel(command(*args, **more))
         except Exception as error:
             if not unavailable(error):
                 raise
-            self._ask_after = now() + PAUSE
-            logger.warning("for %g s duplicates are found by the database alone: %r", PAUSE, error)
+            self._ask_redis_after = now() + REDIS_PAUSE_SECONDS
+            logger.warning("for %g s only the database finds duplicates: %r", REDIS_PAUSE_SECONDS, error)
             return None
 
 
 def redelivery_horizon(*, consumer_outage: float, redelivery: float, deliveries: int = 1) -> float:
-    """How long after a message was processed it may come again, in seconds: the least `retention`.
+    """Return how long after its processing a message may be delivered again, in seconds: the least `retention`.
 
-    consumer_outage  for how long a consumer that has not acknowledged may be away. With Kafka the topic's own
-                     retention.ms: who sets an offset back reads all that is there
-    redelivery       until an unacknowledged message is given to another: min_idle of a stream, a visibility timeout
-    deliveries       how often it may be delivered in vain before it is parked
+    consumer_outage  how long a consumer that has not acknowledged may be away, in seconds. With Kafka the topic's own
+                     retention.ms: setting an offset back delivers everything again that is still there
+    redelivery       after how many seconds an unacknowledged message is given to another consumer: min_idle of a
+                     stream, a visibility timeout
+    deliveries       how often it may fail before it is parked
     """
-    seconds = [check_seconds("consumer_outage", consumer_outage, 0), check_seconds("redelivery", redelivery, 0)]
-    return seconds[0] + seconds[1] * deliveries
+    check_seconds("consumer_outage", consumer_outage, 0)
+    check_seconds("redelivery", redelivery, 0)
+    return consumer_outage + redelivery * deliveries
 
 
 def _key(identity: tuple[str, str, str]) -> str:
@@ -175,7 +187,7 @@ def _key(identity: tuple[str, str, str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """For a column of text, whatever it is: what can't be shown must not keep its failure from being counted."""
+    """Return the repr as PostgreSQL can store it. A value without one must not keep its failure from being counted."""
     try:
         text = repr(value)
     except Exception as error:  # noqa: BLE001  a message's own code

@@ -1,9 +1,9 @@
-"""Claims kept in Redis: one plain command claims what is free or reads what is done; scripts do the rest.
+"""Claims kept in Redis: one plain command claims a free key or reads a finished one; scripts do the rest.
 
-A first attempt and a replay are all that most keys ever see, and a plain command is the least that they can cost. So a
-record says for itself how long a lease there is, in its time to live; and a fencing number is drawn by who asks for it.
-It is the server's time in microseconds, made larger than the one before: it grows also where the record in between was
-deleted. Needs Redis 7.0: SET with NX and GET.
+Most keys only ever see a first attempt and replays, and a plain command is the cheapest way to serve both. Therefore a
+record's time to live says how much of the lease is left, and a fencing number is drawn only when somebody asks for it.
+The number is the server's time in microseconds, raised above the one before; so it grows even if the record in between
+was deleted. Needs Redis 7.0.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from distsys._support.redis import Command, Script, Timed, hash_tag, millisecond
 from distsys.idempotency.claims import End, Found
 
 # A record is one string, so that each step reads and writes it in one command. Its parts, from 1 as Lua counts:
-#   1 r(unning), d(one), u(nknown)     2 whether somebody is to be told of its end     3-18 owner, in hexadecimal
+#   1 r(unning), d(one), u(nknown)     2 whether waiters are to be woken at its end     3-18 owner, in hexadecimal
 #   19-34 fencing number, 0 before it is drawn     35-98 fingerprint     99-111 ttl, ms     112- answer
-# A running one expires a ttl after its lease: less than that is left when the lease is over, and it counts as unknown.
-CLAIM = Command("SET", get=True)  # the record unless there is one: then that
+# A running record expires a ttl after its lease. If less than the ttl is left, the lease is over: it counts as unknown.
+CLAIM = Command("SET", get=True)  # with NX GET: sets the record unless there is one; then it returns that one
 
 # KEYS[1] - the record
-# ARGV - record of the new claim, its time to live in ms, owner of a claim to take over, "1" to be told of the end
-# Returns 1 when it is claimed; else the record that is there, with the ms that are left of its lease for the ttl.
+# ARGV - record of the new claim, its time to live in ms, owner of a claim to take over, "1" to wake waiters at the end
+# Returns 1 if the key is claimed; else the record, with the ms that are left of its lease in the place of the ttl.
 CLAIM_OR_WAIT = Script("""
 local record = redis.call('GET', KEYS[1])
 local number = 0
@@ -46,9 +46,9 @@ redis.call('SET', KEYS[1], record, 'PX', ARGV[2])
 return 1
 """)
 
-# KEYS[1] - the record    KEYS[2] - a list, one for each owner, which gets an element if somebody is to be told
+# KEYS[1] - the record    KEYS[2] - a list, one for each owner, which gets an element if waiters are to be woken
 # ARGV - owner, "d", "u", "f"(ree), "r" to extend or "n" for its number, answer, ttl or lease in ms
-# Returns 0 when the claim of that owner is over; but who is not heard may say that it is done again.
+# Returns 0 if this owner no longer holds the claim. Repeating 'done' returns 1: the first reply may have been lost.
 END = Script("""
 local record = redis.call('GET', KEYS[1])
 if not record or string.sub(record, 3, 18) ~= ARGV[1] then return 0 end
@@ -76,32 +76,48 @@ end
 return 1
 """)
 STATES: dict[str, Any] = {"r": "running", "d": "done", "u": "unknown"}
-SLICE = 1.0  # longest single wait: it must end before the client's socket timeout
+MAX_BLOCK_SECONDS = 1.0  # of a single wait: it must end before the client's socket timeout
 
 
 class RedisStore:
-    """`Claims(RedisStore(redis))`. `timeout` bounds each step, in seconds; None: as long as the client waits."""
+    """Store for `Claims(RedisStore(redis))`.
+
+    redis    a redis.asyncio client, of one server, a Sentinel or a cluster
+    name     keeps the claims of one use apart from those of others
+    timeout  how long each step may take, in seconds; None: as long as the client waits
+    """
 
     def __init__(self, redis: Any, *, name: str = "", timeout: float | None = None) -> None:
         self._scripts = Timed(redis, timeout)
-        self._redis, self._prefix = self._scripts.redis, f"distsys:idempotency:{hash_tag(name)}:"
+        self._redis = self._scripts.redis
+        self._prefix = f"distsys:idempotency:{hash_tag(name)}:"
 
     async def claim(
-        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, over: int = 0, waits: bool = False
+        self,
+        key: str,
+        fingerprint: bytes,
+        *,
+        lease: float,
+        ttl: float,
+        takeover_from: int = 0,
+        notify_on_end: bool = False,
     ) -> Found:
+        """Claim the key, as `Store.claim` says, in one plain command if it is free or done."""
         owner, keys, kept = 1 + int.from_bytes(urandom(7)), self._keys(key)[:1], milliseconds(ttl)
-        mine, lives = f"r0{owner:016x}{0:016d}{fingerprint.hex()}{kept:013d}", milliseconds(lease) + kept
+        mine, expires_in = f"r0{owner:016x}{0:016d}{fingerprint.hex()}{kept:013d}", milliseconds(lease) + kept
+        there: Any = None
         try:
-            there: Any = None if over else await self._scripts.run(CLAIM, keys, mine, "NX", "GET", "PX", lives)
-            if there is None and not over:
-                return Found("claimed", owner, fingerprint, b"", lease)
-            if over or there[:1] not in ("d", b"d"):
-                told = "1" if waits else ""
-                there = await self._scripts.run(CLAIM_OR_WAIT, keys, mine, lives, f"{over:016x}", told)
-        except BaseException as error:  # not heard, or cancelled: the server may have done it, and nobody would end it
+            if not takeover_from:
+                there = await self._scripts.run(CLAIM, keys, mine, "NX", "GET", "PX", expires_in)
+                if there is None:
+                    return Found("claimed", owner, fingerprint, b"", lease)
+            if takeover_from or there[:1] not in ("d", b"d"):
+                notify = "1" if notify_on_end else ""
+                there = await self._scripts.run(CLAIM_OR_WAIT, keys, mine, expires_in, f"{takeover_from:016x}", notify)
+        except BaseException as error:  # the server may have claimed it all the same, and nobody else would end it
             if str(error) == "syntax error":
                 error.add_note("claims need Redis 7.0 or Valkey: SET with both NX and GET")
-            ended = self.end(key, owner, "unknown" if over else "free", b"", ttl)
+            ended = self.end(key, owner, "unknown" if takeover_from else "free", b"", ttl)
             in_background(ended, f"giving back what may be claimed of {key!r}")
             raise
         if there == 1:
@@ -111,30 +127,37 @@ class RedisStore:
         return Found(STATES[record[0]], int(record[2:18], 16), before, answer, int(record[98:111]) / 1000)
 
     async def end(self, key: str, owner: int, state: End, answer: bytes, ttl: float) -> bool:
+        """End the claim; return False, without effect, if this owner no longer holds it. Idempotent for 'done'."""
         text = answer.decode("latin-1")  # a client with decode_responses=True has to read it back
-        return bool(await self._end(key, owner, state[0], text, ttl))
+        return bool(await self._run_end(key, owner, state[0], text, ttl))
 
     async def extend(self, key: str, owner: int, lease: float) -> bool:
-        return bool(await self._end(key, owner, "r", "", lease))
+        """Extend the lease; return False, without effect, if this owner no longer holds the claim."""
+        return bool(await self._run_end(key, owner, "r", "", lease))
 
     async def fence(self, key: str, owner: int) -> int:
-        return int(await self._end(key, owner, "n", "", 0))
-
-    def _end(self, key: str, owner: int, what: str, answer: str, seconds: float) -> Awaitable[Any]:
-        return self._scripts.run(END, self._keys(key, owner), f"{owner:016x}", what, answer, milliseconds(seconds))
+        """Return the claim's number, drawn when it is first asked for; 0 if this owner no longer holds the claim."""
+        return int(await self._run_end(key, owner, "n", "", 0))
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
-        """The element goes round, so that it wakes all who wait."""
+        """Wait at most `timeout` seconds for the end of the claim.
+
+        The waiter moves the element from the left end of the list to the right, so that it wakes all waiters.
+        """
         ended, now = self._keys(key, owner)[1], asyncio.get_running_loop().time
-        patience = self._redis.get_connection_kwargs().get("socket_timeout") or 2 * SLICE
-        deadline, slice_ = now() + timeout, min(SLICE, patience / 2)
+        socket_timeout = self._redis.get_connection_kwargs().get("socket_timeout") or 2 * MAX_BLOCK_SECONDS
+        deadline, longest_block = now() + timeout, min(MAX_BLOCK_SECONDS, socket_timeout / 2)
         while (left := deadline - now()) > 0:
-            seconds = max(0.001, min(left, slice_))  # 0 would be for ever
+            seconds = max(0.001, min(left, longest_block))  # 0 would block for ever
             if await self._redis.blmove(ended, ended, seconds, "LEFT", "RIGHT") is not None:
                 return
 
     def unavailable(self, error: Exception) -> bool:
+        """Return whether the error means that Redis could not be reached."""
         return unavailable(error)
+
+    def _run_end(self, key: str, owner: int, action: str, answer: str, seconds: float) -> Awaitable[Any]:
+        return self._scripts.run(END, self._keys(key, owner), f"{owner:016x}", action, answer, milliseconds(seconds))
 
     def _keys(self, key: str, owner: int = 0) -> tuple[str, str]:
         record = f"{self._prefix}{{{hash_tag(key)}}}"

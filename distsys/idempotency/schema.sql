@@ -1,16 +1,16 @@
--- What ensure_schema() creates, in one transaction; safe to run again. The constraints carry the invariants.
+-- The tables that ensure_schema() creates, in one transaction; safe to run again. The constraints carry the invariants.
 CREATE SEQUENCE IF NOT EXISTS distsys_idempotency_fence;
 
--- Done: it has an answer. Unknown: its lease is over. Running: anything else. Few checks, for each costs an INSERT as
--- much as an index does.
+-- A row with an answer is done, one whose lease is over is unknown, any other is running. There are few checks, because
+-- each costs an INSERT as much as an index does.
 CREATE TABLE IF NOT EXISTS distsys_idempotency (
   scope        text        NOT NULL,  -- whose key it is
   endpoint     text        NOT NULL,
   key          text        NOT NULL,
   fingerprint  bytea       NOT NULL,
   fence        bigint      NOT NULL DEFAULT nextval('distsys_idempotency_fence'),
-  leased_until timestamptz,           -- NULL: until its transaction ends; 'epoch': its owner does not know either
-  request      json,                  -- of an operation in steps, until it is done
+  leased_until timestamptz,           -- NULL: until its transaction ends; 'epoch': its owner said that the outcome is unknown
+  request      json,                  -- only for an operation in steps, until it is done
   answer       bytea,
   expires_at   timestamptz NOT NULL,
   PRIMARY KEY (scope, endpoint, key),
@@ -46,6 +46,6 @@ CREATE TABLE IF NOT EXISTS distsys_failures (
   attempts       integer     NOT NULL CHECK (attempts > 0),
   error          text        NOT NULL,
   message        text        NOT NULL,
-  parked_at      timestamptz,         -- given up: waits for somebody to look at it
+  parked_at      timestamptz,         -- when it was given up, for somebody to look at
   PRIMARY KEY (consumer_group, source, message_id)
 );

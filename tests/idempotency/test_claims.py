@@ -32,13 +32,16 @@ from distsys.errors import (
     OutcomeUnknown,
     StoreUnavailable,
 )
-from distsys.idempotency.claims import DAY, NOT_KEPT, Claims, Found, Store
+from distsys.idempotency import redis_store
+from distsys.idempotency.claims import DAY, NOT_KEPT, Claim, Claims, Found, Store
 from distsys.idempotency.database import PostgresStore
 from distsys.idempotency.keys import fingerprint_of
 from distsys.idempotency.redis_store import RedisStore
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server
 from distsys.schema import ensure_schema
+from tests.bugs import edited, in_script, kills
+from tests.idempotency.broken import edited_at_module_level
 
 MINE, OTHER = b"m" * 32, b"o" * 32
 
@@ -168,6 +171,7 @@ async def test_an_attempt_that_fails_or_is_cancelled_frees_the_key(store: Store,
     assert (await claims.begin("k", OTHER)).answer is None
 
 
+@kills("what may have happened is free", edited(Claim, "give_up", " or self.effect_began", ""), error=RuntimeError)
 @pytest.mark.parametrize("error", [RuntimeError, Indeterminate])
 async def test_where_the_effect_may_have_happened_the_outcome_is_unknown(store: Store, error: type[Exception]) -> None:
     claims = Claims(store)
@@ -179,6 +183,7 @@ async def test_where_the_effect_may_have_happened_the_outcome_is_unknown(store: 
         await claims.begin("k", MINE)
 
 
+@kills("every attempt takes over", in_script(redis_store.CLAIM_OR_WAIT, "or owner ~= ARGV[3]", ""))
 async def test_an_owner_that_fell_silent_leaves_it_to_the_policy(store: Store) -> None:
     await fallen_silent(store)
     with pytest.raises(OutcomeUnknown):
@@ -225,6 +230,13 @@ async def test_what_a_policy_found_out_is_read_as_any_json(store: Store, found_o
         assert await claims.run("k", no_effect) == {"paid": 1}
 
 
+@kills(
+    "a stale owner ends what is another's", in_script(redis_store.END, "string.sub(record, 3, 18) ~= ARGV[1]", "false")
+)
+@kills(
+    "what is done can be freed",
+    in_script(redis_store.END, "if string.sub(record, 1, 1) == 'd' then return ARGV[2] == 'd' and 1 or 0 end", ""),
+)
 async def test_a_stale_owner_can_end_nothing(store: Store) -> None:
     stale = await fallen_silent(store)
     async with await Claims(store, on_unknown="rerun").begin("k", MINE) as claim:
@@ -237,6 +249,10 @@ async def test_a_stale_owner_can_end_nothing(store: Store) -> None:
     assert (await Claims(store).begin("k", MINE)).answer == b"new"
 
 
+@kills(
+    "numbers begin anew with the record",
+    in_script(redis_store.END, "number = time[1] * 1000000 + time[2]", "number = 1"),
+)
 async def test_numbers_grow_also_where_the_record_in_between_was_deleted(store: Store) -> None:
     numbers, owners = list[int](), list[int]()
     for _ in range(3):
@@ -248,15 +264,31 @@ async def test_numbers_grow_also_where_the_record_in_between_was_deleted(store: 
     assert not await store.end("k", owners[0], "done", b"", 60)
 
 
+@kills(
+    "a number is the time, whatever it was before",
+    in_script(
+        redis_store.CLAIM_OR_WAIT,
+        "math.max(time[1] * 1000000 + time[2], string.sub(record, 19, 34) + 1)",
+        "time[1] * 1000000 + time[2]",
+    ),
+)
 async def test_a_number_grows_also_where_the_clock_of_redis_was_set_back(redis: Redis) -> None:
     """The one before is as if drawn in a future that the clock has left."""
     store, future = RedisStore(redis), 2**52
-    over = await fallen_silent(store)
+    silent = await fallen_silent(store)
     await redis.setrange(store._keys("k")[0], 18, f"{future:016d}")
-    taken = await store.claim("k", MINE, lease=60, ttl=60, over=over)
+    taken = await store.claim("k", MINE, lease=60, ttl=60, takeover_from=silent)
     assert await store.fence("k", taken.owner) == future + 1
 
 
+@kills(
+    "a stale owner draws a number",
+    in_script(
+        redis_store.END,
+        "if not record or string.sub(record, 3, 18) ~= ARGV[1] then return 0 end",
+        "if not record or ARGV[2] ~= 'n' and string.sub(record, 3, 18) ~= ARGV[1] then return 0 end",
+    ),
+)
 async def test_an_overtaken_attempt_is_told_that_its_outcome_is_on_no_record(store: Store) -> None:
     async with await Claims(store, lease=60).begin("k", MINE) as late:
         number = await late.fence()
@@ -273,6 +305,11 @@ async def test_an_overtaken_attempt_is_told_that_its_outcome_is_on_no_record(sto
     assert (await Claims(store).begin("k", MINE)).answer == b"first"
 
 
+@kills(
+    "a heartbeat forgets that the record outlives the lease",
+    in_script(redis_store.END, "ARGV[4] + string.sub(record, 99, 111)", "ARGV[4]"),
+)
+@kills("no heartbeat", edited(Claims, "_send_heartbeats", "enumerate(claims)", "enumerate(())"))
 async def test_the_heartbeat_keeps_a_claim_longer_than_its_lease(store: Store) -> None:
     extended = asyncio.Event()
     extend, beats = store.extend, 0
@@ -363,6 +400,40 @@ async def test_cancelled_at_any_await_who_waits_gives_its_connection_back_as_it_
         assert point > 2
 
 
+@kills(
+    "a cancelled attempt keeps its claim",
+    edited(RedisStore, "claim", "except BaseException as error:", "except Exception as error:"),
+)
+@kills(
+    "taken over, cancelled and free",
+    edited(RedisStore, "claim", '"unknown" if takeover_from else "free"', '"free"'),
+    takes_over=True,
+)
+@pytest.mark.parametrize("takes_over", [False, True])
+async def test_cancelled_when_its_claim_is_made_an_attempt_gives_it_back(redis: Redis, takes_over: bool) -> None:
+    """Redis has claimed the key, and the attempt is cancelled when the reply is there: free, or unknown as before."""
+    store, execute, cancelled = RedisStore(redis), redis.execute_command, False
+    if takes_over:
+        await fallen_silent(store)
+
+    async def cancelled_once_claimed(*args: Any, **options: Any) -> Any:
+        nonlocal cancelled
+        reply = await execute(*args, **options)
+        if reply == (1 if takes_over else None) and not cancelled:
+            cancelled, task = True, asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)  # where the cancellation strikes
+        return reply
+
+    redis.execute_command = cancelled_once_claimed  # type: ignore[method-assign]
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(Claims(store, on_unknown="rerun").begin("k", MINE))
+    await settled()
+    found = await store.claim("k", MINE, lease=60, ttl=60)
+    assert (cancelled, found.state) == (True, "unknown" if takes_over else "claimed")
+
+
 async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unknown(store: Store) -> None:
     for point in range(1_000):
         await fallen_silent(store, f"k{point}")
@@ -374,6 +445,11 @@ async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unkno
     assert point > 0
 
 
+@kills(
+    "held up by a claim of its own",
+    in_script(redis_store.CLAIM_OR_WAIT, "state == 'r' and owner == string.sub(ARGV[1], 3, 18)", "false"),
+    lost="a reply",
+)
 @pytest.mark.parametrize("lost", ["a reply", "every reply"])
 async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
     redis: Redis, redis_server: Server, lost: str
@@ -403,6 +479,16 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
         assert len(ran) <= 1
 
 
+@kills(
+    "a claim whose COMMIT is not heard of is nobody's",
+    edited_at_module_level(PostgresStore, "claim", "conn, conn.transaction():", "conn:"),
+    autocommit=True,
+)
+@kills(
+    "a claim whose COMMIT failed is kept",
+    edited_at_module_level(PostgresStore, "claim", "await asyncio.wait([asking])", "await asking"),
+    autocommit=False,
+)
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
     pg: str, pg_pool: AsyncConnectionPool, postgres: Server, autocommit: bool
@@ -433,6 +519,9 @@ async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
     assert reached > 4
 
 
+@kills(
+    "a claim that nobody can extend is not lost", edited(Claim, "lost", "time.monotonic() > self._lease_end", "False")
+)
 async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_counts_as_lost(
     redis: Redis, redis_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -493,7 +582,7 @@ async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(st
     async with await Claims(store, lease=0.3).begin("k", MINE) as stale:
         while True:  # between two heartbeats, as after a long pause of the process
             await store.extend("k", stale.owner, 0.001)
-            found = await store.claim("k", MINE, lease=60, ttl=60, over=stale.owner)
+            found = await store.claim("k", MINE, lease=60, ttl=60, takeover_from=stale.owner)
             if found.state == "claimed":
                 break
         while not stale.lost:
@@ -537,6 +626,10 @@ async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> No
     assert (await Claims(store).begin("k", MINE)).answer == b"first"
 
 
+@kills(
+    "an error of the bank is one of Redis",
+    edited(Claims, "_owner_to_take_over", "except Exception as error", "except ValueError as error"),
+)
 async def test_who_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> None:
     """Also when its error looks like one of the store, and the policy is to go on without a store."""
 
@@ -569,6 +662,7 @@ async def test_while_one_finds_out_another_may_take_over_and_its_answer_counts(s
     assert (await slow).answer == b"done meanwhile"
 
 
+@kills("what was done but is no JSON is free", edited(Claims, "run", "claim.effect_began = True", "pass"))
 async def test_what_answers_no_json_may_have_happened_all_the_same(store: Store) -> None:
     async def charge() -> object:
         return object()
@@ -699,7 +793,7 @@ async def test_a_year_is_as_good_as_a_second(store: Store) -> None:
     async with await Claims(store, ttl=year, lease=year).begin("k", MINE) as claim:
         found = await store.claim("k", MINE, lease=60, ttl=60)
         assert found.state == "running"
-        assert year - 3600 < found.left <= year
+        assert year - 3600 < found.lease_left <= year
         await claim.done(b"1")
     assert (await Claims(store).begin("k", MINE)).answer == b"1"
     with pytest.raises(ValueError, match="to a year"):
@@ -713,6 +807,14 @@ async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(stor
             assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "running"
 
 
+@kills(
+    "no time to live",
+    in_script(
+        redis_store.CLAIM_OR_WAIT,
+        "redis.call('SET', KEYS[1], record, 'PX', ARGV[2])",
+        "redis.call('SET', KEYS[1], record)",
+    ),
+)
 async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     store = RedisStore(redis)
     claims = Claims(store, ttl=1_000, lease=10, wait=30)
@@ -727,7 +829,7 @@ async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     assert set(await redis.keys()) == {record.encode(), ended.encode()}
     assert await redis.ttl(record) == pytest.approx(1_000, abs=60)
     assert await redis.ttl(ended) == pytest.approx(60, abs=59)
-    taken_over = await store.claim("o", MINE, lease=10, ttl=1_000, over=await fallen_silent(store, "o"))
+    taken_over = await store.claim("o", MINE, lease=10, ttl=1_000, takeover_from=await fallen_silent(store, "o"))
     assert taken_over.state == "claimed"
     assert await redis.ttl(store._keys("o")[0]) == pytest.approx(1_010, abs=60)
 
@@ -741,6 +843,10 @@ async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Red
             await claim.done(b"1")
 
 
+@kills(
+    "unprotected beside one that runs",
+    edited(Claims, "begin", 'self.on_failure == "closed" or found', 'self.on_failure == "closed"'),
+)
 async def test_what_is_known_to_run_is_not_carried_out_unprotected(redis: Redis, redis_server: Server) -> None:
     """Redis is lost to one who waits for another attempt, and whose policy is open."""
     ran: list[int] = []

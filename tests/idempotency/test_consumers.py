@@ -17,9 +17,11 @@ from psycopg_pool import AsyncConnectionPool
 from redis.asyncio import Redis
 from testcontainers.community.kafka import KafkaContainer
 
+from distsys.idempotency import consumers
 from distsys.idempotency.consumers import consume_kafka, consume_stream
 from distsys.idempotency.dedup import Dedup
 from distsys.lab.testbed.servers import Server
+from tests.bugs import edited, kills
 from tests.idempotency.test_database import Connection, charge, effects, ledger, select
 
 __all__ = ["ledger"]
@@ -114,6 +116,7 @@ async def test_a_group_that_exists_is_joined_and_shared(
     assert [await effects(ledger, f"{number}") for number in range(30)] == [1] * 30
 
 
+@kills("what failed is acknowledged", edited(consumers, "consume_stream", "fields)).ack:", "fields)):"))
 async def test_what_failed_comes_again_and_in_the_end_is_parked(
     redis: Redis, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
@@ -312,6 +315,10 @@ async def test_a_record_that_fails_is_handled_again_before_those_behind_it(
     assert await select(ledger, PARKED + " WHERE message_id = '0-2'") == ("0-2", 3, True)
 
 
+@kills(
+    "what was under way is skipped",
+    edited(consumers, "consume_kafka", "consumer.seek(partition, record.offset)", "pass"),
+)
 async def test_a_cancelled_handler_commits_nothing_and_its_record_comes_again(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:

@@ -20,11 +20,15 @@ from psycopg_pool import AsyncConnectionPool
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from distsys import schema
 from distsys.errors import BadKey, KeyInProgress, KeyReused
+from distsys.idempotency import database
 from distsys.idempotency.claims import Claims
 from distsys.idempotency.database import PostgresStore, claim, delete_expired, idempotent_execute
 from distsys.idempotency.keys import fingerprint_of
 from distsys.schema import ensure_schema
+from tests.bugs import edited, kills
+from tests.idempotency.broken import committed
 
 Connection = AsyncConnection[Any]
 WRITTEN = """
@@ -150,6 +154,11 @@ async def test_of_fifty_at_once_one_has_an_effect(pg: str, ledger: AsyncConnecti
     assert await effects(ledger) == 1
 
 
+@kills(
+    "an attempt that waited takes the row, whatever it holds",
+    edited(database, "_CLAIM", f"WHERE {database._FREE_TO_TAKE}\n  RETURNING", "RETURNING"),
+    keep=True,
+)
 @pytest.mark.parametrize("keep", [True, False])
 async def test_who_comes_meanwhile_waits_until_it_is_committed_or_rolled_back(
     ledger: AsyncConnectionPool, conn: Connection, keep: bool
@@ -171,6 +180,7 @@ async def test_the_same_key_within_its_own_operation_is_no_deadlock(ledger: Asyn
     assert await effects(ledger) == 0
 
 
+@kills("a replay locks the row", edited(database, "_CLAIM", "WHERE NOT EXISTS (SELECT FROM known)", ""))
 async def test_a_replay_writes_nothing(ledger: AsyncConnectionPool, conn: Connection) -> None:
     """No row, no lock on one, so no transaction number."""
     first = await idempotent_execute(ledger, "k", "e", charge)
@@ -180,6 +190,7 @@ async def test_a_replay_writes_nothing(ledger: AsyncConnectionPool, conn: Connec
     assert await (await conn.execute(WRITTEN)).fetchone() == (True, 3), "the measure itself"
 
 
+@kills("any request is answered", edited(database, "answer_to", "check_same_request(found, fingerprint, key)", "pass"))
 async def test_another_request_under_the_same_key_is_refused(ledger: AsyncConnectionPool) -> None:
     """The order of members is no difference."""
     first = await idempotent_execute(ledger, "k", "e", charge, request={"a": 1, "b": 2})
@@ -189,6 +200,11 @@ async def test_another_request_under_the_same_key_is_refused(ledger: AsyncConnec
     assert await effects(ledger) == 1
 
 
+@kills(
+    "users share their keys",
+    edited(database, "idempotent_execute", "    check_seconds(", "    scope = ''\n    check_seconds("),
+    other={"scope": "user 2"},
+)
 @pytest.mark.parametrize("other", [{"scope": "user 2"}, {"endpoint": "f"}, {"key": "l"}])
 async def test_scopes_endpoints_and_keys_are_apart(ledger: AsyncConnectionPool, other: dict[str, str]) -> None:
     """What one user was answered is never told another, whose request is the very same."""
@@ -201,6 +217,11 @@ async def test_scopes_endpoints_and_keys_are_apart(ledger: AsyncConnectionPool, 
 # ---- not done
 
 
+@kills(
+    "a 500 is kept",
+    edited(database, "idempotent_execute", "if not 200 <= status_of(result) < 300:", "if False:"),
+    status=500,
+)
 @pytest.mark.parametrize("status", [199, 300, 404, 409, 500])
 async def test_an_answer_that_is_no_success_rolls_back_the_effect_and_frees_the_key(
     ledger: AsyncConnectionPool, status: int
@@ -390,6 +411,7 @@ async def expired(pool: AsyncConnectionPool, key: str = "k") -> None:
         pass
 
 
+@kills("an expired key is never free", edited(database, "_CLAIM", "mine.expires_at <= clock_timestamp() OR ", ""))
 async def test_an_expired_key_is_claimed_again_by_any_request(ledger: AsyncConnectionPool) -> None:
     await expired(ledger)
     await idempotent_execute(ledger, "k", "e", charge, request="another")
@@ -411,6 +433,15 @@ async def test_a_key_that_expires_while_retries_are_in_flight_is_claimed_by_one(
     assert await effects(ledger) == 1
 
 
+@kills(
+    "an answer that took long expires from its beginning",
+    edited(
+        database,
+        "_KEEP",
+        "greatest(expires_at, clock_timestamp() + make_interval(secs => %s * 0.99))",
+        "greatest(expires_at, to_timestamp(%s * 0))",
+    ),
+)
 async def test_an_operation_longer_than_its_ttl_is_kept_from_its_end(
     ledger: AsyncConnectionPool, conn: Connection
 ) -> None:
@@ -423,6 +454,10 @@ async def test_an_operation_longer_than_its_ttl_is_kept_from_its_end(
     assert (left, first) == ((True,), {"number": 1})
 
 
+@kills(
+    "an answer moves its row",
+    edited(database, "_KEEP", "greatest(expires_at, ", "greatest(expires_at + interval '1 s', "),
+)
 async def test_an_answer_is_written_where_its_row_is(ledger: AsyncConnectionPool, conn: Connection) -> None:
     """No index has to be told of it (HOT)."""
     await idempotent_execute(conn, "k", "e", charge)
@@ -438,6 +473,7 @@ async def test_cleanup_deletes_what_has_expired_in_batches(ledger: AsyncConnecti
     assert await select(ledger, "SELECT key FROM distsys_idempotency") == ("new",)
 
 
+@kills("cleanup waits for writers", edited(database, "delete_batch", " SKIP LOCKED", ""))
 async def test_cleanup_waits_for_no_writer_and_no_writer_for_it(ledger: AsyncConnectionPool, conn: Connection) -> None:
     """One holds an expired key, which stays; the other comes to one that is being deleted in no open transaction."""
     await expired(ledger, "held")
@@ -449,6 +485,10 @@ async def test_cleanup_waits_for_no_writer_and_no_writer_for_it(ledger: AsyncCon
     assert await effects(ledger) == 2
 
 
+@kills(
+    "cleanup reads the whole table",
+    edited(database, "delete_expired", "expires_at <= now()", "expires_at <= clock_timestamp()"),
+)
 async def test_cleanup_reads_what_it_deletes_and_no_more(ledger: AsyncConnectionPool, conn: Connection) -> None:
     """By the index, which clock_timestamp() could not use."""
     await expired(ledger)
@@ -559,6 +599,13 @@ async def test_a_response_is_replayed_with_status_headers_and_body(ledger: Async
     assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
 
 
+@kills(
+    "the effect commits before the mark",
+    edited(
+        database, "idempotent_execute", "answer = kept", "await committed(conn); answer = kept", committed=committed
+    ),
+    answer=b"bytes",
+)
 @pytest.mark.parametrize(
     ("answer", "text"),
     [(b"bytes", "is a bytes: return plain"), ({1, 2}, "is a set"), (StreamingResponse([]), "stream")],
@@ -599,6 +646,7 @@ async def test_many_make_the_schema_at_once(pg_pool: AsyncConnectionPool) -> Non
     await idempotent_execute(pg_pool, "k", "e", charge)
 
 
+@kills("each start makes the schema anew", edited(schema, "ensure_schema", "if missing:", "if True:"))
 async def test_an_instance_that_starts_waits_for_no_writer(ledger: AsyncConnectionPool, conn: Connection) -> None:
     """Nor does any writer for it: with the tables there, nothing is locked."""
     await idempotent_execute(conn, "k", "e", charge)
@@ -620,7 +668,7 @@ async def test_without_the_schema_the_error_names_the_remedy(pg_pool: AsyncConne
         ({"db": "postgresql://"}, TypeError, "db='postgresql://' is a str: pass a psycopg AsyncConnection or"),
         ({"key": ""}, BadKey, "missing or empty: send one per intent"),
         ({"key": "two words"}, BadKey, "'two words' is malformed"),
-        ({"key": "k" * 256}, BadKey, "has 256 characters: at most 255"),
+        ({"key": "k" * 256}, BadKey, "has 256 characters: send at most 255"),
         ({"endpoint": 7}, TypeError, "endpoint=7 is a int; give a str"),
         ({"scope": None}, TypeError, "scope=None is a NoneType; give a str"),
         ({"scope": 42}, TypeError, "scope=42 is a int; give a str"),
@@ -629,7 +677,7 @@ async def test_without_the_schema_the_error_names_the_remedy(pg_pool: AsyncConne
         ({"endpoint": "e" * 701}, ValueError, r"endpoint='e{40}'\.\.\.: give at most 700 bytes"),
         ({"ttl": 0}, ValueError, "ttl=0: give seconds from 0.001 to a year"),
         ({"ttl": "1"}, TypeError, "ttl='1' is a str; give seconds as a number"),
-        ({"request": {1: 2}}, TypeError, r"has the key 1, a int; members are named by str"),
+        ({"request": {1: 2}}, TypeError, r"has the key 1, a int; member names must be str"),
     ],
 )
 async def test_a_mistake_is_named_with_its_remedy(

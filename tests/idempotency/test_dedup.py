@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from distsys.idempotency import dedup as rule
 from distsys.idempotency.dedup import Dedup, Delivery, redelivery_horizon
 from distsys.lab.testbed.servers import Server
+from tests.bugs import edited, kills
 from tests.idempotency.test_database import Connection, charge, effects, ledger, select
 
 __all__ = ["ledger"]
@@ -48,6 +49,15 @@ async def test_redis_answers_a_duplicate_without_the_database(
     assert 0 < await redis.pttl(key) <= DAY * 1000
 
 
+@kills(
+    "Redis is told before the commit",
+    edited(
+        Dedup,
+        "handle",
+        "                if fresh:\n",
+        "                await self._tell_redis(identity)\n                if fresh:\n",
+    ),
+)
 async def test_redis_is_told_after_the_commit_and_never_before(ledger: AsyncConnectionPool, redis: Redis) -> None:
     """Neither within the handler nor after one that failed."""
     dedup, seen = Dedup("g", ledger, retention=DAY, redis=redis), []
@@ -66,8 +76,8 @@ async def test_whatever_becomes_of_redis_no_message_takes_effect_twice(
     ledger: AsyncConnectionPool, own_redis: Server, fault: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that hangs is not waited for; messages that are new are processed meanwhile."""
-    monkeypatch.setattr(rule, "PATIENCE", 0.05)
-    monkeypatch.setattr(rule, "PAUSE", 600)
+    monkeypatch.setattr(rule, "REDIS_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(rule, "REDIS_PAUSE_SECONDS", 600)
     caplog.set_level(logging.WARNING)
     async with Redis.from_url(own_redis.url) as redis:
         dedup = Dedup("g", ledger, retention=DAY, redis=redis)
@@ -91,7 +101,7 @@ async def test_whatever_becomes_of_redis_no_message_takes_effect_twice(
 async def test_redis_is_asked_again_when_the_pause_is_over(
     ledger: AsyncConnectionPool, own_redis: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rule, "PAUSE", 0.0)
+    monkeypatch.setattr(rule, "REDIS_PAUSE_SECONDS", 0.0)
     async with Redis.from_url(own_redis.url) as redis:
         dedup = Dedup("g", ledger, retention=DAY, redis=redis)
         await own_redis.kill()
@@ -131,6 +141,7 @@ async def test_of_twenty_consumers_at_once_one_has_each_effect(
     assert [await effects(ledger, f"m{number}") for number in range(10)] == [1] * 10
 
 
+@kills("groups share what Redis knows", edited(rule, "_key", "json_of(identity)", "json_of(identity[1:])"))
 async def test_groups_and_sources_process_a_message_each_for_itself(ledger: AsyncConnectionPool, redis: Redis) -> None:
     """Names with braces and colons are no other's, nor are letters beyond ASCII."""
     places = [("g", "s", "m"), ("g", "s:m", "m"), ("g:s", "m", "m"), ("{g}", "s", "m"), ("g", "s", "{m}")]
@@ -155,6 +166,10 @@ async def test_the_decorator_takes_the_id_from_the_message(ledger: AsyncConnecti
 # ---- failures
 
 
+@kills(
+    "poison comes again for ever",
+    edited(rule, "_COUNT", "mine.attempts + 1 >= %(most)s", "mine.attempts + 1 >= %(most)s + 1000"),
+)
 async def test_a_message_that_fails_comes_again_until_it_is_parked(ledger: AsyncConnectionPool) -> None:
     """Each failure is counted, none leaves an effect; parked, it is acknowledged."""
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=3)
@@ -170,6 +185,7 @@ async def test_with_one_attempt_the_first_failure_is_parked(ledger: AsyncConnect
     assert await dedup.handle("orders", "m1", fails, "k") is Delivery.PARKED
 
 
+@kills("a success is not forgiven", edited(Dedup, "handle", "await rows(conn, _FORGIVE, identity)", "pass"))
 async def test_one_that_succeeds_in_the_end_is_forgiven(ledger: AsyncConnectionPool) -> None:
     """Also after it was parked, and somebody mended the cause."""
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=2)
@@ -239,6 +255,9 @@ async def test_a_serialization_failure_is_a_failure_and_comes_again(ledger: Asyn
     assert await dedup.handle("orders", "m1", charge, "k") is Delivery.DONE
 
 
+@kills(
+    "a shutdown is a failure", edited(Dedup, "handle", "except Exception as error:", "except BaseException as error:")
+)
 async def test_a_cancelled_handler_is_neither_done_nor_counted(ledger: AsyncConnectionPool) -> None:
     """As at a shutdown: what it wrote is rolled back, and the message comes again."""
     began = asyncio.Event()
@@ -335,8 +354,8 @@ def test_the_horizon_is_the_outage_and_all_redeliveries() -> None:
         ({"group": ""}, ValueError, "group='' is empty"),
         ({"group": None}, TypeError, "group=None is a NoneType; give a str"),
         ({"retention": 0}, ValueError, "retention=0: give seconds"),
-        ({"max_attempts": 0}, ValueError, "max_attempts=0: a whole number, 1 or more"),
-        ({"max_attempts": 1.5}, ValueError, "max_attempts=1.5: a whole number"),
+        ({"max_attempts": 0}, ValueError, "max_attempts=0: give attempts, 1 or more"),
+        ({"max_attempts": 1.5}, TypeError, "max_attempts=1.5 is a float; give attempts as a whole number"),
         ({"redis": "redis://"}, TypeError, "is not an asyncio client"),
     ],
 )

@@ -31,12 +31,14 @@ from starlette.routing import Mount, Route
 
 from distsys._support.http import problem_response
 from distsys.errors import DistsysError
+from distsys.idempotency import answers, claims, http, redis_store
 from distsys.idempotency.answers import http_answer
 from distsys.idempotency.database import PostgresStore, idempotent_execute
 from distsys.idempotency.http import IdempotencyMiddleware, idempotency_key_header
 from distsys.idempotency.redis_store import RedisStore
 from distsys.lab.testbed.servers import Server
 from distsys.schema import ensure_schema
+from tests.bugs import edited, in_script, kills
 
 App = Callable[..., Awaitable[None]]
 
@@ -116,6 +118,10 @@ def is_problem(response: httpx.Response, status: int, kind: str) -> bool:
 # ---- replays
 
 
+@kills(
+    "headers are dropped by their small letters only",
+    edited(answers, "http_answer", "name.lower() not in dropped", "name not in dropped"),
+)
 async def test_the_first_answer_is_replayed_byte_for_byte(redis: Redis) -> None:
     """Status, headers also where one comes twice, and any bytes; but not what was true of the first exchange alone."""
     first = Response(bytes(range(256)) * 100, 203, {"X-A": "1", "Location": "/pay/1", "Content-Type": "image/x"})
@@ -205,6 +211,7 @@ async def test_a_cluster_keeps_answers_too(redis_cluster: RedisCluster) -> None:
 # ---- whose key it is, and of what
 
 
+@kills("a key is everybody's", edited(IdempotencyMiddleware, "__call__", "{await self._caller_of(scope)}\\0", ""))
 async def test_a_callers_key_is_nobody_elses(redis: Redis) -> None:
     """Neither his answer nor that it exists; whoever could make two callers look as one fails, too."""
     shop = Shop()
@@ -244,6 +251,20 @@ async def test_whoever_shares_answers_has_to_say_so(redis: Redis) -> None:
     assert [each.json() for each in answers] == [{"effect": 1}] * 2
 
 
+@kills(
+    "any request is the same",
+    edited(claims, "check_same_request", "if not hmac.compare_digest(found.fingerprint, fingerprint):", "if False:"),
+    method="POST",
+    url="/pay?a=1&b=3",
+    body=b"x",
+)
+@kills(
+    "the query does not count",
+    edited(IdempotencyMiddleware, "_fingerprint", 'scope["query_string"].decode("latin-1")', '""'),
+    method="POST",
+    url="/pay?a=1&b=3",
+    body=b"x",
+)
 @pytest.mark.parametrize(
     ("method", "url", "body"),
     [
@@ -393,6 +414,7 @@ async def test_while_it_runs_another_request_is_409_with_retry_after(redis: Redi
         assert (await first).json() == (await client.post("/pay", headers=key())).json() == {"effect": 1}
 
 
+@kills("waiters are not woken", in_script(redis_store.END, "if string.sub(record, 2, 2) == '1' then", "if false then"))
 async def test_who_waits_is_woken_and_does_not_ask_again_and_again(redis: Redis) -> None:
     began, go_on = asyncio.Event(), asyncio.Event()
 
@@ -420,6 +442,9 @@ async def test_who_waits_is_woken_and_does_not_ask_again_and_again(redis: Redis)
 # ---- what frees the key, and what does not
 
 
+@kills(
+    "errors are kept", edited(http._HeldResponse, "__call__", '200 <= int(message["status"]) < 300', "True"), status=500
+)
 @pytest.mark.parametrize("status", [300, 303, 400, 404, 409, 422, 429, 500, 503])
 async def test_only_2xx_are_kept(redis: Redis, status: int) -> None:
     shop = Shop(Response(b"no", status))
@@ -522,6 +547,7 @@ async def test_what_is_kept_may_be_encrypted(redis: Redis) -> None:
 # ---- what is not kept
 
 
+@kills("a stream is waited for", edited(http._HeldResponse, "__call__", "not has_length or ", ""), size=0)
 @pytest.mark.parametrize("size", [0, 5_000])
 async def test_a_stream_passes_as_it_comes_and_is_remembered_as_done(redis: Redis, size: int) -> None:
     """Also where it says how long it is, but is longer than what is kept."""
@@ -578,6 +604,11 @@ async def test_a_stream_of_an_error_frees_the_key(redis: Redis) -> None:
         assert (await client.post("/pay", headers=key())).json() == {"effect": 2}
 
 
+@kills(
+    "what began to answer 2xx is free",
+    edited(http._HeldResponse, "__call__", "self._claim.effect_began |= self._succeeded", "pass"),
+    passed=False,
+)
 @pytest.mark.parametrize("passed", [False, True])
 async def test_an_app_that_fails_after_it_said_2xx_may_have_done_it(redis: Redis, passed: bool) -> None:
     """Whether the client has heard the beginning or not."""

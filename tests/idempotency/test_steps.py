@@ -16,10 +16,12 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from distsys.errors import KeyInProgress, KeyReused, OutcomeUnknown
+from distsys.idempotency import steps
 from distsys.idempotency.database import delete_expired
 from distsys.idempotency.steps import Steps, complete_orphans, execute_steps
 from distsys.lab.run.worker import Job, checkpoint
 from distsys.lab.testbed.processes import Processes
+from tests.bugs import edited, kills
 from tests.idempotency.test_database import charge, effects, ledger, select
 
 __all__ = ["ledger"]
@@ -182,6 +184,10 @@ async def test_the_key_of_a_step_is_its_own_and_the_same_in_each_attempt(ledger:
     assert len(set(keys)) == 8
 
 
+@kills(
+    "a name that comes twice is answered with the first result",
+    edited(steps.Steps, "step", "self._ended.add(name)", "pass"),
+)
 async def test_a_name_that_comes_twice_in_an_attempt_is_a_mistake(ledger: AsyncConnectionPool) -> None:
     """In a loop the second would be answered with the first one's result; after a failure it may come again."""
 
@@ -204,6 +210,15 @@ async def test_a_name_that_comes_twice_in_an_attempt_is_a_mistake(ledger: AsyncC
     assert await execute_steps(ledger, "l", "e", tries_again) == 2
 
 
+@kills(
+    "an owner that was overtaken keeps its step",
+    edited(
+        steps,
+        "_KEEP",
+        "(scope, endpoint, key, fence) = (%s, %s, %s, %s) AND leased_until > 'epoch'",
+        "(scope, endpoint, key) = (%s, %s, %s) AND %s > 0",
+    ),
+)
 async def test_an_owner_that_was_overtaken_can_keep_nothing(ledger: AsyncConnectionPool) -> None:
     """Neither a result, nor what it wrote with it, nor the answer."""
     slow, go_on = asyncio.Event(), asyncio.Event()
@@ -263,6 +278,10 @@ async def test_another_request_is_refused_whether_it_is_done_or_not(ledger: Asyn
         await execute_steps(ledger, "k", "orders", order, request=7)
 
 
+@kills(
+    "the steps of an expired key are replayed",
+    edited(steps, "_DELETE_STEPS", "DELETE FROM distsys_steps WHERE", "SELECT 1 FROM distsys_steps WHERE NOT"),
+)
 async def test_a_key_that_has_expired_starts_anew(ledger: AsyncConnectionPool) -> None:
     """Its steps too, whether or not they were deleted meanwhile; what is no longer wanted goes with it."""
     for delete in (False, True):
@@ -275,6 +294,7 @@ async def test_a_key_that_has_expired_starts_anew(ledger: AsyncConnectionPool) -
     assert (await effects(ledger, "order 7"), await effects(ledger, "order 8")) == (2, 1)
 
 
+@kills("what always fails is tried first", edited(steps, "_ORPHANS", "ORDER BY fence", "ORDER BY expires_at"))
 async def test_what_always_fails_keeps_the_completer_from_no_other(ledger: AsyncConnectionPool) -> None:
     """Who was tried least recently comes first; its error is among the answers, and its time goes on."""
     tried: list[Any] = []
