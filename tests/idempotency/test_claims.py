@@ -34,7 +34,7 @@ from distsys.errors import (
 )
 from distsys.idempotency import redis_store
 from distsys.idempotency.claims import DAY, NOT_KEPT, Claim, Claims, Found, Store
-from distsys.idempotency.database import PostgresStore
+from distsys.idempotency.database import PostgresStore, claim
 from distsys.idempotency.keys import fingerprint_of
 from distsys.idempotency.redis_store import RedisStore
 from distsys.lab.testbed.proxy import TcpProxy
@@ -491,10 +491,11 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
 )
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
-    pg: str, pg_pool: AsyncConnectionPool, postgres: Server, autocommit: bool
+    pg: str, postgres: Server, autocommit: bool
 ) -> None:
     """Also that of a claim's COMMIT: nobody would carry out what it claimed."""
-    await ensure_schema(pg_pool)
+    async with await psycopg.AsyncConnection.connect(pg) as conn:
+        await ensure_schema(conn)
     reached = 0
     for number in range(1, 100):
         ran: list[int] = []
@@ -512,7 +513,8 @@ async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
                     assert await Claims(PostgresStore(pool)).run(f"lost {number}", charge) == 7
                     reached = number
                 await settled()
-            found = await PostgresStore(pg_pool).claim(f"lost {number}", fingerprint_of(None), lease=60, ttl=60)
+            async with await psycopg.AsyncConnection.connect(pg) as conn:
+                found = await claim(conn, "", "", f"lost {number}", fingerprint_of(None), lease=60, ttl=60)
         assert found.state in (("done", "unknown", "running") if ran else ("claimed",))
         if reached:
             break

@@ -406,5 +406,5 @@ async def test_a_consumer_that_commits_by_itself_is_refused(kafka: Kafka, dedup:
     """What it acknowledges may never have been processed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        with pytest.raises(ValueError, match="enable_auto_commit=True acknowledges what was never processed"):
+        with pytest.raises(ValueError, match="enable_auto_commit=True acknowledges messages before they are processed"):
             await consume_kafka(AIOKafkaConsumer(kafka.topic, **kafka.options), dedup, bills)

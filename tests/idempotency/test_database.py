@@ -677,7 +677,7 @@ async def test_without_the_schema_the_error_names_the_remedy(pg_pool: AsyncConne
         ({"endpoint": "e" * 701}, ValueError, r"endpoint='e{40}'\.\.\.: give at most 700 bytes"),
         ({"ttl": 0}, ValueError, "ttl=0: give seconds from 0.001 to a year"),
         ({"ttl": "1"}, TypeError, "ttl='1' is a str; give seconds as a number"),
-        ({"request": {1: 2}}, TypeError, r"has the key 1, a int; member names must be str"),
+        ({"request": {1: 2}}, TypeError, r"has the key 1, a int: member names must be str"),
     ],
 )
 async def test_a_mistake_is_named_with_its_remedy(

@@ -94,7 +94,7 @@ async def test_whatever_becomes_of_redis_no_message_takes_effect_twice(
         if fault == "paused":
             await own_redis.resume()
     assert await effects(ledger) == 2
-    down = [record for record in caplog.records if "by the database alone" in record.message]
+    down = [record for record in caplog.records if "only the database finds" in record.message]
     assert len(down) in {"killed": (1,), "paused": (1,), "restarted": (0, 1)}.get(fault, (0,)), "and not asked again"
 
 

@@ -205,7 +205,7 @@ async def test_a_name_that_comes_twice_in_an_attempt_is_a_mistake(ledger: AsyncC
                 continue
         return step.result
 
-    with pytest.raises(ValueError, match="step 'charge' has ended in this attempt: in a loop give each a name"):
+    with pytest.raises(ValueError, match="step 'charge' has ended in this attempt: in a loop name each"):
         await execute_steps(ledger, "k", "e", loops)
     assert await execute_steps(ledger, "l", "e", tries_again) == 2
 
@@ -237,7 +237,7 @@ async def test_an_owner_that_was_overtaken_can_keep_nothing(ledger: AsyncConnect
     await fell_silent(ledger)
     assert await execute_steps(ledger, "k", "e", operation, lease=LEASE) == "done"
     go_on.set()
-    with pytest.raises(OutcomeUnknown, match="step 'write' was overtaken"):
+    with pytest.raises(OutcomeUnknown, match="step 'write': the lease ended without a heartbeat and another took over"):
         await late
     assert await effects(ledger) == 1
 
