@@ -207,8 +207,8 @@ class PostgresStore:
         async def ask() -> Found:
             nonlocal found
             async with self._pool.connection() as conn, conn.transaction():
-                facts = {"lease": lease, "ttl": ttl, "takeover_from": takeover_from}
-                found = await claim(conn, self._scope, self._endpoint, key, fingerprint, **facts)
+                row = self._scope, self._endpoint, key, fingerprint
+                found = await claim(conn, *row, lease=lease, ttl=ttl, takeover_from=takeover_from)
             return found
 
         async def give_back() -> None:

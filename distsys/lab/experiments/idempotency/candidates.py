@@ -1,4 +1,4 @@
-"""Candidates for the idempotency experiments: the usual ways to pay once, each with the mistake it is known for."""
+"""Candidates for the idempotency experiments: the usual ways to pay once, each with its known mistake."""
 
 from __future__ import annotations
 
@@ -25,16 +25,12 @@ DAY_MS = 86_400_000
 
 
 def no_key(charge: Charge) -> Pay:
-    """Hope: every attempt pays."""
-
-    async def pay(key: str, amount: int, user: str) -> str:
-        return await charge(amount)
-
-    return pay
+    """Pay in every attempt."""
+    return lambda key, amount, user: charge(amount)
 
 
 def without_key(pool: Any, charge: Charge) -> Pay:
-    """A transaction, and no memory of it."""
+    """Pay in a transaction that records no key."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         async with pool.connection() as conn, conn.transaction():
@@ -44,7 +40,7 @@ def without_key(pool: Any, charge: Charge) -> Pay:
 
 
 def in_one_transaction(pool: Any, charge: Charge, keys: str = "given", ttl: float = 86_400.0) -> Pay:
-    """idempotent_execute, with the key that the client sends; or one made otherwise."""
+    """Pay with idempotent_execute, under the key that the client sends, or one made in another way."""
 
     async def pay(key: str, amount: int, user: str) -> Any:
         made = {
@@ -62,17 +58,13 @@ def in_one_transaction(pool: Any, charge: Charge, keys: str = "given", ttl: floa
 
 
 def claimed(redis: Any, charge: Charge, lease: float = 30.0, wait: float = 0.0, on_unknown: Any = "rerun") -> Pay:
-    """Claims in Redis, per user."""
+    """Pay under a claim in Redis, with a key per user."""
     claims = Claims(RedisStore(redis), lease=lease, wait=wait, on_unknown=on_unknown)
-
-    async def pay(key: str, amount: int, user: str) -> Any:
-        return await claims.run(f"{user}:{key}", lambda: charge(amount), request=amount)
-
-    return pay
+    return lambda key, amount, user: claims.run(f"{user}:{key}", lambda: charge(amount), request=amount)
 
 
 def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = True) -> Pay:
-    """Looks, pays, and writes down the answer."""
+    """Read, pay, and write the answer."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         place = f"answer:{key}:{user if scoped else ''}:{amount if checked else ''}"
@@ -86,7 +78,7 @@ def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = 
 
 
 def mark_before(redis: Any, charge: Charge) -> Pay:
-    """Writes down that it is done, and does it."""
+    """Write that it is done, and then pay."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         if not await redis.set(f"done:{key}", "1", nx=True, px=DAY_MS):
@@ -97,7 +89,7 @@ def mark_before(redis: Any, charge: Charge) -> Pay:
 
 
 def select_then_insert(conn: Any, charge: Charge) -> Pay:
-    """The same in the database: a SELECT sees no row, and locks none."""
+    """Read, pay and write the answer in the database: the SELECT finds no row, and locks none."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         async with conn.transaction():
@@ -112,7 +104,7 @@ def select_then_insert(conn: Any, charge: Charge) -> Pay:
 
 
 def every_answer_kept(redis: Any, charge: Charge) -> Pay:
-    """Whatever came out is what the customer is told for a day."""
+    """Keep every answer for a day, errors included."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         if known := await redis.get(f"answer:{key}"):
@@ -131,7 +123,7 @@ def every_answer_kept(redis: Any, charge: Charge) -> Pay:
 
 
 def set_nx(redis: Any, charge: Charge, lease_ms: int | None = None) -> Pay:
-    """SET NX claims, SET marks: without a TTL for ever, with one until anybody else may; nobody looks whose it is."""
+    """Claim with SET NX, mark with SET: without lease_ms the claim never ends; the SET does not check the owner."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         for _ in range(TRIES):
@@ -148,7 +140,7 @@ def set_nx(redis: Any, charge: Charge, lease_ms: int | None = None) -> Pay:
 
 
 def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
-    """Dedup: the mark commits with the effect, Redis only knows what has committed."""
+    """Pay with Dedup: the mark commits with the effect, and Redis only knows what has committed."""
     dedup = Dedup("billing", pool, redis=redis, retention=86_400)
 
     async def pay(key: str, amount: int, user: str) -> str:
@@ -161,7 +153,7 @@ def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
 
 
 def one_layer(redis: Any, charge: Charge) -> Pay:
-    """Looks into Redis, pays, and tells Redis: nothing else remembers."""
+    """Read Redis, pay, and mark in Redis: nothing else remembers."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         if not await redis.exists(f"seen:{key}"):
@@ -173,13 +165,15 @@ def one_layer(redis: Any, charge: Charge) -> Pay:
 
 
 class Cleaning:
-    """Expired keys are deleted in one statement, or by delete_expired."""
+    """An endpoint whose expired keys are deleted by one DELETE, or by delete_expired."""
 
     def __init__(self, pool: Any, charge: Charge, at_once: bool = True) -> None:
-        self.pool, self.at_once = pool, at_once
+        self.pool = pool
+        self.at_once = at_once
         self.pay = in_one_transaction(pool, charge, ttl=0.05)
 
     async def clean(self) -> None:
+        """Delete expired keys."""
         if self.at_once:
             async with self.pool.connection() as conn:
                 await conn.execute("DELETE FROM distsys_idempotency WHERE expires_at <= clock_timestamp()")
@@ -193,7 +187,7 @@ GROUP, IDLE_MS = "billing", 50
 
 
 async def entries(redis: Any, stream: str, consumer: str) -> AsyncIterator[tuple[bytes, Any]]:
-    """New entries, and those that others left."""
+    """Yield new entries, and those that other consumers left."""
     with contextlib.suppress(ResponseError):
         await redis.xgroup_create(stream, GROUP, id="0", mkstream=True)
     while True:
@@ -205,21 +199,21 @@ async def entries(redis: Any, stream: str, consumer: str) -> AsyncIterator[tuple
 
 
 async def ack_first(redis: Any, stream: str, consumer: str, handle: Any) -> None:
-    """At most once: what is acknowledged is gone."""
+    """Acknowledge, then handle: at most once."""
     async for entry, fields in entries(redis, stream, consumer):
         await redis.xack(stream, GROUP, entry)
         await handle(fields)
 
 
 async def ack_last(redis: Any, stream: str, consumer: str, handle: Any) -> None:
-    """At least once: what was not acknowledged comes again."""
+    """Handle, then acknowledge: at least once."""
     async for entry, fields in entries(redis, stream, consumer):
         await handle(fields)
         await redis.xack(stream, GROUP, entry)
 
 
 async def deduplicated(redis: Any, pool: Any, stream: str, consumer: str, handle: Any) -> None:
-    """At least once, and known by its id."""
+    """Handle at least once, and recognise a message by its id."""
     dedup = Dedup(GROUP, pool, redis=redis, retention=86_400)
 
     async def handler(conn: Any, fields: Any) -> None:

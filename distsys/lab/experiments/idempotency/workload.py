@@ -1,7 +1,7 @@
-"""What the idempotency experiments ask: payments, in one attempt or several, of endpoints in processes of their own.
+"""Workloads of the idempotency experiments: payments, in one or several attempts, at endpoints in worker processes.
 
-A "request" is an attempt at an intent, an "apply" the effect: a row in the ledger, which is counted in the end. What an
-attempt was "told" begins with what it asked: "order-1: 10 from ann → 10 from ann, receipt of w1".
+In the history a "request" is an attempt at an intent, and an "apply" is the effect: a row in the ledger, which the lab
+counts at the end. A "told" is an answer, after what was asked: "order-1: 10 from ann → 10 from ann, receipt of w1".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Declined(Exception):
 
 
 async def with_ledger(run: Run) -> None:
-    """One Redis, and one PostgreSQL with the ledger and the tables of the rules, in a schema of the lab's own."""
+    """Prepare one Redis, and one PostgreSQL with the ledger and the tables of the rules, in a schema of the lab."""
     await on_redis(run)
     run.urls["dsn"] = await run.testbed.dsn()
     async with await psycopg.AsyncConnection.connect(run.urls["dsn"]) as conn:
@@ -35,19 +35,19 @@ async def with_ledger(run: Run) -> None:
 
 
 async def in_the_ledger(run: Run) -> dict[str, Any]:
-    """How often each intent took effect."""
+    """Return how often each intent took effect."""
     async with await psycopg.AsyncConnection.connect(run.urls["dsn"]) as conn:
         rows = await conn.execute("SELECT intent, count(*) FROM ledger WHERE run = %s GROUP BY 1", (run.resource,))
         return {"applied": dict(await rows.fetchall())}
 
 
 async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
-    """Makes the attempts that the script orders: `intent`, `key`, `amount`, `user`; one after the other.
+    """Make the attempts that the script orders, one after the other: `intent`, `key`, `amount`, `user`.
 
     The candidate gets what it names of redis, conn, pool, name, charge and params, and has an async method `pay(key,
-    amount, user)`, or returns such a function. `await charge(amount, conn)` takes the money, on conn or at once, and
-    gives the receipt; it passes the points before-effect and after-effect. An order with declined=True has it raise
-    Declined, one with clean=True calls `clean()`.
+    amount, user)`, or returns such a function. `await charge(amount, conn)` takes the money, in the transaction of conn
+    or at once, and returns the receipt; it passes the points before-effect and after-effect. An order with
+    declined=True lets it raise Declined, one with clean=True calls `clean()`.
     """
     order: dict[str, Any] = {}
 
@@ -67,7 +67,7 @@ async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
                 await endpoint.clean()
         else:
             order = {**DEFAULTS, **order}
-            with contextlib.suppress(Exception):  # on the record
+            with contextlib.suppress(Exception):  # it is in the history
                 await _attempt(worker, pay, **order)
         worker.send(e="served")
 
@@ -83,10 +83,11 @@ async def _attempt(
 
 
 async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
-    """Publishes the message that an order names with `publish`; an order without it consumes what there is.
+    """Publish the message that an order names with `publish`; for an order without it, consume.
 
-    The candidate gets redis, conn, pool, stream, consumer and handle, and runs until it is ended. `await
-    handle(message, conn)` has the effect, on conn or at once. Its acknowledgement passes the point before-ack.
+    The candidate gets redis, conn, pool, stream, consumer and handle, and runs until it is killed. `await
+    handle(message, conn)` has the effect, in the transaction of conn or at once. Its acknowledgement passes the point
+    before-ack.
     """
     stream = f"{worker.resource}:orders"
 
@@ -107,24 +108,24 @@ async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
 
 
 class _Acknowledging:
-    """A client of Redis whose acknowledgements are on the record."""
+    """A client of Redis whose acknowledgements are in the history."""
 
     def __init__(self, worker: Worker, redis: Any) -> None:
-        self._worker, self._redis = worker, redis
+        self._worker = worker
+        self._redis = redis
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._redis, name)
 
     async def xack(self, *args: Any) -> Any:
+        """Acknowledge, after the point before-ack."""
         await self._worker.checkpoint("before-ack")
         async with self._worker.op("ack"):
             return await self._redis.xack(*args)
 
 
 async def effect(worker: Worker, intent: str, conn: Any) -> None:
+    """Add a row to the ledger."""
     conn = conn or await worker.client("conn")
     async with worker.op("apply", intent):
         await conn.execute("INSERT INTO ledger VALUES (%s, %s)", (worker.resource, intent))
-
-
-# ---- checks
