@@ -1,7 +1,7 @@
-"""Two roots tell the caller the one thing that matters: did the guarded work certainly not happen, or may it have?
+"""The errors of all rules. Two roots say what matters most: the guarded work certainly did not happen, or it may have.
 
-Everything else derives from `Rejected` or `Indeterminate`, carries what the caller needs next, and maps to an RFC 9457
-problem. The docstring of an error is its default message.
+Every other error derives from `Rejected` or `Indeterminate`, carries the facts that the caller needs next, and maps to
+an RFC 9457 problem. The first line of an error's docstring is its default message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class DistsysError(Exception):
 
     status = 500  # HTTP status of the RFC 9457 problem
     problem_type: tuple[str, str] | None = None  # type and title, where IANA has registered a type
-    http_headers: Sequence[tuple[bytes, bytes]] | None = None  # of the response; None: Retry-After alone
+    http_headers: Sequence[tuple[bytes, bytes]] | None = None  # headers of the response; None: only Retry-After
 
     def __init__(self, message: str | None = None, /, **facts: Any) -> None:
         super().__init__(message or (type(self).__doc__ or "").splitlines()[0])
@@ -34,7 +34,7 @@ class DistsysError(Exception):
         return _rebuild, (type(self), str(self), self.facts)
 
     def problem(self) -> dict[str, Any]:
-        """This error as an RFC 9457 problem: status, type, title, detail, and the facts as extension members."""
+        """Return the RFC 9457 problem: status, type, title, detail, and the facts as extension members."""
         facts = {k: v for k, v in self.facts.items() if isinstance(v, (str, int, float, bool, type(None)))}
         ours = f"urn:distsys:{_kebab(type(self).__name__)}", (type(self).__doc__ or "").splitlines()[0].rstrip(".")
         kind, title = self.problem_type or ours
@@ -55,7 +55,7 @@ class Rejected(DistsysError):
 
 
 class Indeterminate(DistsysError):
-    """It may have happened, or may still: retry only what is idempotent."""
+    """The guarded work may have happened, or may still happen: retry only what is idempotent."""
 
     status = 503
 
@@ -71,7 +71,7 @@ class LockDeadlock(Rejected):
 
 
 class SharedSession(Rejected):
-    """The server session behind this connection also serves others, and a session lock would be theirs too."""
+    """Other clients share the server session behind this connection, and would share its session locks too."""
 
     status = 500
     retryable = False
@@ -93,22 +93,23 @@ class RateLimited(Rejected):
     )
 
     def problem(self) -> dict[str, Any]:
-        """As any error's, but without the key: it may name somebody, and the client knows who it is."""
-        told = {name: value for name, value in super().problem().items() if name not in ("key", "limit", "retry_after")}
-        told["violated-policies"] = self.facts.get("violated-policies", [])
+        """Return the RFC 9457 problem without the key, which may name a person, and with the violated policies."""
+        private = ("key", "limit", "retry_after")
+        shown = {name: value for name, value in super().problem().items() if name not in private}
+        shown["violated-policies"] = self.facts.get("violated-policies", [])
         wait = self.facts.get("retry_after")
-        return told if wait is None else told | {"detail": f"Come again in {whole_seconds(wait)} s."}
+        return shown if wait is None else shown | {"detail": f"Try again in {whole_seconds(wait)} s."}
 
 
 class CircuitOpen(Rejected):
-    """The dependency fails too often, and is left alone for a while."""  # name, state, retry_after
+    """The dependency fails too often, so it is not called for a while."""  # name, state, retry_after
 
     status = 503
-    retryable = False  # to retry at once is what the breaker is there to prevent
+    retryable = False  # the breaker is there to prevent immediate retries
 
 
 class BulkheadFull(Rejected):
-    """As many calls run and wait as are allowed."""  # name, depth, expected_wait, retry_after
+    """As many calls are running and waiting as the bulkhead allows."""  # name, depth, expected_wait, retry_after
 
     status = 503
 
@@ -121,7 +122,7 @@ class BadKey(Rejected):
 
 
 class CallerUnknown(Rejected):
-    """Nobody is known to whom this idempotency key could belong."""
+    """The caller is unknown, so the idempotency key has no owner."""
 
     status = 401
     retryable = False
@@ -139,26 +140,26 @@ class KeyInProgress(Rejected):
 
 
 class AnswerNotKept(Rejected):
-    """It was done before, and its answer was not kept."""  # key
+    """The request was carried out before, but its answer was not kept."""  # key
 
     retryable = False
 
 
 class StoreUnavailable(Rejected):
-    """Where keys are kept does not answer, and nothing is done without it."""  # retry_after
+    """The store of idempotency keys can't be reached, and nothing is carried out without it."""  # retry_after
 
     status = 503
 
 
 class PatternOrderError(Rejected):
-    """These decorators do harm in this order."""
+    """These decorators are harmful in this order."""
 
     status = 500
     retryable = False
 
 
 class LockLost(Indeterminate):
-    """The lease ended, or could not be proved to hold, while the work was running."""  # name, token
+    """The lease ended, or could not be confirmed, while the work was running."""  # name, token
 
 
 class OutcomeUnknown(Indeterminate):

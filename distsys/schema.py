@@ -1,4 +1,4 @@
-"""Every table of distsys, made by one call."""
+"""The tables of all rules on PostgreSQL, created by one call."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib.resources import files
 from distsys._support.postgres import Database, connection, rows
 
 _SCRIPTS = {"distsys.locks": "fencing.sql", "distsys.idempotency": "schema.sql"}
-_LAST_TABLES = ("distsys_fence", "distsys_failures")  # that each script makes
+_LAST_TABLES = ("distsys_fence", "distsys_failures")  # the last one that each script creates
 
 
 async def ensure_schema(db: Database) -> None:
-    """Create the tables and sequences of every rule on PostgreSQL, where they are missing.
+    """Create the tables and sequences of every rule on PostgreSQL that are missing.
 
     db  a psycopg AsyncConnection, or an AsyncConnectionPool
 
-    Call it at a deployment or at the start of the app; many processes may call it at once. It looks first and creates
-    nothing that is there, because CREATE INDEX IF NOT EXISTS would wait for every writer to the table.
+    Call it at a deployment or at the start of the app; many processes may call it at once. If nothing is missing it
+    changes nothing and waits for no writer, as CREATE INDEX IF NOT EXISTS would.
     """
     async with connection(db) as conn, conn.transaction():
         missing = await rows(
