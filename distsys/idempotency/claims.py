@@ -18,6 +18,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -190,6 +191,7 @@ class Claim:
         )
 
 
+@dataclass(eq=False)
 class Claims:
     """Claims in one store.
 
@@ -204,30 +206,24 @@ class Claims:
     encrypt, decrypt  of answers, as they are kept
     """
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        ttl: float = DAY,
-        lease: float = 30.0,
-        wait: float = 0.0,
-        on_unknown: OnUnknown = "block",
-        on_failure: Literal["open", "closed"] | None = None,
-        encrypt: Callable[[bytes], bytes] = unchanged,
-        decrypt: Callable[[bytes], bytes] = unchanged,
-    ) -> None:
-        if on_unknown not in ("block", "rerun") and not callable(on_unknown):
-            raise ValueError(f"on_unknown={on_unknown!r}: give 'block', 'rerun' or an async function of the key")
-        if on_failure not in ("open", "closed", None):
-            raise ValueError(f"on_failure={on_failure!r}: give 'open', 'closed' or None")
-        self.store = store
-        self.ttl = check_seconds("ttl", ttl)
-        self.lease = check_seconds("lease", lease)
-        self.wait = check_seconds("wait", wait, least=0.0)
-        self.on_unknown = on_unknown
-        self.on_failure = on_failure
-        self._encrypt = encrypt
-        self._decrypt = decrypt
+    store: Store
+    _: KW_ONLY
+    ttl: float = DAY
+    lease: float = 30.0
+    wait: float = 0.0
+    on_unknown: OnUnknown = "block"
+    on_failure: Literal["open", "closed"] | None = None
+    encrypt: Callable[[bytes], bytes] = unchanged
+    decrypt: Callable[[bytes], bytes] = unchanged
+
+    def __post_init__(self) -> None:
+        check_seconds("ttl", self.ttl)
+        check_seconds("lease", self.lease)
+        check_seconds("wait", self.wait, least=0.0)
+        if self.on_unknown not in ("block", "rerun") and not callable(self.on_unknown):
+            raise ValueError(f"on_unknown={self.on_unknown!r}: give 'block', 'rerun' or an async function of the key")
+        if self.on_failure not in ("open", "closed", None):
+            raise ValueError(f"on_failure={self.on_failure!r}: give 'open', 'closed' or None")
         self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, set[Claim]] = WeakKeyDictionary()
 
     async def run(self, key: str, operation: Callable[[], Awaitable[Any]], *, request: Any = None) -> Any:
@@ -277,7 +273,7 @@ class Claims:
                 if found.state == "done":
                     if found.answer == NOT_KEPT:
                         raise AnswerNotKept(key=name)  # noqa: TRY301  it passes, as KeyInProgress does
-                    return Claim(self, key, found.owner, self._decrypt(found.answer))
+                    return Claim(self, key, found.owner, self.decrypt(found.answer))
                 if found.state == "unknown":
                     takeover_from = await self._owner_to_take_over(key, found.owner, name)
                 elif (left := min(found.lease_left, deadline - time.monotonic())) > 0:
@@ -298,7 +294,7 @@ class Claims:
 
     def encrypted(self, answer: bytes) -> bytes:
         """Return the answer as it is kept."""
-        return answer if answer == NOT_KEPT else self._encrypt(answer)
+        return answer if answer == NOT_KEPT else self.encrypt(answer)
 
     def start_heartbeat(self, claim: Claim) -> set[Claim]:
         """Send heartbeats for the claim while it is in the returned set.

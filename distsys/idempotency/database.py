@@ -149,18 +149,12 @@ async def claim(
     lease    None: the claim ends with the transaction; seconds: it outlives the transaction
     request  JSON that `complete_orphans` needs to carry it out again
     """
-    facts = {
-        "scope": check_column("scope", scope, 0),
-        "endpoint": check_column("endpoint", endpoint, 0),
-        "key": key,
-        "fingerprint": fingerprint,
-        "request": request,
-        "ttl": ttl + (lease or 0),
-        "lease": lease,
-        "takeover_from": takeover_from,
-    }
+    check_column("scope", scope, 0)
+    check_column("endpoint", endpoint, 0)
+    row = {"scope": scope, "endpoint": endpoint, "key": key, "fingerprint": fingerprint, "request": request}
+    terms = {"lease": lease, "ttl": ttl + (lease or 0), "takeover_from": takeover_from}
     for _ in range(MAX_READS):
-        if found := await rows(conn, _CLAIM, facts):
+        if found := await rows(conn, _CLAIM, row | terms):
             state, owner, before, answer, left = found[0]
             return Found(state, owner, bytes(before), bytes(answer), left or 0.0)
     text = f"{key!r} was claimed and freed by other attempts {MAX_READS} times in a row"

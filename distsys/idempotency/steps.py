@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from psycopg import AsyncConnection
@@ -44,6 +45,7 @@ WHERE (scope, endpoint, key, fence) = (%s, %s, %s, %s) AND leased_until > 'epoch
 """
 
 
+@dataclass
 class Step:
     """One step of an attempt.
 
@@ -51,11 +53,10 @@ class Step:
     `key` is the same in every attempt: the idempotency key for what is called here.
     """
 
-    def __init__(self, key: str, known: list[Any], connection: AsyncConnection[Any] | None) -> None:
-        self.key = key
-        self.pending = not known
-        self.result: Any = known[0][0] if known else None
-        self._connection = connection
+    key: str
+    pending: bool
+    result: Any
+    _connection: AsyncConnection[Any] | None
 
     @property
     def connection(self) -> AsyncConnection[Any]:
@@ -68,17 +69,17 @@ class Step:
         return self._connection
 
 
+@dataclass
 class Steps:
     """Steps of one attempt.
 
     `async with steps.step("charge") as charge: if charge.pending: charge.result = await ...`
     """
 
-    def __init__(self, pool: AsyncConnectionPool[Any], identity: tuple[str, str, str], fence: int) -> None:
-        self._pool = pool
-        self._identity = identity  # scope, endpoint, key
-        self.fence = fence
-        self._ended: set[str] = set()
+    _pool: AsyncConnectionPool[Any]
+    _identity: tuple[str, str, str]  # scope, endpoint, key
+    fence: int
+    _ended: set[str] = field(default_factory=set)
 
     @asynccontextmanager
     async def step(self, name: str, *, transaction: bool = False) -> AsyncIterator[Step]:
@@ -93,7 +94,8 @@ class Steps:
         key = hashlib.sha256(json.dumps([*self._identity, name]).encode()).hexdigest()
         async with self._transaction() if transaction else nullcontext() as held:
             async with self._transaction(held) as conn:
-                step = Step(key, await rows(conn, _RESULT, (*self._identity, name)), held)
+                known = await rows(conn, _RESULT, (*self._identity, name))
+            step = Step(key, not known, known[0][0] if known else None, held)
             yield step
             if step.pending:
                 async with self._transaction(held) as conn:
