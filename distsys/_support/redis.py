@@ -11,13 +11,6 @@ from typing import Any
 
 import redis.asyncio
 from redis import Redis, RedisCluster, exceptions
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    NoScriptError,
-    RedisClusterException,
-)
 
 from distsys._support.cancellation import reraise_swallowed_cancel
 
@@ -32,6 +25,7 @@ UNAVAILABLE = (
     exceptions.ClusterDownError,
     exceptions.TryAgainError,
 )
+DENIED = exceptions.AuthenticationError, exceptions.AuthorizationError
 
 
 class Script:
@@ -47,9 +41,9 @@ class Script:
         before = task.cancelling() if task else 0
         try:
             answer = await redis.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
-        except NoScriptError:  # after a restart or SCRIPT FLUSH: EVAL sends the script and loads it
+        except exceptions.NoScriptError:  # after a restart or SCRIPT FLUSH: EVAL sends the script and loads it
             answer = await redis.eval(self.text, len(keys), *keys, *args)
-        except NoPermissionError as error:
+        except exceptions.NoPermissionError as error:
             error.add_note("distsys runs Lua scripts: give the user  +evalsha +eval +@read +@write +time ~distsys:*")
             raise
         if task and task.cancelling() > before:  # as reraise_swallowed_cancel, without a coroutine around each command
@@ -148,9 +142,9 @@ def unavailable(error: Exception) -> bool:
     A cluster's client that can't find the slots raises an error whose cause is what the last node answered.
     """
     cause = error.__cause__
-    if isinstance(error, RedisClusterException) and not isinstance(cause, RedisClusterException):
+    if isinstance(error, exceptions.RedisClusterException) and not isinstance(cause, exceptions.RedisClusterException):
         return cause is None or (isinstance(cause, Exception) and unavailable(cause))
-    return isinstance(error, UNAVAILABLE) and not isinstance(error, (AuthenticationError, AuthorizationError))
+    return isinstance(error, UNAVAILABLE) and not isinstance(error, DENIED)
 
 
 def options(client: Any) -> dict[str, Any]:

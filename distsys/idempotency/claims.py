@@ -1,8 +1,8 @@
-"""Claims: who carries out an intent, how long nobody else may, and what later attempts are answered.
+"""Claims: which attempt carries out an intent, for how long no other may, and which answer later attempts get.
 
-Promise  of all attempts with a key, one at a time carries it out; its answer is what all other attempts get. A claim is
-         a lease with a heartbeat and a fencing number: an owner that was overtaken can no longer complete the claim. An
-         attempt that ended without a word leaves its outcome UNKNOWN, and a policy decides what happens next.
+Promise  one attempt at a time carries out the intent of a key, and all other attempts get its answer. A claim is a
+         lease with a heartbeat and a fencing number: an owner that was overtaken can no longer complete the claim. An attempt
+         whose lease ends, because its process died, leaves its outcome UNKNOWN, and a policy decides what happens next.
 Not      one effect by itself: if a worker dies after the effect, the policy decides. Only where effect and answer
          commit together there is no such gap: database.py.
 Units    seconds.

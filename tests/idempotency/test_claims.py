@@ -59,7 +59,7 @@ async def store(
 
 
 async def fallen_silent(store: Store, key: str = "k") -> int:
-    """A claim whose owner died: its number."""
+    """Make a claim whose owner fell silent; return its owner number."""
     found = await store.claim(key, MINE, lease=0.001, ttl=60)
     assert found.state == "claimed"
     while (await store.claim(key, MINE, lease=60, ttl=60)).state == "running":  # until the server's clock is past it
@@ -72,12 +72,12 @@ async def no_effect() -> None:
 
 
 async def settled() -> None:
-    """Until all is done that goes on in the background of a cancelled attempt."""
+    """Wait until the background work of cancelled attempts has ended."""
     await asyncio.gather(*tasks._background, return_exceptions=True)
 
 
 class Steps:
-    """Awaits a coroutine, and cancels the task that runs it at its n-th await."""
+    """A coroutine whose task is cancelled at its n-th await."""
 
     def __init__(self, point: int, coroutine: Coroutine[Any, Any, Any]) -> None:
         self.point, self.coroutine, self.reached = point, coroutine, False
@@ -105,7 +105,7 @@ class Steps:
 
 
 async def cancelled_at(point: int, coroutine: Coroutine[Any, Any, Any]) -> bool:
-    """Whether the coroutine came as far as its n-th await, where it was cancelled."""
+    """Run the coroutine, cancel it at its n-th await, and return whether it got there."""
     steps = Steps(point, coroutine)
     task = asyncio.create_task(steps.run())
     await asyncio.wait([task])
@@ -215,7 +215,7 @@ async def test_a_policy_can_find_out_what_happened(store: Store, found_out: byte
 
 @pytest.mark.parametrize("found_out", [b' {"paid": 1}', b'\r\n{"paid": 1}\n', b'{"paid": 1} {"paid": 2}'])
 async def test_what_a_policy_found_out_is_read_as_any_json(store: Store, found_out: bytes) -> None:
-    """With white space around it; and two of them are none."""
+    """White space around it does not matter; two JSON values in a row are an error."""
 
     async def reconcile(key: str) -> bytes:
         return found_out
@@ -273,7 +273,7 @@ async def test_numbers_grow_also_where_the_record_in_between_was_deleted(store: 
     ),
 )
 async def test_a_number_grows_also_where_the_clock_of_redis_was_set_back(redis: Redis) -> None:
-    """The one before is as if drawn in a future that the clock has left."""
+    """The number before was drawn at a time that is now in the future."""
     store, future = RedisStore(redis), 2**52
     silent = await fallen_silent(store)
     await redis.setrange(store._keys("k")[0], 18, f"{future:016d}")
@@ -289,7 +289,7 @@ async def test_a_number_grows_also_where_the_clock_of_redis_was_set_back(redis: 
         "if not record or ARGV[2] ~= 'n' and string.sub(record, 3, 18) ~= ARGV[1] then return 0 end",
     ),
 )
-async def test_an_overtaken_attempt_is_told_that_its_outcome_is_on_no_record(store: Store) -> None:
+async def test_an_overtaken_attempt_learns_that_its_outcome_is_not_recorded(store: Store) -> None:
     async with await Claims(store, lease=60).begin("k", MINE) as late:
         number = await late.fence()
         await store.extend("k", late.owner, 0.001)
@@ -345,7 +345,7 @@ async def test_an_answer_is_kept_for_its_ttl(store: Store) -> None:
     assert (await store.claim("k", OTHER, lease=60, ttl=60)).state == "running", "the look above claimed it"
 
 
-async def test_cancelled_while_it_is_written_down_the_answer_is_kept_all_the_same(store: Store) -> None:
+async def test_an_answer_is_kept_although_storing_it_was_cancelled(store: Store) -> None:
     claim = await Claims(store).begin("k", MINE)
     writing = asyncio.create_task(claim.done(b"kept"))
     await asyncio.sleep(0)
@@ -355,11 +355,11 @@ async def test_cancelled_while_it_is_written_down_the_answer_is_kept_all_the_sam
     assert (await Claims(store, wait=30).begin("k", MINE)).answer == b"kept"
 
 
-# ---- cancelled, unheard, overtaken
+# ---- cancelled attempts, lost replies, takeovers
 
 
 async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: Store) -> None:
-    """It is done, or free for the next one; never running, and unknown only where the effect may have happened."""
+    """The key is done or free, never running; it is unknown only if the effect may have happened."""
     claims = Claims(store, lease=60)
 
     async def attempt(key: str, began: list[int]) -> None:
@@ -384,7 +384,7 @@ async def test_cancelled_at_any_await_an_attempt_leaves_no_claim_behind(store: S
     assert seen == {"claimed", "unknown", "done"}
 
 
-async def test_cancelled_at_any_await_who_waits_gives_its_connection_back_as_it_was(
+async def test_a_waiter_cancelled_at_any_await_returns_its_connection_as_it_was(
     pg: str, pg_pool: AsyncConnectionPool
 ) -> None:
     await ensure_schema(pg_pool)
@@ -411,7 +411,7 @@ async def test_cancelled_at_any_await_who_waits_gives_its_connection_back_as_it_
 )
 @pytest.mark.parametrize("takes_over", [False, True])
 async def test_cancelled_when_its_claim_is_made_an_attempt_gives_it_back(redis: Redis, takes_over: bool) -> None:
-    """Redis has claimed the key, and the attempt is cancelled when the reply is there: free, or unknown as before."""
+    """It is cancelled when the reply of Redis has arrived; then the key is free, or unknown as before."""
     store, execute, cancelled = RedisStore(redis), redis.execute_command, False
     if takes_over:
         await fallen_silent(store)
@@ -454,7 +454,7 @@ async def test_cancelled_while_it_takes_over_an_attempt_leaves_the_outcome_unkno
 async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
     redis: Redis, redis_server: Server, lost: str
 ) -> None:
-    """The client asks again, and is neither held up by its own claim nor told that another took over."""
+    """The client asks again: it is not blocked by its own claim, and does not learn of a takeover that never was."""
     for number in range(1, 4):
         ran: list[int] = []
 
@@ -480,7 +480,7 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
 
 
 @kills(
-    "a claim whose COMMIT is not heard of is nobody's",
+    "a claim is lost with the reply to its COMMIT",
     edited_at_module_level(PostgresStore, "claim", "conn, conn.transaction():", "conn:"),
     autocommit=True,
 )
@@ -493,7 +493,7 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
 async def test_whichever_reply_of_postgresql_is_lost_there_is_one_effect(
     pg: str, postgres: Server, autocommit: bool
 ) -> None:
-    """Also that of a claim's COMMIT: nobody would carry out what it claimed."""
+    """The reply to the COMMIT of a claim counts too: a claim that nobody knows of would block the key."""
     async with await psycopg.AsyncConnection.connect(pg) as conn:
         await ensure_schema(conn)
     reached = 0
@@ -547,7 +547,7 @@ async def test_heartbeats_that_fail_are_tried_again_and_meanwhile_the_claim_coun
 async def test_more_claims_than_the_client_has_connections_are_all_kept_alive(
     redis: Redis, redis_server: Server
 ) -> None:
-    """Its pool refuses who comes while all connections are taken: those must not be the same claims each time."""
+    """The pool refuses heartbeats while all connections are taken: it must not refuse the same claims each time."""
     beats: Counter[str] = Counter()
     fourth = asyncio.Event()
 
@@ -571,7 +571,7 @@ async def test_more_claims_than_the_client_has_connections_are_all_kept_alive(
 
 
 async def test_a_heartbeat_that_comes_late_makes_no_unknown_outcome_a_running_attempt(store: Store) -> None:
-    """It was under way when its claim ended. Nor is there a number to write with."""
+    """The heartbeat was sent before its claim ended. There is no fencing number any more, either."""
     claim = await Claims(store, lease=60).begin("k", MINE)
     async with claim:
         claim.effect_began = True
@@ -596,7 +596,7 @@ async def test_an_overtaken_owner_learns_it_by_its_heartbeat_and_ends_nothing(st
     assert (await Claims(store).begin("k", MINE)).answer == b"new"
 
 
-async def test_of_many_who_take_over_an_unknown_outcome_one_may(store: Store) -> None:
+async def test_of_many_takeovers_of_an_unknown_outcome_one_succeeds(store: Store) -> None:
     await fallen_silent(store)
     claims = Claims(store, on_unknown="rerun")
     taken = await asyncio.gather(*(claims.begin("k", MINE) for _ in range(5)), return_exceptions=True)
@@ -606,8 +606,8 @@ async def test_of_many_who_take_over_an_unknown_outcome_one_may(store: Store) ->
         await claim.done(b"once")
 
 
-async def test_who_waits_in_postgresql_leaves_the_owner_a_connection(pg: str) -> None:
-    """There is but one, and three who wait want it: the owner's heart beats, and its answer is kept."""
+async def test_waiters_in_postgresql_leave_the_owner_a_connection(pg: str) -> None:
+    """The pool has one connection, which three waiters use: the owner still extends its lease and keeps its answer."""
     async with AsyncConnectionPool(pg, min_size=1, max_size=1, open=False, timeout=10) as pool:
         await ensure_schema(pool)
         store = PostgresStore(pool)
@@ -620,11 +620,11 @@ async def test_who_waits_in_postgresql_leaves_the_owner_a_connection(pg: str) ->
         assert [(await each).answer for each in waiting] == [b"1"] * 3
 
 
-async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> None:
+async def test_done_twice_keeps_the_first_answer(store: Store) -> None:
     async with await Claims(store).begin("k", MINE) as claim:
         await claim.done(b"first")
         await claim.done(b"second")
-        assert await store.end("k", claim.owner, "done", b"third", 60), "by one who was not heard"
+        assert await store.end("k", claim.owner, "done", b"third", 60), "a retry after a lost reply"
     assert (await Claims(store).begin("k", MINE)).answer == b"first"
 
 
@@ -632,8 +632,8 @@ async def test_done_said_twice_is_done_with_the_first_answer(store: Store) -> No
     "an error of the bank is one of Redis",
     edited(Claims, "_owner_to_take_over", "except Exception as error", "except ValueError as error"),
 )
-async def test_who_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> None:
-    """Also when its error looks like one of the store, and the policy is to go on without a store."""
+async def test_a_policy_that_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> None:
+    """This holds even if its error looks like one of the store, and on_failure is "open"."""
 
     async def ask_the_bank(key: str) -> bytes:
         raise ConnectionError("the bank")
@@ -647,7 +647,7 @@ async def test_who_cannot_find_out_leaves_the_outcome_unknown(store: Store) -> N
     assert (found.state, found.owner) == ("unknown", number)
 
 
-async def test_while_one_finds_out_another_may_take_over_and_its_answer_counts(store: Store) -> None:
+async def test_while_a_policy_finds_out_another_attempt_may_take_over(store: Store) -> None:
     began, go_on = asyncio.Event(), asyncio.Event()
 
     async def slowly(key: str) -> bytes:
@@ -705,7 +705,7 @@ async def test_answers_are_kept_encrypted_those_found_out_later_too(store: Store
 
 
 def test_a_loop_that_ends_with_open_claims_leaves_them_to_their_lease(redis_server: Server) -> None:
-    """As a process that dies: no error, no warning, and nobody else is told that it was freed."""
+    """It looks like a process that died: no error, no warning, and the claim is not freed."""
 
     async def ends_early(url: str, owner: list[int]) -> None:
         claim = await Claims(RedisStore(Redis.from_url(url)), lease=0.3).begin("closing", MINE)
@@ -763,7 +763,7 @@ async def test_any_text_is_a_key_and_no_two_share_a_claim(store: Store) -> None:
 
 @pytest.mark.parametrize("fingerprint", [b"", b"short", b"l" * 33])
 async def test_a_fingerprint_of_another_length_claims_nothing(store: Store, fingerprint: bytes) -> None:
-    """A record of Redis with one could be read by nobody."""
+    """Redis keeps the fingerprint in a fixed place of the record."""
     with pytest.raises(ValueError, match="32 bytes"):
         await Claims(store).begin("k", fingerprint)
     assert (await store.claim("k", MINE, lease=60, ttl=60)).state == "claimed"
@@ -776,7 +776,7 @@ async def test_stores_with_other_names_keep_other_claims(redis: Redis) -> None:
             await claim.done(name.encode())
 
 
-async def test_a_cluster_keeps_claims_and_wakes_who_waits(redis_cluster: RedisCluster) -> None:
+async def test_a_cluster_keeps_claims_and_wakes_waiters(redis_cluster: RedisCluster) -> None:
     claims = Claims(RedisStore(redis_cluster, name=token_hex(8)), wait=30)
     for name in NAMES:
         ran: list[int] = []
@@ -802,7 +802,7 @@ async def test_a_year_is_as_good_as_a_second(store: Store) -> None:
         Claims(store, ttl=year + 1)
 
 
-async def test_a_record_outlives_its_ttl_while_its_owner_says_that_it_lives(store: Store) -> None:
+async def test_a_record_outlives_its_ttl_while_its_owner_sends_heartbeats(store: Store) -> None:
     async with await Claims(store, ttl=0.001, lease=60).begin("k", MINE) as claim:
         for _ in range(20):
             assert await store.extend("k", claim.owner, 60)
@@ -836,8 +836,8 @@ async def test_every_record_in_redis_has_a_time_to_live(redis: Redis) -> None:
     assert await redis.ttl(store._keys("o")[0]) == pytest.approx(1_010, abs=60)
 
 
-async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Redis, redis_server: Server) -> None:
-    """Each single wait ends before it; otherwise the wait would be taken for a Redis that is down."""
+async def test_a_waiter_is_not_interrupted_by_its_socket_timeout(redis: Redis, redis_server: Server) -> None:
+    """Each single wait ends before the timeout; otherwise it would look like a Redis that is down."""
     async with Redis.from_url(redis_server.url, socket_timeout=0.4, retry=Retry(NoBackoff(), 0)) as client:
         async with await Claims(RedisStore(redis), lease=60).begin("k", MINE) as claim:
             with pytest.raises(KeyInProgress):
@@ -850,7 +850,7 @@ async def test_who_waits_is_not_troubled_by_the_timeout_of_its_socket(redis: Red
     edited(Claims, "begin", 'self.on_failure == "closed" or found', 'self.on_failure == "closed"'),
 )
 async def test_what_is_known_to_run_is_not_carried_out_unprotected(redis: Redis, redis_server: Server) -> None:
-    """Redis is lost to one who waits for another attempt, and whose policy is open."""
+    """A waiter with on_failure="open" loses Redis while another attempt runs."""
     ran: list[int] = []
 
     async def charge() -> None:
@@ -863,7 +863,7 @@ async def test_what_is_known_to_run_is_not_carried_out_unprotected(redis: Redis,
             async with await Claims(RedisStore(redis), lease=60).begin("k", fingerprint_of(None)) as claim:
                 waiting = asyncio.create_task(claims.run("k", charge))
                 while not (await redis.info("clients"))["blocked_clients"]:
-                    pass  # until it has heard of the other
+                    pass  # until the waiter knows of the other attempt
                 link.drop()
                 with pytest.raises(StoreUnavailable):
                     await waiting

@@ -31,7 +31,7 @@ PARKED = "SELECT message_id, attempts, parked_at IS NOT NULL FROM distsys_failur
 
 
 async def until(true: Callable[[], Awaitable[Any]], task: asyncio.Task[Any] | None = None) -> None:
-    """Until a server says so; a consumer that ends meanwhile says why."""
+    """Wait until it is true; raise the error of a consumer that ends meanwhile."""
     async with asyncio.timeout(60):
         while not await true():
             if task is not None and task.done():
@@ -82,7 +82,7 @@ def billed(field: Any = b"what") -> Any:
 async def test_entries_are_handled_and_acknowledged_whatever_the_client_answers(
     redis: Redis, redis_server: Server, dedup: Dedup, ledger: AsyncConnectionPool, options: dict[str, Any]
 ) -> None:
-    """Those that were there before the group as well; in RESP2 and RESP3, as bytes and as text."""
+    """Entries from before the group count too; in RESP2 and RESP3, as bytes and as text."""
     for number in range(25):
         await redis.xadd("orders", {"what": f"{number}"})
     field = "what" if options.get("decode_responses") else b"what"
@@ -117,10 +117,10 @@ async def test_a_group_that_exists_is_joined_and_shared(
 
 
 @kills("what failed is acknowledged", edited(consumers, "consume_stream", "fields)).ack:", "fields)):"))
-async def test_what_failed_comes_again_and_in_the_end_is_parked(
+async def test_a_failed_entry_is_delivered_again_and_parked_in_the_end(
     redis: Redis, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """It holds up nobody else."""
+    """It does not block other entries."""
     poison = (await redis.xadd("orders", {"what": "poison"})).decode()
     await redis.xadd("orders", {"what": "k"})
     async with running(consume_stream(redis, "orders", "c1", dedup, billed(), min_idle=IDLE)) as task:
@@ -203,7 +203,7 @@ async def test_without_the_database_a_consumer_ends_and_its_entry_comes_again(
 
 @pytest.fixture(scope="module")
 def brokers(request: Any) -> Iterator[str]:
-    """Of KAFKA_URL, or a container, or librdkafka's mock of three brokers; which one is in the output."""
+    """The brokers of KAFKA_URL, of a container, or librdkafka's mock of three; the output says which."""
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     with ExitStack() as stack:
         url, which = given_brokers(stack)
@@ -227,7 +227,7 @@ def given_brokers(stack: ExitStack) -> tuple[str, str]:
 
 
 class Kafka:
-    """A topic and a group of one test."""
+    """A topic and a group for one test."""
 
     def __init__(self, brokers: str) -> None:
         self.brokers, self.topic = brokers, f"orders-{os.urandom(6).hex()}"
@@ -288,7 +288,7 @@ async def test_records_are_handled_in_order_and_committed(
 async def test_a_record_sent_twice_or_read_again_has_one_effect(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """By the producer's id; and by its place, when somebody sets the offset back."""
+    """It is recognised by the producer's id, or by its place if the offset was set back."""
     await kafka.send(b"k", b"k")
     async with kafka.consumer() as consumer:
         await consumed(kafka, consumer, dedup, 2, message_id=lambda record: record.value.decode())
@@ -304,7 +304,7 @@ async def test_a_record_sent_twice_or_read_again_has_one_effect(
 async def test_a_record_that_fails_is_handled_again_before_those_behind_it(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """Until it is parked; a record without an id, too."""
+    """It blocks its partition until it is parked; so does a record without an id."""
     await kafka.send(b"poison", b"k")
     async with kafka.consumer() as consumer:
         await consumed(kafka, consumer, dedup, 2)
@@ -322,7 +322,7 @@ async def test_a_record_that_fails_is_handled_again_before_those_behind_it(
 async def test_a_cancelled_handler_commits_nothing_and_its_record_comes_again(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """To the same consumer as well as to the next one."""
+    """The same consumer gets it again, or the next one."""
     began = asyncio.Event()
 
     async def slow(conn: Connection, record: Any) -> None:
@@ -342,7 +342,7 @@ async def test_a_cancelled_handler_commits_nothing_and_its_record_comes_again(
 async def test_without_the_database_no_record_is_skipped(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """A program that catches the error and goes on with the same consumer gets it again."""
+    """A program that catches the error and continues with the same consumer gets the record again."""
     await kafka.send(b"k", b"l")
     async with kafka.consumer() as consumer:
         with pytest.raises(psycopg.OperationalError):
@@ -354,7 +354,7 @@ async def test_without_the_database_no_record_is_skipped(
 async def test_a_partition_that_is_taken_away_meanwhile_is_left_to_its_new_owner(
     kafka: Kafka, dedup: Dedup, ledger: AsyncConnectionPool
 ) -> None:
-    """The commit comes too late, and the consumer goes on; what its successor gets again, it knows."""
+    """The commit is too late and the consumer continues; the new owner recognises what it gets again."""
     began, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow(conn: Connection, record: Any) -> None:
@@ -403,7 +403,7 @@ async def _assigned(consumer: AIOKafkaConsumer) -> bool:
 
 
 async def test_a_consumer_that_commits_by_itself_is_refused(kafka: Kafka, dedup: Dedup) -> None:
-    """What it acknowledges may never have been processed."""
+    """It may acknowledge records that were never processed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         with pytest.raises(ValueError, match="enable_auto_commit=True acknowledges messages before they are processed"):

@@ -48,7 +48,7 @@ async def ledger(pg_pool: AsyncConnectionPool) -> AsyncConnectionPool:
 
 @pytest.fixture
 async def conn(pg: str, ledger: AsyncConnectionPool) -> AsyncIterator[Connection]:
-    """In a transaction, which the test commits."""
+    """A connection in a transaction, which the test commits."""
     async with await AsyncConnection.connect(pg) as conn:
         await conn.execute("SELECT 1")
         yield conn
@@ -79,7 +79,7 @@ async def select(pool: AsyncConnectionPool, query: str, *parameters: Any) -> Any
 
 
 async def held_up(pool: AsyncConnectionPool, number: int = 1) -> None:
-    """Until so many statements wait for locks."""
+    """Wait until so many statements wait for locks."""
     for _ in range(3_000):
         if (await select(pool, HELD_UP))[0] >= number:
             return
@@ -104,7 +104,7 @@ async def test_an_operation_is_carried_out_once_and_answered_alike(ledger: Async
 async def test_within_a_callers_transaction_it_is_the_caller_who_commits(
     pg: str, ledger: AsyncConnectionPool, keep: bool, autocommit: bool
 ) -> None:
-    """Rolled back by the caller, the key is free again."""
+    """If the caller rolls back, the key is free again."""
     async with await AsyncConnection.connect(pg, autocommit=autocommit) as conn:
         async with conn.transaction(force_rollback=not keep):
             await idempotent_execute(conn, "k", "e", charge)
@@ -128,7 +128,7 @@ async def test_a_connection_without_a_transaction_gets_one(
 async def test_what_a_caller_wrote_before_survives_an_operation_that_fails(
     ledger: AsyncConnectionPool, conn: Connection
 ) -> None:
-    """It is a savepoint that is rolled back, also when the server refused a statement, and the transaction goes on."""
+    """Only a savepoint is rolled back, even if the server refused a statement, and the transaction continues."""
     await charge(conn, "before")
     with pytest.raises(psycopg.errors.DivisionByZero):
         await idempotent_execute(conn, "k", "e", lambda conn: conn.execute("SELECT 1/0"))
@@ -160,7 +160,7 @@ async def test_of_fifty_at_once_one_has_an_effect(pg: str, ledger: AsyncConnecti
     keep=True,
 )
 @pytest.mark.parametrize("keep", [True, False])
-async def test_who_comes_meanwhile_waits_until_it_is_committed_or_rolled_back(
+async def test_a_concurrent_attempt_waits_until_the_first_is_committed_or_rolled_back(
     ledger: AsyncConnectionPool, conn: Connection, keep: bool
 ) -> None:
     first = await idempotent_execute(conn, "k", "e", charge)
@@ -182,7 +182,7 @@ async def test_the_same_key_within_its_own_operation_is_no_deadlock(ledger: Asyn
 
 @kills("a replay locks the row", edited(database, "_CLAIM", "WHERE NOT EXISTS (SELECT FROM known)", ""))
 async def test_a_replay_writes_nothing(ledger: AsyncConnectionPool, conn: Connection) -> None:
-    """No row, no lock on one, so no transaction number."""
+    """It writes and locks no row, and so gets no transaction id."""
     first = await idempotent_execute(ledger, "k", "e", charge)
     assert await idempotent_execute(conn, "k", "e", charge) == first
     assert await (await conn.execute(WRITTEN)).fetchone() == (False, 0)
@@ -192,7 +192,7 @@ async def test_a_replay_writes_nothing(ledger: AsyncConnectionPool, conn: Connec
 
 @kills("any request is answered", edited(database, "answer_to", "check_same_request(found, fingerprint, key)", "pass"))
 async def test_another_request_under_the_same_key_is_refused(ledger: AsyncConnectionPool) -> None:
-    """The order of members is no difference."""
+    """The order of members does not matter."""
     first = await idempotent_execute(ledger, "k", "e", charge, request={"a": 1, "b": 2})
     assert await idempotent_execute(ledger, "k", "e", charge, request={"b": 2.0, "a": 1}) == first
     with pytest.raises(KeyReused, match="'k' belongs to another request"):
@@ -207,7 +207,7 @@ async def test_another_request_under_the_same_key_is_refused(ledger: AsyncConnec
 )
 @pytest.mark.parametrize("other", [{"scope": "user 2"}, {"endpoint": "f"}, {"key": "l"}])
 async def test_scopes_endpoints_and_keys_are_apart(ledger: AsyncConnectionPool, other: dict[str, str]) -> None:
-    """What one user was answered is never told another, whose request is the very same."""
+    """One user's answer is never given to another with an equal request."""
     names = {"key": "k", "endpoint": "e", "scope": "user 1"}
     first = await idempotent_execute(ledger, operation=charge, **names)
     assert await idempotent_execute(ledger, operation=charge, **(names | other)) != first
@@ -348,10 +348,10 @@ async def test_ended_while_it_waits_for_another_it_has_claimed_nothing(
 
 
 @pytest.mark.parametrize("level", [IsolationLevel.REPEATABLE_READ, IsolationLevel.SERIALIZABLE])
-async def test_above_read_committed_who_waited_has_to_begin_anew(
+async def test_above_read_committed_an_attempt_that_waited_has_to_begin_anew(
     pg: str, ledger: AsyncConnectionPool, conn: Connection, level: IsolationLevel
 ) -> None:
-    """Its snapshot is older than the answer; in a new transaction it is answered."""
+    """Its snapshot is older than the answer; a new transaction returns it."""
     async with await AsyncConnection.connect(pg) as strict:
         await strict.set_isolation_level(level)
         first = await idempotent_execute(conn, "k", "e", charge)
@@ -364,10 +364,10 @@ async def test_above_read_committed_who_waited_has_to_begin_anew(
     assert await effects(ledger) == 1
 
 
-async def test_who_waited_for_another_claim_gets_the_larger_number(
+async def test_a_claim_that_waited_for_another_gets_the_larger_number(
     ledger: AsyncConnectionPool, conn: Connection
 ) -> None:
-    """Although it asked first: numbers are drawn by who has the row."""
+    """It does although it asked first: a claim draws its number when it holds the row."""
     await expired(ledger)
     await conn.execute("SELECT FROM distsys_idempotency FOR UPDATE")
     waiting = asyncio.create_task(PostgresStore(ledger, endpoint="e").claim("k", bytes(32), lease=60, ttl=60))
@@ -381,10 +381,10 @@ async def test_who_waited_for_another_claim_gets_the_larger_number(
 
 
 @pytest.mark.parametrize("option", ["default_transaction_isolation=serializable", "lock_timeout=1"])
-async def test_who_loses_to_another_attempt_is_not_one_without_a_store(
+async def test_a_conflict_with_another_attempt_is_not_an_outage_of_the_store(
     pg: str, ledger: AsyncConnectionPool, conn: Connection, option: str
 ) -> None:
-    """on_failure="open" would carry it out beside the other."""
+    """Otherwise on_failure="open" would carry it out concurrently."""
     ran: list[int] = []
 
     async def attempt() -> None:
@@ -405,7 +405,7 @@ async def test_who_loses_to_another_attempt_is_not_one_without_a_store(
 
 
 async def expired(pool: AsyncConnectionPool, key: str = "k") -> None:
-    """A key that was done, and whose time is over by the server's clock."""
+    """Make a key that was done and has expired by the server's clock."""
     await idempotent_execute(pool, key, "e", partial(charge, what="earlier"), ttl=0.001)
     while not (await select(pool, "SELECT expires_at <= now() FROM distsys_idempotency WHERE key = %s", key))[0]:
         pass
@@ -422,7 +422,7 @@ async def test_an_expired_key_is_claimed_again_by_any_request(ledger: AsyncConne
 async def test_a_key_that_expires_while_retries_are_in_flight_is_claimed_by_one(
     ledger: AsyncConnectionPool, conn: Connection
 ) -> None:
-    """The retry that is first holds the old row; the others wait for it, although it has expired."""
+    """The first retry holds the old row; the others wait for it, although it has expired."""
     await expired(ledger)
     first = await idempotent_execute(conn, "k", "e", charge)
     others = [asyncio.create_task(idempotent_execute(ledger, "k", "e", charge)) for _ in range(3)]
@@ -459,7 +459,7 @@ async def test_an_operation_longer_than_its_ttl_is_kept_from_its_end(
     edited(database, "_KEEP", "greatest(expires_at, ", "greatest(expires_at + interval '1 s', "),
 )
 async def test_an_answer_is_written_where_its_row_is(ledger: AsyncConnectionPool, conn: Connection) -> None:
-    """No index has to be told of it (HOT)."""
+    """The update touches no index (HOT)."""
     await idempotent_execute(conn, "k", "e", charge)
     counts = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'distsys_idempotency'"
     assert await (await conn.execute(counts)).fetchone() == (1, 1)
@@ -475,7 +475,7 @@ async def test_cleanup_deletes_what_has_expired_in_batches(ledger: AsyncConnecti
 
 @kills("cleanup waits for writers", edited(database, "delete_batch", " SKIP LOCKED", ""))
 async def test_cleanup_waits_for_no_writer_and_no_writer_for_it(ledger: AsyncConnectionPool, conn: Connection) -> None:
-    """One holds an expired key, which stays; the other comes to one that is being deleted in no open transaction."""
+    """One writer holds an expired key, which stays; another claims a key that was just deleted."""
     await expired(ledger, "held")
     await expired(ledger, "free")
     await idempotent_execute(conn, "held", "e", charge)
@@ -579,13 +579,13 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Any]] = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_an_answer_is_the_same_the_first_time_and_later(ledger: AsyncConnectionPool, name: str) -> None:
-    """As JSON tells it, both times; whatever kind of function it is."""
+    """It is read back from JSON both times, whatever kind of function the operation is."""
     operation, expected = OPERATIONS[name]
     assert [await idempotent_execute(ledger, "k", "e", operation) for _ in range(2)] == [expected] * 2
 
 
 async def test_a_response_is_replayed_with_status_headers_and_body(ledger: AsyncConnectionPool) -> None:
-    """And says so; a cookie is nobody else's."""
+    """It is marked as replayed, and carries no cookie."""
 
     async def created(conn: Connection) -> Response:
         response = JSONResponse(await charge(conn), 201, {"location": "/charges/1"})
@@ -623,7 +623,7 @@ async def test_an_answer_that_cannot_be_kept_is_an_error_and_nothing_is_done(
 
 
 async def test_a_connection_in_pipeline_mode_and_with_rows_of_its_own(ledger: AsyncConnectionPool, pg: str) -> None:
-    """Rows as dicts, statements in a pipeline: the claim reads its own way."""
+    """Rows as dicts and statements in a pipeline do not disturb the claim."""
 
     async def zero(conn: Connection) -> Any:
         return await (await conn.execute("SELECT 1/0")).fetchall()
@@ -648,7 +648,7 @@ async def test_many_make_the_schema_at_once(pg_pool: AsyncConnectionPool) -> Non
 
 @kills("each start makes the schema anew", edited(schema, "ensure_schema", "if missing:", "if True:"))
 async def test_an_instance_that_starts_waits_for_no_writer(ledger: AsyncConnectionPool, conn: Connection) -> None:
-    """Nor does any writer for it: with the tables there, nothing is locked."""
+    """No writer waits for it either: if the tables exist, nothing is locked."""
     await idempotent_execute(conn, "k", "e", charge)
     async with ledger.connection() as other:
         await other.execute("SET lock_timeout = 1")
@@ -702,7 +702,7 @@ async def test_a_batch_of_no_rows_is_refused(
 
 
 async def test_the_longest_names_fit_the_index(ledger: AsyncConnectionPool) -> None:
-    """Of letters that no compression shortens."""
+    """Their letters are such that compression does not shorten them."""
     letters = "".join(chr(33 + (number * number * 7919 + number * 31) % 89) for number in range(3_000))
     await idempotent_execute(
         ledger, letters[:255].replace(",", "-").replace('"', "-"), letters[300:1000], charge, scope=letters[1000:1700]

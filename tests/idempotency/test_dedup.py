@@ -1,4 +1,4 @@
-"""Dedup: each message takes effect once per group; Redis makes it faster, and nothing else."""
+"""Dedup: each message takes effect once per group; Redis only makes it faster."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_redis_answers_a_duplicate_without_the_database(
     ),
 )
 async def test_redis_is_told_after_the_commit_and_never_before(ledger: AsyncConnectionPool, redis: Redis) -> None:
-    """Neither within the handler nor after one that failed."""
+    """Redis is not written within the handler, nor after a failure."""
     dedup, seen = Dedup("g", ledger, retention=DAY, redis=redis), []
 
     async def looks(conn: Connection, message: Any) -> None:
@@ -75,7 +75,7 @@ async def test_redis_is_told_after_the_commit_and_never_before(ledger: AsyncConn
 async def test_whatever_becomes_of_redis_no_message_takes_effect_twice(
     ledger: AsyncConnectionPool, own_redis: Server, fault: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that hangs is not waited for; messages that are new are processed meanwhile."""
+    """A Redis that hangs does not delay messages; new messages are processed meanwhile."""
     monkeypatch.setattr(rule, "REDIS_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(rule, "REDIS_PAUSE_SECONDS", 600)
     caplog.set_level(logging.WARNING)
@@ -111,8 +111,8 @@ async def test_redis_is_asked_again_when_the_pause_is_over(
         assert await redis.dbsize() == 1
 
 
-async def test_a_redis_that_refuses_is_a_mistake_and_not_hidden(ledger: AsyncConnectionPool, redis: Redis) -> None:
-    """But no effect is lost or doubled by it."""
+async def test_a_redis_that_denies_access_is_not_hidden(ledger: AsyncConnectionPool, redis: Redis) -> None:
+    """No effect is lost or doubled by it."""
     dedup = Dedup("g", ledger, retention=DAY, redis=redis)
     await redis.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "~*", "+exists", "+client")
     url = redis.connection_pool.connection_kwargs
@@ -143,7 +143,7 @@ async def test_of_twenty_consumers_at_once_one_has_each_effect(
 
 @kills("groups share what Redis knows", edited(rule, "_key", "json_of(identity)", "json_of(identity[1:])"))
 async def test_groups_and_sources_process_a_message_each_for_itself(ledger: AsyncConnectionPool, redis: Redis) -> None:
-    """Names with braces and colons are no other's, nor are letters beyond ASCII."""
+    """Names with braces, colons or letters beyond ASCII do not collide."""
     places = [("g", "s", "m"), ("g", "s:m", "m"), ("g:s", "m", "m"), ("{g}", "s", "m"), ("g", "s", "{m}")]
     places += [("g", "s", "ünï"), ("g", "s", "ün"), ("g", "s", "\U0001f600"), ("g", "s", "m "), ("G", "s", "m")]
     for expected in ("done", "duplicate"):
@@ -171,7 +171,7 @@ async def test_the_decorator_takes_the_id_from_the_message(ledger: AsyncConnecti
     edited(rule, "_COUNT", "mine.attempts + 1 >= %(most)s", "mine.attempts + 1 >= %(most)s + 1000"),
 )
 async def test_a_message_that_fails_comes_again_until_it_is_parked(ledger: AsyncConnectionPool) -> None:
-    """Each failure is counted, none leaves an effect; parked, it is acknowledged."""
+    """Each failure is counted and leaves no effect; a parked message is acknowledged."""
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=3)
     verdicts = [await dedup.handle("orders", "m1", fails, "k") for _ in range(3)]
     assert verdicts == ["nack", "nack", "parked"]
@@ -186,8 +186,8 @@ async def test_with_one_attempt_the_first_failure_is_parked(ledger: AsyncConnect
 
 
 @kills("a success is not forgiven", edited(Dedup, "handle", "await rows(conn, _FORGIVE, identity)", "pass"))
-async def test_one_that_succeeds_in_the_end_is_forgiven(ledger: AsyncConnectionPool) -> None:
-    """Also after it was parked, and somebody mended the cause."""
+async def test_a_success_deletes_the_failures_before_it(ledger: AsyncConnectionPool) -> None:
+    """This holds even after it was parked and somebody fixed the cause."""
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=2)
     for _ in range(3):
         await dedup.handle("orders", "m1", fails, "k")
@@ -213,7 +213,7 @@ class Awkward:
 async def test_a_failure_is_counted_whatever_it_says(
     ledger: AsyncConnectionPool, said: Any, message: Any, shown: str
 ) -> None:
-    """What the database can't hold, or the message can't say, would otherwise end each consumer that gets it."""
+    """Text that the database can't hold, or a repr that raises, would otherwise end each consumer that gets it."""
 
     async def handler(conn: Connection, message: Any) -> None:
         raise ValueError(said)
@@ -224,7 +224,7 @@ async def test_a_failure_is_counted_whatever_it_says(
 
 
 async def test_a_failed_statement_and_a_failed_commit_are_failures(ledger: AsyncConnectionPool) -> None:
-    """Also one that the handler hides, and one that only COMMIT finds."""
+    """So is a failed statement that the handler hides, and one that only COMMIT finds."""
 
     async def hides(conn: Connection, message: Any) -> None:
         with pytest.raises(psycopg.errors.DivisionByZero):
@@ -278,7 +278,7 @@ async def test_a_cancelled_handler_is_neither_done_nor_counted(ledger: AsyncConn
     assert await effects(ledger) == 1
 
 
-async def test_a_database_that_goes_is_an_error_and_no_fault_of_the_message(
+async def test_a_lost_database_is_an_error_and_not_a_failure_of_the_message(
     ledger: AsyncConnectionPool, redis: Redis
 ) -> None:
     """Not counted, not remembered, not done: it comes again."""
@@ -330,8 +330,8 @@ async def test_marks_are_deleted_after_the_retention_of_their_group(ledger: Asyn
     assert await long.handle("orders", "m0", charge, "k") is Delivery.DUPLICATE
 
 
-async def test_deleting_waits_for_nobody(ledger: AsyncConnectionPool) -> None:
-    """What another has locked is left to the next time."""
+async def test_deleting_waits_for_no_writer(ledger: AsyncConnectionPool) -> None:
+    """Rows that another transaction has locked are left to the next call."""
     dedup = Dedup("g", ledger, retention=0.001)
     await dedup.handle("orders", "m1", charge, "k")
     async with ledger.connection() as conn:

@@ -48,7 +48,7 @@ def caller(scope: Any) -> str:
 
 
 def guarded(app: Any, redis: Any, **options: Any) -> IdempotencyMiddleware:
-    """Of callers who are told apart by X-User."""
+    """Wrap the app; X-User identifies the caller."""
     options = {"lease": 60} | options
     if not options.get("public"):
         options = {"scope": caller} | options
@@ -145,7 +145,7 @@ async def test_the_first_answer_is_replayed_byte_for_byte(redis: Redis) -> None:
     assert b"secret" not in (await redis.get(record))
 
 
-async def test_headers_of_ones_own_can_be_left_out(redis: Redis) -> None:
+async def test_chosen_headers_are_not_kept(redis: Redis) -> None:
     shop = Shop(Response(b"paid", headers={"X-Token": "secret", "X-A": "1"}))
     async with client_of(guarded(shop.app, redis, dropped=["x-TOKEN"])) as client:
         one, other = [await client.post("/pay", headers=key()) for _ in range(2)]
@@ -186,7 +186,7 @@ async def test_other_scopes_pass_untouched() -> None:
         assert all(one is other for one, other in zip(seen, given, strict=True))
 
 
-async def test_methods_may_be_chosen_and_lower_case_is_no_hole(redis: Redis) -> None:
+async def test_methods_may_be_chosen_in_any_case(redis: Redis) -> None:
     shop = Shop()
     async with client_of(guarded(shop.app, redis, methods=["put"])) as client:
         assert [(await client.put("/pay", headers=key())).json() for _ in range(2)] == [{"effect": 1}] * 2
@@ -213,7 +213,7 @@ async def test_a_cluster_keeps_answers_too(redis_cluster: RedisCluster) -> None:
 
 @kills("a key is everybody's", edited(IdempotencyMiddleware, "__call__", "{await self._caller_of(scope)}\\0", ""))
 async def test_a_callers_key_is_nobody_elses(redis: Redis) -> None:
-    """Neither his answer nor that it exists; whoever could make two callers look as one fails, too."""
+    """A caller learns neither the answer of another nor that it exists; no name can be mistaken for another."""
     shop = Shop()
     async with client_of(guarded(shop.app, redis)) as client:
         for number, user in enumerate(["ada", "bob", "ad", "ada\0", "", "ada k"], start=1):
@@ -240,7 +240,7 @@ async def test_the_caller_may_be_found_out_asynchronously_and_no_caller_is_401(r
     assert [each.json().get("effect") for each in answers] == [1, 1, 2, None, None]
 
 
-async def test_whoever_shares_answers_has_to_say_so(redis: Redis) -> None:
+async def test_sharing_answers_between_callers_must_be_explicit(redis: Redis) -> None:
     shop = Shop()
     with pytest.raises(ValueError, match="public=True if everybody"):
         IdempotencyMiddleware(shop.app, RedisStore(redis))
@@ -415,7 +415,7 @@ async def test_while_it_runs_another_request_is_409_with_retry_after(redis: Redi
 
 
 @kills("waiters are not woken", in_script(redis_store.END, "if string.sub(record, 2, 2) == '1' then", "if false then"))
-async def test_who_waits_is_woken_and_does_not_ask_again_and_again(redis: Redis) -> None:
+async def test_a_waiter_is_woken_and_does_not_poll(redis: Redis) -> None:
     began, go_on = asyncio.Event(), asyncio.Event()
 
     async def slowly(_: Any) -> None:
@@ -611,7 +611,7 @@ async def test_a_stream_of_an_error_frees_the_key(redis: Redis) -> None:
 )
 @pytest.mark.parametrize("passed", [False, True])
 async def test_an_app_that_fails_after_it_said_2xx_may_have_done_it(redis: Redis, passed: bool) -> None:
-    """Whether the client has heard the beginning or not."""
+    """It does not matter whether the client has received the beginning."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [] if passed else [(b"content-length", b"100")]
@@ -650,7 +650,7 @@ async def test_a_server_that_could_send_files_by_itself_is_not_asked_to(redis: R
     assert [each[0]["status"] for each in sent] == [200, 200]
 
 
-async def test_a_client_that_goes_before_it_sent_all_has_begun_nothing(redis: Redis) -> None:
+async def test_a_client_that_disconnects_before_it_sent_all_has_begun_nothing(redis: Redis) -> None:
     shop = Shop()
     part = {"type": "http.request", "body": b"half", "more_body": True}
     assert await call(guarded(shop.app, redis), scope_of(), part, {"type": "http.disconnect"}) == []
@@ -716,7 +716,7 @@ async def test_what_goes_on_in_the_background_runs_once_and_its_failure_changes_
     assert (replay.json(), ran, shop.effects) == ("ok", [1], 1)
 
 
-async def test_whoever_hears_the_answer_can_have_it_replayed_at_once(redis: Redis) -> None:
+async def test_an_answer_that_was_received_can_be_replayed_at_once(redis: Redis) -> None:
     """A second request that races the end of the first: when the first byte leaves, the answer is kept."""
     shop = Shop()
     app = guarded(shop.app, redis)
@@ -754,7 +754,7 @@ async def test_without_redis_the_policy_answers(policy: Any) -> None:
     assert shop.effects == (3 if policy == "open" else 1)
 
 
-async def test_redis_lost_in_between_the_answer_goes_out_as_not_stored(own_redis: Server) -> None:
+async def test_an_answer_is_sent_as_not_stored_when_redis_is_lost_meanwhile(own_redis: Server) -> None:
     async def lose(_: Any) -> None:
         await own_redis.kill()
 
@@ -838,7 +838,7 @@ async def test_over_a_socket_a_replay_is_the_first_answer(redis: Redis) -> None:
         assert is_problem(await client.post("/bytes", headers=key("a b")), 400, "bad-key")
 
 
-async def test_a_client_that_hangs_up_gets_the_answer_when_it_comes_again(redis: Redis) -> None:
+async def test_a_client_that_disconnects_gets_the_answer_when_it_retries(redis: Redis) -> None:
     """The app goes on, as it may have begun: what it answers is kept."""
     began, go_on = asyncio.Event(), asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Keys: equal intents have equal keys, other intents other keys, and what has no defined form is refused by place."""
+"""Keys: equal intents have equal keys, others have others; a value without a canonical form is refused by place."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ values = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 
 def reordered(value: Any) -> Any:
-    """The same, with all members the other way round, tuples for lists and proxies for dicts."""
+    """Return an equal value, with members in reverse order, tuples for lists and proxies for dicts."""
     if isinstance(value, dict):
         return MappingProxyType({key: reordered(each) for key, each in reversed(value.items())})
     return tuple(map(reordered, value)) if isinstance(value, list) else value
 
 
 def meaning(value: Any) -> Any:
-    """What a value says, by another way than canonical(): types apart, numbers exact."""
+    """Return what a value means, computed in another way than canonical(): types apart, numbers exact."""
     if value is None or isinstance(value, bool | str):
         return (type(value).__name__, value)
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ class Kind(Enum):
 
 
 class Real(float):
-    """Says itself otherwise, as the floats of numpy do."""
+    """A float with another repr, like those of numpy."""
 
     def __repr__(self) -> str:
         return f"Real({float(self)})"
@@ -272,7 +272,7 @@ def test_whatever_is_sent_is_a_key_of_printable_ascii_or_refused(text: str) -> N
     ],
 )
 def test_what_is_no_single_string_is_malformed(text: str) -> None:
-    """Two header lines, parameters, line ends, other characters: all that two readers could read in two ways."""
+    """Two header lines, parameters, line ends and other characters: two parsers could read them differently."""
     with pytest.raises(BadKey, match="malformed") as refused:
         parse_key(text)
     assert "\n" not in str(refused.value)
@@ -300,6 +300,6 @@ def test_a_huge_key_is_refused_in_few_words() -> None:
         assert len(str(refused.value)) < 300
 
 
-def test_a_key_that_is_no_text_is_a_mistake_of_the_program() -> None:
+def test_a_key_that_is_not_a_str_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="is a UUID"):
         parse_key(ID)  # type: ignore[arg-type]

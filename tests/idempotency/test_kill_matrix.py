@@ -145,7 +145,7 @@ async def test_idempotent_execute_has_one_effect_wherever_it_is_killed(
 async def test_a_consumer_has_one_effect_wherever_it_is_killed(
     processes: Processes, ledger: AsyncConnectionPool, pg: str, redis_server: Server, redis: Redis, step: int
 ) -> None:
-    """Of a stream: another one reclaims what it left, and acknowledges it."""
+    """Another consumer of the stream claims the entry that it left, and acknowledges it."""
 
     async def attempt(seed: int) -> tuple[bool, int]:
         key = f"key-{seed}"

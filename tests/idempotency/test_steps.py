@@ -1,4 +1,4 @@
-"""Operations in steps: after a crash they go on where they were, and no step that has ended runs again."""
+"""Operations in steps: after a crash they resume, and no step that has ended runs again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCALARS: list[Any] = [None, 1, 1.5, "ünï\0", [1, {"a": None}], {"b": [True]}]
 
 
 async def order(steps: Steps, request: Any) -> dict[str, Any]:
-    """Writes here, calls somebody, writes here: with a checkpoint after each of it."""
+    """Write here, call a service, write here, with a checkpoint after each."""
     await checkpoint("begun")
     async with steps.step("order", transaction=True) as one:
         if one.pending:
@@ -51,21 +51,21 @@ async def order(steps: Steps, request: Any) -> dict[str, Any]:
 
 
 async def call(steps: Steps, key: str) -> str:
-    """Somebody else's service: it counts calls by the key it was given."""
+    """Call a service, which counts calls by key."""
     async with steps._pool.connection() as conn:
         await charge(conn, f"called {key}")
     return key
 
 
 async def calls(pool: AsyncConnectionPool) -> list[int]:
-    """How often each key was called with."""
+    """Return how often the service was called with each key."""
     async with pool.connection() as conn:
         query = "SELECT count(*) FROM ledger WHERE what LIKE 'called %' GROUP BY what ORDER BY min(number)"
         return [count for (count,) in await (await conn.execute(query)).fetchall()]
 
 
 async def fell_silent(pool: AsyncConnectionPool) -> None:
-    """Ends the lease of an attempt that died."""
+    """End the lease of an attempt that died."""
     await select(pool, "UPDATE distsys_idempotency SET leased_until = now() WHERE leased_until > now() RETURNING 1")
 
 
@@ -82,7 +82,7 @@ async def processes() -> AsyncIterator[Processes]:
 
 
 async def killed(processes: Processes, dsn: str, point: str) -> None:
-    """A worker that is killed there."""
+    """Run a worker that is killed at this point."""
     here = sys.modules[__name__]
     other = sys.modules[charge.__module__]
     for module in (here, other):  # by value: a worker imports no test
@@ -103,10 +103,10 @@ async def killed(processes: Processes, dsn: str, point: str) -> None:
 
 @pytest.mark.parametrize("by", ["a retry", "the completer"])
 @pytest.mark.parametrize("point", POINTS)
-async def test_killed_anywhere_it_goes_on_after_the_steps_that_have_ended(
+async def test_killed_anywhere_it_resumes_after_the_steps_that_have_ended(
     processes: Processes, ledger: AsyncConnectionPool, pg: str, point: str, by: str
 ) -> None:
-    """What was under way is called once more, with the same key; what is written here is written once."""
+    """The step in progress is repeated with the same key; rows of this database are written once."""
     await killed(processes, pg, point)
     with pytest.raises(KeyInProgress):
         await execute_steps(ledger, "k", "orders", order, request=7)
@@ -123,7 +123,7 @@ async def test_killed_anywhere_it_goes_on_after_the_steps_that_have_ended(
     assert sum(await calls(ledger)) == 2 + (point in ("charged", "mailed"))
 
 
-async def test_a_failed_attempt_is_over_at_once_and_the_next_goes_on(ledger: AsyncConnectionPool) -> None:
+async def test_a_failed_attempt_ends_at_once_and_the_next_resumes(ledger: AsyncConnectionPool) -> None:
     ran: Counter[str] = Counter()
 
     async def operation(steps: Steps, request: Any) -> list[Any]:
@@ -165,7 +165,7 @@ async def test_a_result_is_replayed_as_json(ledger: AsyncConnectionPool, result:
 
 
 async def test_the_key_of_a_step_is_its_own_and_the_same_in_each_attempt(ledger: AsyncConnectionPool) -> None:
-    """Of each scope, endpoint, key and name another."""
+    """Each scope, endpoint, key and name gives another key."""
     keys: list[str] = []
 
     async def operation(steps: Steps, request: Any) -> None:
@@ -220,7 +220,7 @@ async def test_a_name_that_comes_twice_in_an_attempt_is_a_mistake(ledger: AsyncC
     ),
 )
 async def test_an_owner_that_was_overtaken_can_keep_nothing(ledger: AsyncConnectionPool) -> None:
-    """Neither a result, nor what it wrote with it, nor the answer."""
+    """It keeps neither a result, nor the rows of that step, nor the answer."""
     slow, go_on = asyncio.Event(), asyncio.Event()
 
     async def operation(steps: Steps, request: Any) -> str:
@@ -258,7 +258,7 @@ async def test_an_attempt_that_is_overtaken_at_its_end_is_told(ledger: AsyncConn
 
 
 async def test_of_many_at_once_one_carries_it_out(ledger: AsyncConnectionPool) -> None:
-    """The others are told that it runs, or what it answered."""
+    """The others get KeyInProgress or its answer."""
     attempts = [execute_steps(ledger, "k", "orders", order, request=7) for _ in range(20)]
     answers = await asyncio.gather(*attempts, return_exceptions=True)
     done = [answer for answer in answers if not isinstance(answer, KeyInProgress)]
@@ -283,7 +283,7 @@ async def test_another_request_is_refused_whether_it_is_done_or_not(ledger: Asyn
     edited(steps, "_DELETE_STEPS", "DELETE FROM distsys_steps WHERE", "SELECT 1 FROM distsys_steps WHERE NOT"),
 )
 async def test_a_key_that_has_expired_starts_anew(ledger: AsyncConnectionPool) -> None:
-    """Its steps too, whether or not they were deleted meanwhile; what is no longer wanted goes with it."""
+    """Its steps start anew too, whether or not the expired rows were deleted; deleting a key deletes its steps."""
     for delete in (False, True):
         assert await execute_steps(ledger, "k", "orders", order, request=7)
         await select(ledger, "UPDATE distsys_idempotency SET expires_at = now() RETURNING 1")
@@ -295,8 +295,8 @@ async def test_a_key_that_has_expired_starts_anew(ledger: AsyncConnectionPool) -
 
 
 @kills("what always fails is tried first", edited(steps, "_ORPHANS", "ORDER BY fence", "ORDER BY expires_at"))
-async def test_what_always_fails_keeps_the_completer_from_no_other(ledger: AsyncConnectionPool) -> None:
-    """Who was tried least recently comes first; its error is among the answers, and its time goes on."""
+async def test_an_orphan_that_always_fails_does_not_block_others(ledger: AsyncConnectionPool) -> None:
+    """The orphan tried least recently comes first; its error is among the answers, and it still expires."""
     tried: list[Any] = []
 
     async def operation(steps: Steps, request: Any) -> Any:
@@ -318,7 +318,7 @@ async def test_what_always_fails_keeps_the_completer_from_no_other(ledger: Async
     ]
 
 
-async def test_what_kills_its_worker_expires_all_the_same(ledger: AsyncConnectionPool) -> None:
+async def test_a_request_that_kills_its_worker_expires_all_the_same(ledger: AsyncConnectionPool) -> None:
     """Each attempt of the completer adds its lease, and takes it off what is left."""
 
     async def operation(steps: Steps, request: Any) -> None:
