@@ -1,8 +1,8 @@
 """Claims: which attempt carries out an intent, for how long no other may, and which answer later attempts get.
 
 Promise  one attempt at a time carries out the intent of a key, and all other attempts get its answer. A claim is a
-         lease with a heartbeat and a fencing number: an owner that was overtaken can no longer complete the claim. An attempt
-         whose lease ends, because its process died, leaves its outcome UNKNOWN, and a policy decides what happens next.
+         lease with a heartbeat and a fencing number: an owner that was overtaken can no longer complete the claim. If
+         a lease ends because its process died, the outcome is UNKNOWN, and a policy decides what happens next.
 Not      one effect by itself: if a worker dies after the effect, the policy decides. Only where effect and answer
          commit together there is no such gap: database.py.
 Units    seconds.
