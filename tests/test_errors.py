@@ -28,14 +28,14 @@ def test_what_was_refused_is_rejected_and_what_was_lost_is_indeterminate() -> No
 
 @each
 def test_the_docstring_is_the_default_message(error: type[DistsysError]) -> None:
-    """Its first line; a message of one's own takes its place."""
+    """The first line of the docstring, unless a message is given."""
     assert error.__doc__ is not None
     assert str(error()) == error.__doc__.splitlines()[0]
     assert str(error("more exactly this")) == "more exactly this"
 
 
 def test_facts_are_attributes() -> None:
-    """What is not there is an AttributeError that names what is."""
+    """A missing fact is an AttributeError that names the facts there are."""
     error = StaleToken("late", expected=34, actual=33)
     assert (error.expected, error.actual) == (34, 33)
     with pytest.raises(AttributeError, match=r"StaleToken carries no 'holder'; it carries \['actual', 'expected'\]"):
@@ -56,14 +56,14 @@ def test_every_error_is_an_rfc_9457_problem(error: type[DistsysError]) -> None:
 
 
 def test_a_problem_type_is_the_errors_name_in_lower_case() -> None:
-    """With hyphens."""
+    """The name of the class, with hyphens."""
     assert LockNotAcquired().problem()["type"] == "urn:distsys:lock-not-acquired"
     assert (LockNotAcquired().problem()["status"], LockLost().problem()["status"]) == (423, 503)
 
 
 @pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy])
 def test_an_error_survives_the_way_between_processes(again: object) -> None:
-    """Pickled or copied it has the same type, message and facts."""
+    """A pickled or copied error has the same type, message and facts."""
     error = LockLost("gone", name="n", token=7)
     twin = again(error)  # type: ignore[operator]
     assert (type(twin), str(twin), twin.facts, twin.token) == (LockLost, "gone", error.facts, 7)

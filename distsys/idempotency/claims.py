@@ -254,8 +254,9 @@ class Claims:
             raise ValueError(
                 f"fingerprint={fingerprint!r}: give {FINGERPRINT_BYTES} bytes, as fingerprint_of(request) makes them"
             )
-        name, takeover_from, found = name or key, 0, None
+        name = name or key
         deadline = time.monotonic() + self.wait
+        takeover_from, found = 0, None
         try:
             while True:
                 asked = time.monotonic()

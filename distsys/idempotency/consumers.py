@@ -44,8 +44,10 @@ async def consume_stream(
     message_id  reads the producer's id from the fields; None: the entry's id, which differs when a producer sends twice
     batch       how many entries are read at a time
     """
-    redis, idle = async_client(redis), milliseconds(check_seconds("min_idle", min_idle))
-    group, cancelled = dedup.group, cancel_watch()
+    redis = async_client(redis)
+    idle = milliseconds(check_seconds("min_idle", min_idle))
+    group = dedup.group
+    cancelled = cancel_watch()
     try:
         await redis.xgroup_create(stream, group, id="0", mkstream=True)
     except ResponseError as error:

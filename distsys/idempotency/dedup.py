@@ -38,14 +38,14 @@ _MARK = """
 INSERT INTO distsys_processed (consumer_group, source, message_id) VALUES (%s, %s, %s)
 ON CONFLICT DO NOTHING RETURNING 1
 """
-_COUNT = """
+_COUNT_FAILURE = """
 INSERT INTO distsys_failures AS mine (consumer_group, source, message_id, attempts, error, message, parked_at)
 VALUES (%(group)s, %(source)s, %(id)s, 1, %(error)s, %(message)s, CASE WHEN %(most)s = 1 THEN clock_timestamp() END)
 ON CONFLICT (consumer_group, source, message_id) DO UPDATE SET attempts = mine.attempts + 1, error = excluded.error,
   parked_at = CASE WHEN mine.attempts + 1 >= %(most)s THEN clock_timestamp() END
 RETURNING parked_at IS NOT NULL
 """
-_FORGIVE = "DELETE FROM distsys_failures WHERE (consumer_group, source, message_id) = (%s, %s, %s) RETURNING 1"
+_DELETE_FAILURES = "DELETE FROM distsys_failures WHERE (consumer_group, source, message_id) = (%s, %s, %s) RETURNING 1"
 
 
 class Delivery(StrEnum):
@@ -121,7 +121,7 @@ class Dedup:
                     fresh = bool(await rows(conn, _MARK, identity))
                     if fresh:
                         await handler(conn, message)
-                        await rows(conn, _FORGIVE, identity)
+                        await rows(conn, _DELETE_FAILURES, identity)
             except Exception as error:
                 if conn.closed:  # the database is gone: the message is not at fault, and nothing can count it
                     raise
@@ -140,7 +140,7 @@ class Dedup:
         group, source, message_id = identity
         facts = {"group": group, "source": source, "id": message_id, "message": _shown(message), "error": _shown(error)}
         async with conn.transaction():
-            ((parked,),) = await rows(conn, _COUNT, {**facts, "most": self.max_attempts})
+            ((parked,),) = await rows(conn, _COUNT_FAILURE, {**facts, "most": self.max_attempts})
         logger.warning("%s of %s failed%s: %s", message_id, source, ", and is parked" if parked else "", facts["error"])
         return Delivery.PARKED if parked else Delivery.NACK
 

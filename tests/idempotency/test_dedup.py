@@ -168,7 +168,7 @@ async def test_the_decorator_takes_the_id_from_the_message(ledger: AsyncConnecti
 
 @kills(
     "poison comes again for ever",
-    edited(rule, "_COUNT", "mine.attempts + 1 >= %(most)s", "mine.attempts + 1 >= %(most)s + 1000"),
+    edited(rule, "_COUNT_FAILURE", "mine.attempts + 1 >= %(most)s", "mine.attempts + 1 >= %(most)s + 1000"),
 )
 async def test_a_message_that_fails_comes_again_until_it_is_parked(ledger: AsyncConnectionPool) -> None:
     """Each failure is counted and leaves no effect; a parked message is acknowledged."""
@@ -185,7 +185,10 @@ async def test_with_one_attempt_the_first_failure_is_parked(ledger: AsyncConnect
     assert await dedup.handle("orders", "m1", fails, "k") is Delivery.PARKED
 
 
-@kills("a success is not forgiven", edited(Dedup, "handle", "await rows(conn, _FORGIVE, identity)", "pass"))
+@kills(
+    "a success leaves the failures before it",
+    edited(Dedup, "handle", "await rows(conn, _DELETE_FAILURES, identity)", "pass"),
+)
 async def test_a_success_deletes_the_failures_before_it(ledger: AsyncConnectionPool) -> None:
     """This holds even after it was parked and somebody fixed the cause."""
     dedup = Dedup("g", ledger, retention=DAY, max_attempts=2)
