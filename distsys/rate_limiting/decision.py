@@ -1,4 +1,4 @@
-"""What every limiter answers, and what it answers when its Redis does not."""
+"""What every limiter answers, and the arithmetic of a token bucket in Python, as token_bucket.lua has it in Redis."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from distsys._support.arguments import check_positive
 
 logger = logging.getLogger("distsys.rate_limiting")
 Source = Literal["redis", "lease", "open", "closed", "local"]
-MICRO = 1_000_000  # tokens are counted in millionths and times in microseconds: whole numbers, so nothing gets lost
+MICRO = 1_000_000  # tokens are counted in millionths and times in microseconds: whole numbers lose nothing
 MAX_TOKENS = 1_000_000_000  # a billion in millionths is exact in Lua's numbers, which are doubles
+
+BucketReply = tuple[int, Sequence[int], int]
+"""Redis's answer to a request: how many of its `times` were granted, the microtokens used in each bucket before the
+call, and those that earlier requests of the same call have taken from each since."""
 
 
 class Decision(NamedTuple):
@@ -32,17 +36,18 @@ class Decision(NamedTuple):
 
     @property
     def tightness(self) -> tuple[float, float]:
-        """For max(): the one that refuses longest, or else has the smallest share left."""
+        """Return a key for max(), which finds the decision that refuses longest or else has the smallest share left."""
         return self.retry_after, -self.remaining / self.limit
 
 
 class Limit:
-    """A capacity in tokens and a refill rate in tokens per second, as the scripts count them: in whole numbers."""
+    """A capacity in tokens and a refill rate in tokens per second, held in whole numbers as the script counts them."""
 
     den: float
 
     def __init__(self, capacity: float, refill_rate: float) -> None:
-        self.full, self.capacity = micro("capacity", capacity), capacity
+        self.full = micro("capacity", capacity)
+        self.capacity = capacity
         self.refill_rate = check_positive("refill_rate", refill_rate, MAX_TOKENS, "tokens per second")
         # The rate as a fraction: 1/3600 and 0.1 exactly, others to 12 digits; the bound keeps products below 2^53.
         most = max(1, min(MICRO, math.isqrt(int(9e15 / max(1.0, refill_rate)))))
@@ -52,26 +57,33 @@ class Limit:
         self.num, self.den = rate.numerator, rate.denominator
         self.packed = struct.pack("<ddd", self.full, self.num, self.den)
 
-    def seconds(self, microtokens: int) -> float:
-        """How long the refill of so much takes, to the next microsecond."""
-        return -(-microtokens * self.den // self.num) / MICRO if microtokens > 0 else 0.0
-
-    def decision(self, used: int, granted: int, wanted: int, source: Source = "redis") -> Decision:
-        """On `wanted` microtokens after `used`; `granted` are what other limits leave of them, or 0 to look only."""
-        over, wait = used + wanted - self.full, 0.0
-        if over > 0:
-            wait = self.seconds(over)
-        else:
-            used += granted
-        left = max(0, (self.full - used) // MICRO)
-        return Decision(over <= 0, self.capacity, left, wait, self.seconds(used), source)
-
     def cost(self, cost: float) -> int:
-        """In millionths; one that could never pass is refused."""
+        """Return the cost in microtokens; ValueError for one that could never pass."""
         wanted = MICRO if type(cost) is int and cost == 1 else micro("cost", cost)
         if wanted > self.full:
             raise never_passes(cost, f"capacity={self.capacity!r}")
         return wanted
+
+    def refilled(self, used: float, elapsed: float) -> float:
+        """Return the microtokens still used after `elapsed` seconds of refill."""
+        return max(0.0, used - elapsed * MICRO * self.num / self.den)
+
+    def seconds(self, microtokens: int) -> float:
+        """Return how many seconds the refill of so many microtokens takes, rounded up to the microsecond."""
+        return -(-microtokens * self.den // self.num) / MICRO if microtokens > 0 else 0.0
+
+    def decision(self, used: int, wanted: int, taken: int, source: Source = "redis") -> Decision:
+        """Return the decision on `wanted` microtokens after `used`.
+
+        taken  what the request takes if it passes here: 0 if it only looks or another limit refuses it
+        """
+        over, wait = used + wanted - self.full, 0.0
+        if over > 0:
+            wait = self.seconds(over)
+        else:
+            used += taken
+        left = max(0, (self.full - used) // MICRO)
+        return Decision(over <= 0, self.capacity, left, wait, self.seconds(used), source)
 
 
 class Request(NamedTuple):
@@ -82,23 +94,24 @@ class Request(NamedTuple):
     cost: int  # 0 only looks, whether one token would pass; a negative one gives back
     times: int = 1
 
-    def decisions(self, used: Sequence[int], taken: int = 0, source: Source = "redis") -> list[Decision]:
-        """Of each limit on the first one, after `used` and `taken` microtokens; all of them have to let it pass."""
-        wanted, pairs = self.cost or MICRO, [(limit, one + taken) for limit, one in zip(self.limits, used, strict=True)]
-        granted = self.cost if all(before + wanted <= limit.full for limit, before in pairs) else 0
-        return [limit.decision(before, granted, wanted, source) for limit, before in pairs]
+    def decision(self, reply: BucketReply) -> Decision:
+        """Return the decision on the first of these requests, which ask one bucket."""
+        _, (used,), taken = reply
+        return self.limits[0].decision(used + taken, self.cost or MICRO, self.cost)
 
-
-BucketReply = tuple[Sequence[int], int]
-"""The microtokens used in each bucket before the call, and those taken in it before the request.
-
-Whether it was granted follows from them, as it does in the script."""
+    def decisions(self, reply: BucketReply, source: Source = "redis") -> list[Decision]:
+        """Return the decision of each limit on the first of these requests; it passes if all of them allow it."""
+        granted, used, taken = reply
+        wanted, takes = self.cost or MICRO, self.cost if granted else 0
+        pairs = zip(self.limits, used, strict=True)
+        return [limit.decision(before + taken, wanted, takes, source) for limit, before in pairs]
 
 
 def micro(name: str, tokens: float) -> int:
-    """Tokens in millionths."""
+    """Return tokens in millionths; ValueError or TypeError names the argument."""
     return max(1, round(check_positive(name, tokens, MAX_TOKENS, "tokens") * MICRO))
 
 
 def never_passes(cost: float, limit: str) -> ValueError:
+    """Return the error for a cost above the limit."""
     return ValueError(f"cost={cost!r} could never pass {limit}: raise it, or split the request")

@@ -1,8 +1,8 @@
 """Distributed limits: what a tier may do, per user, per organisation and in all, decided at once.
 
-Promise  a request passes when every quota of its tier has room, and then takes from each; refused, it takes from none,
-         and the answer names the quotas that refused. In one step at the server where one server (or one slot of a
-         cluster) has the keys; across slots by reserving one after the other and giving back, see TieredLimiter.
+Promise  a request passes when every quota of its tier has room, and then takes from each; a refused request takes from
+         none, and the answer names the quotas that refused. If one server (or one slot of a cluster) has the keys, this
+         is one atomic step. Across slots the limiter reserves in one after the other and gives back, see TieredLimiter.
 Not      exact after a failover or an eviction; fair between tiers that share a quota.
 Units    as for the token bucket: tokens, tokens per second, seconds.
 Errors   ValueError for an unknown tier or a missing subject; redis.RedisError unless `on_failure` says what to answer.
@@ -12,6 +12,7 @@ Source   Turner 1986; RFC 3290, appendix A; two-phase reservation as in Bernstei
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,7 +35,8 @@ EVERYBODY = "everybody"  # a quota per this has one bucket for all
 class Quota:
     """`capacity` tokens at once and `refill_rate` a second: `Quota(per="user", capacity=100, refill_rate=10)`.
 
-    `per` is a word of yours for whose tokens these are, or EVERYBODY; `name` tells two quotas per the same apart.
+    per   a word of yours for whose tokens these are, such as "user", or EVERYBODY
+    name  tells two quotas with the same `per` apart; by default it is `per`
     """
 
     per: str
@@ -57,7 +59,7 @@ TIERS: Mapping[str, tuple[Quota, ...]] = {
     ),
     "enterprise": (Quota(per="organisation", capacity=20_000, refill_rate=1_000),),
 }
-"""A start to copy and change, not a recommendation: measure what your users need and what your service can bear."""
+"""An example to copy and change, not a recommendation: measure what users need and what your service can bear."""
 
 
 class TieredDecision(NamedTuple):
@@ -72,26 +74,28 @@ class TieredDecision(NamedTuple):
 
     @property
     def tightest(self) -> Decision:
-        """Of the quota that refuses longest, or else has the smallest share left."""
+        """Return the decision of the quota that refuses longest, or else has the smallest share left."""
         return max(self.quotas.values(), key=lambda one: one.tightness)
 
     @property
     def retry_after(self) -> float:
+        """Return the seconds until every quota can let the same request pass; 0 when it passed."""
         return self.tightest.retry_after
 
 
 class TieredLimiter:
     """`decision = await limiter.try_acquire("pro", {"user": "42", "organisation": "acme"})`
 
-    tiers       for each tier its quotas; TIERS is a start
+    tiers       for each tier its quotas; TIERS is an example
     name        keeps the keys of one limiter apart from another's
-    one_slot    in a cluster: all keys in one slot, so that each decision is one atomic step, on one server. Else each
-                subject has its slot, and quotas in different slots are reserved one after the other: still no quota is
-                ever exceeded; what was reserved for a request that another slot refuses is given back at once, but may
-                have refused somebody meanwhile, and stays taken until the refill if the process dies in between
+    one_slot    in a cluster: keep all keys in one slot, so that each decision is one atomic step, on one server.
+                Otherwise each subject has its slot, and quotas in different slots are reserved one after the other. No
+                quota is ever exceeded then either. What was reserved for a request that another slot refuses is given
+                back at once; meanwhile it may have refused somebody, and if the process dies in between it stays taken
+                until the refill
     on_failure, clock   as for TokenBucketLimiter
 
-    A user who changes tier keeps what was used, for the key names the quota and the subject, not the tier.
+    A user who changes tier keeps what was used, because the key names the quota and the subject, not the tier.
     """
 
     def __init__(
@@ -107,63 +111,74 @@ class TieredLimiter:
         self.tiers = {tier: tuple(quotas) for tier, quotas in tiers.items()}
         for tier, quotas in self.tiers.items():
             if not quotas:
-                raise ValueError(f"tier {tier!r} has no quota: give it one, or don't ask for those without a limit")
+                raise ValueError(f"tier {tier!r} has no quota: give it one, or don't ask for requests without a limit")
             if len({quota.name for quota in quotas}) < len(quotas):
                 raise ValueError(f"tier {tier!r} has two quotas of one name: give each a name=")
-        self.name, self.one_slot, self._fallback = name, one_slot, Fallback(name, on_failure)
+        self.name = name
+        self.one_slot = one_slot
+        self._fallback = Fallback(name, on_failure)
         self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
 
     async def try_acquire(
         self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1
     ) -> TieredDecision:
-        """Takes `cost` tokens from every quota of the tier, or from none. `subjects` says who: {"user": "42"}."""
-        parts = self._parts(tier, subjects or {}, cost)
-        answers = await self._fallback.guard(self._take(list(parts.values())), _together(parts.values()))
-        decisions = dict(zip(parts, answers, strict=True))
-        refused = tuple(name for name, one in decisions.items() if not one)
-        return TieredDecision(not refused, refused, decisions)
+        """Take `cost` tokens from every quota of the tier, or from none. `subjects` says whose: {"user": "42"}.
+
+        ValueError for an unknown tier, a missing subject, or a cost that could never pass; redis.RedisError and
+        TimeoutError pass unless `on_failure` has an answer. If cancelled, tokens of one slot may stay taken.
+        """
+        request = self._request(tier, subjects or {}, cost)
+
+        def combine(decisions: list[Decision]) -> TieredDecision:
+            quotas = {quota.name: one for quota, one in zip(self.tiers[tier], decisions, strict=True)}
+            refused = tuple(name for name, one in quotas.items() if not one)
+            return TieredDecision(not refused, refused, quotas)
+
+        asked = self._take(request)
+        return await self._fallback.guard(asked, request, lambda reply: combine(request.decisions(reply)), combine)
 
     async def refund(self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1) -> None:
-        """Gives back what a request took that then did not use it."""
-        await self._give_back(self._parts(tier, subjects or {}, cost).values())
+        """Give back what a request took and then did not use; the errors are those of try_acquire(), without policy."""
+        await self._give_back(self._by_slot(self._request(tier, subjects or {}, cost)))
 
     # ---- one slot after the other
 
-    async def _take(self, parts: Sequence[Request]) -> BucketReply:
-        slots: dict[int, list[Request]] = {}
-        for part in parts:
-            slots.setdefault(self._buckets.slot(part.keys[0]), []).append(part)
+    async def _take(self, request: Request) -> BucketReply:
         used, reserved, passes = dict[str, int](), list[Request](), True
         try:
-            for group in slots.values():
-                request = _together(group)
-                before, taken = await self._buckets.ask(request if passes else request._replace(cost=0))
-                used |= {key: one + taken for key, one in zip(request.keys, before, strict=True)}
-                passes = passes and all(request.decisions(before, taken))
+            for part in self._by_slot(request):
+                granted, before, taken = await self._buckets.ask(part if passes else part._replace(cost=0))
+                used |= {key: one + taken for key, one in zip(part.keys, before, strict=True)}
+                passes = passes and granted > 0
                 if passes:
-                    reserved.append(request)
+                    reserved.append(part)
         except BaseException:
             in_background(self._give_back(reserved), f"giving back {reserved!r} after an error")
             raise
         if not passes and reserved:
             await asyncio.wait([in_background(self._give_back(reserved), f"giving back {reserved!r}")])
-        return [used[key] for key in _together(parts).keys], 0
+        return passes, [used[key] for key in request.keys], 0
 
     async def _give_back(self, requests: Iterable[Request]) -> None:
-        """What can't be given back comes back by the refill."""
+        """Give back what each request took; after an error the rest comes back by the refill."""
         for request in requests:
             await self._buckets.ask(request._replace(cost=-request.cost))
 
+    def _by_slot(self, request: Request) -> list[Request]:
+        slots: defaultdict[int, dict[str, Limit]] = defaultdict(dict)
+        for key, limit in zip(request.keys, request.limits, strict=True):
+            slots[self._buckets.slot(key)][key] = limit
+        return [Request(tuple(part), tuple(part.values()), request.cost) for part in slots.values()]
+
     # ---- input
 
-    def _parts(self, tier: str, subjects: Mapping[str, str], cost: float) -> dict[str, Request]:
-        """What is asked of each quota, by its name."""
+    def _request(self, tier: str, subjects: Mapping[str, str], cost: float) -> Request:
         if tier not in self.tiers:
             raise ValueError(f"tier={tier!r} is unknown; there are {', '.join(map(repr, self.tiers))}")
-        return {
-            quota.name: Request((self._key(tier, quota, subjects),), (quota.limit,), quota.limit.cost(cost))
-            for quota in self.tiers[tier]
-        }
+        quotas = self.tiers[tier]
+        keys = tuple(self._key(tier, quota, subjects) for quota in quotas)
+        (microtokens,) = {quota.limit.cost(cost) for quota in quotas}  # ValueError if one of them can never grant it
+        return Request(keys, tuple(quota.limit for quota in quotas), microtokens)
 
     def _key(self, tier: str, quota: Quota, subjects: Mapping[str, str]) -> str:
         if quota.per != EVERYBODY and quota.per not in subjects:
@@ -173,9 +188,3 @@ class TieredLimiter:
         if self.one_slot:
             return f"distsys:quota:1:{{:{name}}}:{kind}:{{{subject}}}"  # a hash tag must not be empty
         return f"distsys:quota:1:{name}:{kind}:{{{subject or kind}}}"
-
-
-def _together(parts: Iterable[Request]) -> Request:
-    """They ask for the same of each."""
-    keys, limits, costs, _ = zip(*parts, strict=True)
-    return Request(tuple(key for (key,) in keys), tuple(limit for (limit,) in limits), costs[0])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from distsys._support.arguments import check_positive, check_text
 from distsys._support.redis import unavailable
-from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, BucketReply, Decision, Request, logger
+from distsys.rate_limiting.decision import MAX_TOKENS, Decision, Request, logger
 
-ASK_AGAIN = 1.0  # seconds that `closed` asks to wait
+CLOSED_RETRY_SECONDS = 1.0  # the policy `closed` asks clients to wait so long
+LOCAL_KEYS = 10_000  # that the policy `local` counts; beyond, the least recently used one is forgotten
 
-
-LOCAL_KEYS = 10_000  # that the local policy keeps apart; beyond, the one not asked for longest is forgotten
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class OnFailure:
 
 
 class Fallback:
-    """Applies a failure policy: what a limiter answers in the place of Redis."""
+    """The failure policy of one limiter: every decision comes through `guard`, from Redis or from the policy."""
 
     def __init__(self, name: str, on_failure: OnFailure | None) -> None:
         self.name = check_text("name", name, least=0)
@@ -46,22 +47,32 @@ class Fallback:
         self._failing = False
         self._used: dict[str, tuple[float, float]] = {}  # key -> microtokens used, and when
 
-    async def guard(self, asked: Awaitable[BucketReply], request: Request) -> list[Decision]:
-        """One decision for each of the limits: by what Redis answers, or by the policy."""
-        try:
-            used, taken = await asked
-        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
-            return self.decide(error, request)
-        self.worked()
-        return request.decisions(used, taken)
+    async def guard(
+        self,
+        asked: Awaitable[R],
+        request: Request,
+        read: Callable[[R], T],
+        instead: Callable[[list[Decision]], T],
+    ) -> T:
+        """Return `read` of what Redis answers, or `instead` of the policy's decisions, one for each limit.
 
-    def worked(self) -> None:
+        Without a policy the error of Redis passes, and so does an error that no policy may hide: a missing right.
+        """
+        try:
+            reply = await asked
+        except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
+            return instead(self.decide(error, request))
         if self._failing:
-            self._failing = False
-            logger.warning("limiter %r: Redis decides again", self.name)
+            self.record_success()
+        return read(reply)
+
+    def record_success(self) -> None:
+        """Note that Redis decides again, and log it."""
+        self._failing = False
+        logger.warning("limiter %r: Redis decides again", self.name)
 
     def decide(self, error: Exception, request: Request) -> list[Decision]:
-        """One decision for each of the limits, all alike; without a policy for such an error, the error."""
+        """Return the policy's decision for each of the limits; raise the error if there is no policy for it."""
         if self.on_failure is None or not unavailable(error):
             raise error
         policy = self.on_failure.policy
@@ -71,18 +82,21 @@ class Fallback:
         if policy == "local":
             return self._decide_here(request, self.on_failure.fraction)
         passes = policy == "open"
-        wait = 0.0 if passes else ASK_AGAIN
+        wait = 0.0 if passes else CLOSED_RETRY_SECONDS
         return [Decision(passes, limit.capacity, 0, wait, 0.0, policy) for limit in request.limits]
 
     def _decide_here(self, request: Request, share: float) -> list[Decision]:
-        """To a share of a limit: in a bucket of full size each request costs as many times more."""
-        request, now, used = request._replace(cost=round(request.cost / share)), time.monotonic(), []
+        """Limit to a share: in a bucket of full size each request costs 1 / share times as much."""
+        request, now = request._replace(cost=round(request.cost / share)), time.monotonic()
+        used = list[float]()
         for key, limit in zip(request.keys, request.limits, strict=True):
             before, at = self._used.pop(key, (0.0, now))
-            used.append(max(0.0, before - (now - at) * MICRO * limit.num / limit.den))
-        answers = request.decisions([round(before) for before in used], source="local")
-        taken = request.cost if all(answers) else 0
+            used.append(limit.refilled(before, now - at))
+        rounded = [round(before) for before in used]
+        passes = all(request.decisions((0, rounded, 0)))
+        decisions = request.decisions((passes, rounded, 0), "local")
+        taken = request.cost if passes else 0
         self._used.update((key, (before + taken, now)) for key, before in zip(request.keys, used, strict=True))
         while len(self._used) > LOCAL_KEYS:
             del self._used[next(iter(self._used))]
-        return [one._replace(limit=one.limit * share, remaining=int(one.remaining * share)) for one in answers]
+        return [one._replace(limit=one.limit * share, remaining=int(one.remaining * share)) for one in decisions]

@@ -12,26 +12,37 @@ from distsys.errors import RateLimited
 from distsys.rate_limiting.decision import Decision
 
 
-class Queues(WeakValueDictionary[str, asyncio.Lock]):
-    """Those who wait in acquire(): in this process first come, first served, for each key."""
+class FairQueues:
+    """FIFO of waiters for each key.
 
-    def __init__(self, limit: float, left: str) -> None:
-        super().__init__()
-        self._limit, self._left = limit, left
+    limit      what RateLimited reports as the limit
+    exhausted  what its message says is used up
+    """
+
+    def __init__(self, limit: float, exhausted: str) -> None:
+        self._limit = limit
+        self._exhausted = exhausted
+        self._locks = WeakValueDictionary[str, asyncio.Lock]()  # holds a key while somebody waits for it
+
+    def is_queued(self, key: str) -> bool:
+        """Return whether a caller is waiting or asking for this key."""
+        lock = self._locks.get(key)
+        return lock is not None and lock.locked()
 
     async def wait(
         self, key: str, ask: Callable[[], Awaitable[Decision]], timeout: float | None, longest: float
     ) -> Decision:
-        """Asks again and again, each time when the answer before said so.
+        """Wait for the turn, then ask until the answer is yes, each time after the `retry_after` of the last one.
 
-        RateLimited when `timeout` can't be enough; `longest` seconds are said while nobody knows how many.
+        RateLimited as soon as `timeout` seconds can't be enough. Its `retry_after` is `longest` (seconds) if the turn
+        did not come, because then the wait is not known.
         """
         now = asyncio.get_running_loop().time
         deadline = math.inf if check_timeout(timeout) is None else now() + (timeout or 0)
-        queue = self.setdefault(check_text("key", key, "'user:42'"), asyncio.Lock())
+        lock = self._locks.setdefault(check_text("key", key, "'user:42'"), asyncio.Lock())
         try:
             async with asyncio.timeout(timeout):  # the queue only: a request that was sent may have been granted
-                await queue.acquire()
+                await lock.acquire()
         except TimeoutError:
             raise self._refusal(key, longest) from None
         try:
@@ -40,9 +51,9 @@ class Queues(WeakValueDictionary[str, asyncio.Lock]):
                     raise self._refusal(key, decision.retry_after)
                 await asyncio.sleep(decision.retry_after)
         finally:
-            queue.release()
+            lock.release()
         return decision
 
     def _refusal(self, key: str, wait: float) -> RateLimited:
-        message = f"{key!r} has no {self._left}; the next try can pass in {wait:.3g} s"
+        message = f"{key!r} has no {self._exhausted}; the next try can pass in {wait:.3g} s"
         return RateLimited(message, key=key, limit=self._limit, retry_after=wait)

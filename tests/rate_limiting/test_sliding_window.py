@@ -631,7 +631,7 @@ async def test_a_waiter_in_the_queue_gives_up_at_its_timeout(redis: Redis) -> No
     head = asyncio.create_task(one.acquire("k"))
 
     async def queued() -> bool:
-        return one._queues["k"].locked() if "k" in one._queues else False
+        return one._queues.is_queued("k")
 
     await until(queued)
     with pytest.raises(RateLimited):
@@ -639,7 +639,7 @@ async def test_a_waiter_in_the_queue_gives_up_at_its_timeout(redis: Redis) -> No
     head.cancel()
     with pytest.raises(asyncio.CancelledError):
         await head
-    assert not any(queue.locked() for queue in one._queues.values())
+    assert not one._queues.is_queued("k")
 
 
 @pytest.mark.parametrize("steps", range(16))
@@ -651,7 +651,7 @@ async def test_a_cancelled_waiter_leaves_no_queue_behind(redis: Redis, steps: in
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait({task})
-    assert not any(queue.locked() for queue in one._queues.values())
+    assert not one._queues.is_queued("k")
     assert await one.acquire("k", timeout=0)
     assert (await one.peek("k")).remaining in (0, 1)
 
@@ -737,7 +737,7 @@ async def test_the_failure_policies_bear_any_numbers(redis: Redis) -> None:
     for limit, window in ((1, 2_592_000.0), (1_000_000_000, 0.001)):
         one = limiter(redis, limit=limit, window=window, on_failure=OnFailure(policy="local", timeout=5))
         assert await one.is_allowed("k")
-        assert one._fallback.decide(OSError(), Request(("k",), one._local, MICRO))[0].allowed
+        assert one._fallback.decide(OSError(), Request(("k",), one._local_limits, MICRO))[0].allowed
 
 
 @both

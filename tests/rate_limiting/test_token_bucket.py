@@ -392,7 +392,7 @@ async def test_those_who_wait_are_served_in_order(redis: Redis) -> None:
 
     await asyncio.gather(*(wait(number) for number in range(8)))
     assert order == list(range(8))
-    assert not bucket._queues
+    assert not bucket._queues._locks
 
 
 async def test_a_timeout_that_cannot_be_enough_is_told_at_once(redis: Redis) -> None:
