@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from distsys.lab.testbed.servers import Server
+from distsys.rate_limiting.buckets import SCRIPT
 from distsys.rate_limiting.decision import MICRO
 from distsys.rate_limiting.distributed import EVERYBODY, TIERS, Quota, TieredLimiter
 from distsys.rate_limiting.fallback import OnFailure
+from tests.bugs import in_script, kills
 from tests.rate_limiting.model import Model
 from tests.rate_limiting.test_token_bucket import Clock, calls, until
 
@@ -48,6 +50,10 @@ async def test_a_request_passes_when_every_quota_has_room(redis: Redis) -> None:
     assert (await limiter.try_acquire("pro", who("43", "other"))).allowed
 
 
+@kills(
+    "the first quota decides alone",
+    in_script(SCRIPT, "for n = 1, cost > 0 and #own or 0 do", "for n = 1, cost > 0 and 1 or 0 do"),
+)
 async def test_a_refused_request_takes_from_no_quota(redis: Redis) -> None:
     """The user is out of tokens: a thousand more tries leave the organisation and everybody else theirs."""
     limiter = TieredLimiter(redis, PRO, clock=Clock())

@@ -18,17 +18,21 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 from redis.exceptions import NoPermissionError, RedisError
 
+from distsys._support.redis import Script
 from distsys.errors import RateLimited
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server
+from distsys.rate_limiting import sliding_window
 from distsys.rate_limiting.decision import MICRO, Decision, Request
 from distsys.rate_limiting.fallback import OnFailure
 from distsys.rate_limiting.sliding_window import LOOK, SCRIPTS, Precision, SlidingWindowLimiter
+from tests.bugs import Plant, in_script, kills, replaced
 
 Redis = redis.asyncio.Redis
 BOTH: list[Precision] = ["exact", "approximate"]
 both = pytest.mark.parametrize("precision", BOTH)
 WINDOW = 10 * MICRO  # in the tests with a clock of their own; the server's TTL counts real seconds beside it
+EXACT, APPROXIMATE = SCRIPTS["exact"], SCRIPTS["approximate"]
 _numbers = itertools.count()
 
 
@@ -57,6 +61,29 @@ async def until(fact: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0)
 
 
+def everywhere_in_script(script: Script, old: str, new: str) -> Plant:
+    """Plant by editing a text that stands in the script several times."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        broken = Script(script.text.replace(old, new))
+        patch.setattr(script, "text", broken.text)
+        patch.setattr(script, "sha", broken.sha)
+
+    return plant
+
+
+async def polls(limiter: SlidingWindowLimiter, key: str, cost: int = 1, timeout: float | None = None) -> Any:
+    """Stand in for acquire() with a broken one, which asks every second."""
+    while not (decision := await limiter.try_acquire(key, cost)):
+        await asyncio.sleep(min(1, decision.retry_after))
+    return decision
+
+
+def without_braces(name: str) -> str:
+    """Stand in for hash_tag() with a broken one, under which two keys can meet."""
+    return name.replace("{", "").replace("}", "")
+
+
 def most_in_a_window(admitted: list[tuple[int, int]], window: int = WINDOW) -> int:
     """Of (microsecond, units): the fullest span [t, t + window); it is enough to look at those that begin with one."""
     return max((sum(units for at, units in admitted if t <= at < t + window) for t, _ in admitted), default=0)
@@ -80,6 +107,20 @@ async def test_the_quick_start_runs_as_written(redis: Redis, precision: Precisio
 
 
 @both
+@kills(
+    "the timestamp as the member",
+    in_script(
+        EXACT,
+        "redis.call('ZADD', key, now, struct.pack('>dI4', total + cost, cost))",
+        "redis.call('ZADD', key, now, struct.pack('>dI4', now, cost))",
+    ),
+    precision="exact",
+)
+@kills(
+    "little-endian members, which one microsecond puts out of order",
+    everywhere_in_script(EXACT, "'>dI4'", "'<dI4'"),
+    precision="exact",
+)
 async def test_requests_of_one_microsecond_all_count(redis: Redis, precision: Precision) -> None:
     """A timestamp as the member would store one of them, and admit the rest for nothing."""
     fixed = limiter(redis, Clock(), limit=5, precision=precision)
@@ -87,6 +128,15 @@ async def test_requests_of_one_microsecond_all_count(redis: Redis, precision: Pr
     assert (await fixed.peek("k")).remaining == 0
 
 
+@kills("the window closed at both ends", in_script(EXACT, "oldest <= now - window", "oldest < now - window"))
+@kills(
+    "a window of a microsecond less",
+    in_script(
+        EXACT,
+        "oldest <= now - window then\n  redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)",
+        "oldest <= now - window + 1 then\n  redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window + 1)",
+    ),
+)
 async def test_the_window_is_half_open(redis: Redis) -> None:
     """What was admitted at t leaves at t + window exactly, not a microsecond sooner."""
     clock = Clock()
@@ -98,6 +148,7 @@ async def test_the_window_is_half_open(redis: Redis) -> None:
     assert await one.is_allowed("k")
 
 
+@kills("retry_after of the oldest, whatever the cost", in_script(EXACT, "member(holder(over))", "member(0)"))
 async def test_a_large_request_waits_until_enough_have_left(redis: Redis) -> None:
     """The sum of what leaves counts, not how many requests it was."""
     clock = Clock()
@@ -122,6 +173,15 @@ async def test_no_burst_where_two_fixed_windows_meet(redis: Redis) -> None:
 
 
 @both
+@kills(
+    "refused requests are stored too",
+    in_script(
+        EXACT,
+        "if over > 0 then",
+        "if over > 0 then redis.call('ZADD', key, now, struct.pack('>dI4', total + cost, cost))",
+    ),
+    precision="exact",
+)
 async def test_a_refused_request_takes_nothing(redis: Redis, precision: Precision) -> None:
     """Neither room nor memory: a flood of refusals leaves the key as it was."""
     clock = Clock()
@@ -151,6 +211,10 @@ async def test_a_decision_is_one_round_trip_and_one_script(redis: Redis, precisi
         assert await calls(redis, "zremrangebyscore") == 1
 
 
+@kills(
+    "a cost of any size counts as one",
+    in_script(EXACT, "struct.pack('>dI4', total + cost, cost)", "struct.pack('>dI4', total + 1, 1)"),
+)
 async def test_a_request_is_one_member_whatever_its_cost(redis: Redis) -> None:
     """So memory grows with requests, never with what they cost."""
     big = limiter(redis, Clock(), limit=1_000_000_000)
@@ -160,6 +224,7 @@ async def test_a_request_is_one_member_whatever_its_cost(redis: Redis) -> None:
     assert await redis.zcard(big._key("k")) == 2
 
 
+@kills("nothing is ever trimmed", in_script(EXACT, "oldest <= now - window", "false"))
 async def test_there_are_never_more_members_than_the_limit(redis: Redis) -> None:
     """Those that left the window are trimmed by the next request, admitted or not."""
     clock = Clock()
@@ -173,6 +238,11 @@ async def test_there_are_never_more_members_than_the_limit(redis: Redis) -> None
 
 
 @both
+@kills(
+    "both precisions write the same key",
+    replaced(sliding_window, "KEY_PREFIXES", dict.fromkeys(BOTH, "distsys:window:1")),
+    precision="exact",
+)
 async def test_the_two_precisions_do_not_share_a_key(redis: Redis, precision: Precision) -> None:
     """A limiter that changes its precision meets no key of the wrong type; it begins empty."""
     other: Precision = "approximate" if precision == "exact" else "exact"
@@ -373,6 +443,18 @@ async def test_the_approximate_window_refuses_only_when_two_windows_were_too_ful
         await run.play(schedule, check)
 
 
+@kills(
+    "two fixed windows without a weight",
+    in_script(APPROXIMATE, "return ceil(previous * (window - elapsed) / window)", "return 0"),
+)
+@kills(
+    "the weight rounded down",
+    in_script(
+        APPROXIMATE,
+        "return ceil(previous * (window - elapsed) / window)",
+        "return floor(previous * (window - elapsed) / window)",
+    ),
+)
 async def test_both_bounds_of_the_approximation_are_reached(redis: Redis) -> None:
     """2 * limit - 1 in one window; and none although the last window was empty: no smaller bound would be true."""
     clock = Clock()
@@ -395,6 +477,18 @@ async def test_both_bounds_of_the_approximation_are_reached(redis: Redis) -> Non
 
 @both
 @pytest.mark.parametrize("step", [-1, -WINDOW // 2, -3600 * MICRO])
+@kills(
+    "a clock that was set back holds everybody up",
+    in_script(EXACT, "if newest and newest > now then", "if false then"),
+    precision="exact",
+    step=-WINDOW // 2,
+)
+@kills(
+    "the counters wait for the clock to catch up",
+    in_script(APPROXIMATE, "if at > now then", "if false then"),
+    precision="approximate",
+    step=-3600 * 1_000_000,
+)
 async def test_a_clock_that_was_set_back_only_begins_the_wait_anew(
     redis: Redis, precision: Precision, step: int
 ) -> None:
@@ -450,6 +544,9 @@ async def test_a_refund_never_makes_room_that_was_not_there(
 
 
 @both
+@kills(
+    "a refund gives back whole requests", in_script(EXACT, "if upto > base then", "if false then"), precision="exact"
+)
 async def test_a_refund_gives_back_at_once(redis: Redis, precision: Precision) -> None:
     """Part of a request, a whole one, several; and never more than was admitted."""
     clock = Clock()
@@ -466,6 +563,11 @@ async def test_a_refund_gives_back_at_once(redis: Redis, precision: Precision) -
 
 
 @both
+@kills(
+    "a refund loses the time to live",
+    in_script(EXACT, "if used > 0 then redis.call('PEXPIRE'", "if false then redis.call('PEXPIRE'"),
+    precision="exact",
+)
 async def test_a_refund_keeps_the_time_to_live(redis: Redis, precision: Precision) -> None:
     """What is left after it still ends by itself."""
     three = limiter(redis, precision=precision)
@@ -475,6 +577,7 @@ async def test_a_refund_keeps_the_time_to_live(redis: Redis, precision: Precisio
 
 
 @both
+@kills("a look is a request", in_script(APPROXIMATE, "elseif mode > 0 then", "else"), precision="approximate")
 async def test_a_look_takes_nothing(redis: Redis, precision: Precision) -> None:
     """It answers as a request of cost 1 would be answered."""
     clock = Clock()
@@ -502,6 +605,24 @@ async def test_reset_empties_the_window(redis: Redis, precision: Precision) -> N
 
 @both
 @pytest.mark.parametrize("window", [0.001, 0.0015, 7, 86_400, 31_536_000])
+@kills(
+    "no time to live",
+    in_script(EXACT, "redis.call('PEXPIRE', key, math.ceil(window / 1000) + 1000)", ""),
+    precision="exact",
+    window=7,
+)
+@kills(
+    "a time to live in whole milliseconds, rounded down",
+    in_script(EXACT, "math.ceil(window / 1000) + 1000", "math.floor(window / 1000)"),
+    precision="exact",
+    window=0.0015,
+)
+@kills(
+    "the counters live for one window only",
+    in_script(APPROXIMATE, "start + 2 * window - now or", "start + window - now or"),
+    precision="approximate",
+    window=7,
+)
 async def test_every_key_has_a_time_to_live(redis: Redis, precision: Precision, window: float) -> None:
     """Never 0, never less than it is needed for, never for ever."""
     one = SlidingWindowLimiter(redis, limit=1, window=window, precision=precision, clock=Clock())
@@ -512,6 +633,16 @@ async def test_every_key_has_a_time_to_live(redis: Redis, precision: Precision, 
 
 
 @both
+@kills(
+    "the time to live of a shorter window stays",
+    in_script(EXACT, "redis.call('PEXPIRE', key, math.ceil((newest + window - now) / 1000) + 1000)  -- a window", "--"),
+    precision="exact",
+)
+@kills(
+    "another window begins empty",
+    in_script(APPROXIMATE, "if length ~= window then", "if length ~= window then previous, current = 0, 0"),
+    precision="approximate",
+)
 async def test_a_longer_window_begins_with_what_was_admitted(redis: Redis, precision: Precision) -> None:
     """Nothing is free after a deployment that changes the numbers; the time to live follows."""
     clock = Clock()
@@ -560,6 +691,10 @@ async def test_limiters_of_any_numbers_on_one_key_always_come_to_an_end(
                 assert await one.is_allowed(key, min(cost, limit))
 
 
+@kills(
+    "the count runs past what a double can hold",
+    in_script(EXACT, "if total + cost > 9007199254740991 then over = used end", ""),
+)
 async def test_the_count_begins_anew_before_it_loses_precision(redis: Redis) -> None:
     """Near 2^53 it refuses until the window is empty, instead of counting wrong."""
     clock = Clock()
@@ -578,6 +713,7 @@ async def test_the_count_begins_anew_before_it_loses_precision(redis: Redis) -> 
 
 
 @both
+@kills("acquire asks before there can be room", replaced(SlidingWindowLimiter, "acquire", polls), precision="exact")
 async def test_acquire_sleeps_exactly_retry_after(
     redis: Redis, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -768,6 +904,7 @@ AWKWARD = ["two words", "ключ ✓", "{braces}", "}{", "a:b", "a:{b", "%7B", 
 
 
 @both
+@kills("braces of a key end its hash tag", replaced(sliding_window, "hash_tag", without_braces), precision="exact")
 async def test_any_text_is_a_key_and_no_two_share_a_window(redis: Redis, precision: Precision) -> None:
     """Braces, newlines, colons, ten kilobytes; as the key and as the name."""
     windows = [limiter(redis, limit=1, name=name, precision=precision) for name in ["", *AWKWARD]]
@@ -831,6 +968,7 @@ def test_a_blocking_client_is_refused() -> None:
         (None, TypeError, "cost=None is a NoneType"),
     ],
 )
+@kills("fractions of a unit are cut off", replaced(sliding_window, "_whole", lambda _, value: int(value)), cost=0.5)
 async def test_a_wrong_cost_is_refused_by_every_call(
     redis: Redis, cost: Any, error: type[Exception], message: str
 ) -> None:

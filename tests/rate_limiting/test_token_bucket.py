@@ -19,9 +19,12 @@ from redis.exceptions import NoPermissionError, RedisError
 from distsys.errors import RateLimited
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server, Servers
-from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, Decision
+from distsys.rate_limiting import fallback, token_bucket
+from distsys.rate_limiting.buckets import SCRIPT, Buckets, _IdenticalRequests
+from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, Decision, Limit, Request, micro
 from distsys.rate_limiting.fallback import OnFailure
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
+from tests.bugs import edited, in_script, kills, replaced
 from tests.rate_limiting.model import Model, capacities, rates, schedules
 
 Redis = redis.asyncio.Redis
@@ -57,6 +60,11 @@ async def calls(redis: Redis) -> int:
 # ---- the promise
 
 
+@kills("nothing is taken", in_script(SCRIPT, "if granted > 0 and cost ~= 0", "if granted > 0 and cost < 0"))
+@kills(
+    "nothing is refilled",
+    in_script(SCRIPT, "used = used - floor(elapsed / den) * num - floor(part / den)", "used = used - 0"),
+)
 async def test_a_burst_up_to_the_capacity_then_the_rate(redis: Redis) -> None:
     """The quick start's limiter: a hundred at once, then ten a second."""
     clock = Clock()
@@ -131,6 +139,14 @@ async def test_retry_after_is_exact(redis_server: Server, capacity: float, rate:
         assert await bucket.try_acquire("k", cost)
 
 
+@kills(
+    "a refused request takes as well",
+    in_script(
+        SCRIPT,
+        "if granted > 0 and cost ~= 0 then bucket[USED], bucket[CHANGED] = max(0, bucket[USED] + granted * cost)",
+        "if cost ~= 0 then bucket[USED], bucket[CHANGED] = max(0, bucket[USED] + max(granted, 1) * cost)",
+    ),
+)
 async def test_a_refused_request_takes_nothing(redis: Redis) -> None:
     """A crowd of refused ones does not keep the bucket empty."""
     clock = Clock()
@@ -156,6 +172,7 @@ async def test_slow_rates_refill_however_often_they_are_asked(redis: Redis) -> N
     assert await bucket.is_allowed("k")
 
 
+@kills("a fraction of a microtoken gets lost", in_script(SCRIPT, "used, part % den end", "used, 0 end"))
 async def test_a_fraction_of_a_microtoken_is_carried_over(redis: Redis) -> None:
     """A third of one per microsecond: after four and two of them, two are there."""
     clock = Clock()
@@ -180,6 +197,8 @@ async def test_a_million_tokens_at_once_are_exact(redis: Redis) -> None:
     assert not await bucket.is_allowed("k", 0.000001)
 
 
+@kills("a clock set back takes", in_script(SCRIPT, "local elapsed = max(0, now - at)", "local elapsed = now - at"))
+@kills("a clock set back gives twice", in_script(SCRIPT, "bucket[AT] = max(now, at)", "bucket[AT] = now"))
 async def test_a_clock_set_back_takes_nothing_and_gives_nothing_twice(redis: Redis) -> None:
     """A minute back: what is left stays, and the minute is not refilled a second time."""
     clock = Clock()
@@ -193,6 +212,7 @@ async def test_a_clock_set_back_takes_nothing_and_gives_nothing_twice(redis: Red
     assert (await bucket.peek("k")).remaining == 3
 
 
+@kills("the time is the client's", in_script(SCRIPT, "redis.call('TIME')", "{12345, 0}"))
 async def test_the_time_is_the_servers(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the client believes about the time does not matter."""
     before = await redis.time()
@@ -211,6 +231,13 @@ async def test_the_time_is_the_servers(redis: Redis, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("capacity", "rate"), [(1, 1_000_000), (5, 100), (10, 1), (0.5, 0.01), (100, 3)])
+@kills(
+    "the bucket expires before it is full",
+    in_script(SCRIPT, "* bucket[DEN] / 1000) + 1000", "* bucket[DEN] / 2000) + 1"),
+    capacity=10,
+    rate=1,
+)
+@kills("a bucket has no TTL", in_script(SCRIPT, ", 'PX', min(ms, 2 ^ 53))", ")"), capacity=10, rate=1)
 async def test_every_key_has_a_ttl_of_at_least_the_time_to_fill(redis: Redis, capacity: float, rate: float) -> None:
     """Never 0 ms, which would delete the bucket: then a rate of more than twice the burst had no limit at all."""
     bucket = limiter(redis, capacity, rate)
@@ -257,6 +284,7 @@ async def test_any_text_is_a_key_of_its_own(redis: Redis, key: str) -> None:
     assert len(await redis.keys("distsys:bucket:1:*")) == 3
 
 
+@kills("keys keep their braces", replaced(token_bucket, "hash_tag", lambda name: name))
 async def test_no_key_reaches_into_another_limiter(redis: Redis) -> None:
     """A user who may choose the key can't forge another limiter's name with braces and colons."""
     assert await limiter(redis, 1, name="a").is_allowed("b}:{c")
@@ -277,6 +305,14 @@ def test_names_and_keys_of_tenants_never_meet(one: tuple[str, str], other: tuple
 # ---- one call for many
 
 
+def all_alike(group: _IdenticalRequests, granted: int, used: list[int]) -> None:
+    """Stand in for resolve() with a broken one, which answers everybody as the first."""
+    for future in group.futures:
+        future.set_result((1, used, 0))
+
+
+@kills("all of a batch get the first one's answer", replaced(_IdenticalRequests, "resolve", all_alike))
+@kills("requests are not batched", replaced(Buckets, "ask", Buckets._ask_alone))
 async def test_requests_that_arrive_together_go_out_together(redis: Redis) -> None:
     """The first goes alone, the other ninety-nine in one script call; the answers are those of one by one."""
     bucket = limiter(redis, 60, 0.001)
@@ -287,6 +323,10 @@ async def test_requests_that_arrive_together_go_out_together(redis: Redis) -> No
     assert [one.remaining for one in decisions] == [*range(59, -1, -1), *[0] * 40]
 
 
+@kills(
+    "requests of different cost are counted as one kind",
+    replaced(Request, "__ne__", lambda one, other: one.keys != other.keys),
+)
 async def test_together_each_key_and_cost_counts_for_itself(redis: Redis) -> None:
     """In the order of arrival: three small ones after a large one that no longer fits still pass."""
     bucket = limiter(redis, 10, 0.001)
@@ -447,6 +487,7 @@ async def test_a_lease_never_grants_more_than_there_is(redis: Redis) -> None:
     assert sum([await bucket.is_allowed("k") for _ in range(60)]) == 40
 
 
+@kills("a slice is given back and kept", edited(TokenBucketLimiter, "_drop_slice", ".pop(key, None)", ".get(key)"))
 async def test_what_is_left_is_given_back_on_close(redis: Redis) -> None:
     """And on close only once."""
     bucket = limiter(redis, 100, 0.001, lease=TokenLease(tokens=32, seconds=60))
@@ -469,6 +510,10 @@ async def test_a_slice_goes_back_when_its_time_is_over(redis: Redis) -> None:
     assert not bucket._slices
 
 
+@kills(
+    "every request leases a slice",
+    edited(TokenBucketLimiter, "_with_slice", "key in self._slices or key in self._leasing or", ""),
+)
 async def test_many_at_once_take_one_slice(redis: Redis) -> None:
     """While a slice is on its way, the others ask for themselves: a process never holds two."""
     bucket = limiter(redis, 1000, 0.001, lease=TokenLease(tokens=32, seconds=60))
@@ -595,6 +640,11 @@ async def test_without_a_policy_the_error_passes(own_redis: Server) -> None:
 
 
 @pytest.mark.parametrize("on_failure", [None, OnFailure(policy="open", timeout=5)])
+@kills(
+    "a policy hides a missing right",
+    replaced(fallback, "unavailable", lambda error: True),
+    on_failure=OnFailure(policy="open", timeout=5),
+)
 async def test_a_user_without_scripting_rights_is_told_which(redis: Redis, on_failure: OnFailure | None) -> None:
     """A mistake in the set-up is no failure of Redis: no policy hides it."""
     await redis.acl_setuser("reader", enabled=True, nopass=True, keys="*", commands=["+@read", "+ping", "-@scripting"])
@@ -647,6 +697,12 @@ def test_limits_that_mean_nothing_are_refused(options: dict[str, Any], error: ty
         (b"k", 1, TypeError, "key=b'k' is a bytes"),
         (["k"], 1, TypeError, "key=['k'] is a list"),
     ],
+)
+@kills(
+    "a cost above the capacity is refused for ever",
+    replaced(Limit, "cost", lambda limit, cost: micro("cost", cost)),
+    key="k",
+    cost=11,
 )
 async def test_requests_that_mean_nothing_are_refused(
     redis: Redis, key: Any, cost: Any, error: type[Exception], message: str
