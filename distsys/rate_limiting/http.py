@@ -1,12 +1,13 @@
-"""Rate limits over HTTP: ASGI middleware, FastAPI dependency, and headers that tell clients where they stand.
+"""Rate limits over HTTP: ASGI middleware, FastAPI dependency, and headers that tell clients how much is left.
 
 Promise  a refused request never reaches the app; it gets 429 as application/problem+json, which names the policies that
-         refused, and Retry-After: whole seconds, at least 1, never before the same request can pass. Every answer for
+         refused, and Retry-After: whole seconds, at least 1, never before the same request can pass. Every response for
          which a limit was asked says what is left: RateLimit, RateLimit-Policy and, if you want, X-RateLimit-*.
-Not      for websockets, which pass; who is limited is the matter of keys.py.
+Not      for websockets, which pass unlimited. The keys, which say who is limited, are made in keys.py.
 Units    whole seconds, rounded up; tokens, rounded down; X-RateLimit-Reset in seconds since 1970, as GitHub has it.
 Errors   what Redis raises without `on_failure`, and what your key or cost function raises, passes: the server says 500.
-         `closed` is 503 and not 429, for it is not the client who did too much; `open` says nothing of what is left.
+         The policy `closed` answers 503 and not 429, because the client did nothing wrong. Under `open` a response does
+         not say what is left, because nobody knows.
 Source   draft-ietf-httpapi-ratelimit-headers-11; RFC 9651 (structured fields), 9457 (problems), 6585 (429), 9110 10.2.3
 """
 
@@ -32,7 +33,7 @@ Who = str | tuple[str, Mapping[str, str]] | None  # a key; tier and subjects; No
 Key = Callable[[Scope], Who | Awaitable[Who]]
 Cost = float | Callable[[Scope], float | Awaitable[float]]
 
-KNOWN = (str, tuple, int, float, type(None))  # what needs no await
+PLAIN_TYPES = (str, tuple, int, float, type(None))  # of a result that needs no await
 MAX_KEY = 200  # characters of a key; a longer one is hashed, so that nobody can fill Redis with keys
 REDUCED_CAPACITY = (
     "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity",
@@ -41,59 +42,71 @@ REDUCED_CAPACITY = (
 
 
 class Limiter(Protocol):
-    """Also read: name, and for RateLimit-Policy limit and window, limit.capacity and limit.refill_rate, or tiers."""
+    """What can stand behind a rate limit over HTTP: TokenBucketLimiter, SlidingWindowLimiter, TieredLimiter, or yours.
+
+    Besides try_acquire, these attributes are read: `name`; and for RateLimit-Policy either `limit` and `window`, or
+    `limit.capacity` and `limit.refill_rate`, or `tiers`.
+    """
 
     @property
-    def try_acquire(self) -> Callable[..., Awaitable[Any]]: ...
+    def try_acquire(self) -> Callable[..., Awaitable[Any]]:
+        """The function that decides a request: (key, cost=) -> Decision, or with tiers (tier, subjects, cost=)."""
 
 
 class Policy:
-    """What RateLimit-Policy says of a quota: `quota` tokens in `window` seconds.
+    """One entry of RateLimit-Policy: `quota` tokens in `window` seconds.
 
-    A structured field is ASCII: other characters of the name are percent-encoded.
+    name     percent-encoded where it is not ASCII, as a structured field demands
+    per      whose tokens these are, if it is a quota of a tier
+    refills  whether tokens come back one by one, as in a bucket, or as in a sliding window with their admissions
     """
 
     def __init__(self, name: str, quota: float, window: float, per: str | None = None, refills: bool = True) -> None:
         self.name = "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in name)
-        self.quota, self.window = quota, window
-        self.per, self.refills = per, refills  # whose, of a tier's quota; token by token, not all at once
+        self.quota = quota
+        self.window = window
+        self.per = per
+        self.refills = refills
         self.quoted = '"' + self.name.replace("\\", r"\\").replace('"', r"\"") + '"'
         self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_SECONDS)}"
         self.header = (b"ratelimit-policy", self.item.encode())
 
     @classmethod
     def of(cls, limiter: Any, name: str, per: str | None = None) -> Policy:
-        """Of a quota or a limiter."""
+        """Return the policy of a limiter or of a tier's quota."""
         if (window := getattr(limiter, "window", None)) is not None:
             return cls(name, limiter.limit, window, per, refills=False)
         return cls(name, limiter.limit.capacity, limiter.limit.capacity / limiter.limit.refill_rate, per)
 
     def wait(self, one: Decision) -> int:
-        """Parameter t: seconds in which nobody gets more than what is left; until the next token, not until all."""
+        """Return the parameter t: whole seconds until the next token, in which nobody gets more than what is left."""
         if not one.allowed:
             return whole_seconds(one.retry_after)
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
             wait -= taken * self.window / one.limit
-        noise = 5e-7  # of a difference of floats: less than a microsecond
+        noise = 5e-7  # half a microsecond: a difference of floats may be that much too large
         return min(math.ceil(wait - noise), MAX_SECONDS) if wait > 0 else 0
 
 
 class Answer(NamedTuple):
-    """What the response says: headers for every answer, or a refusal, which brings its own."""
+    """The headers that the response gets, and the refusal that takes the response's place, if there is one."""
 
     headers: Headers
     refusal: RateLimited | None = None
 
 
 class RateLimit:
-    """A limiter in the words of HTTP. `key` says who is limited, `cost` how many tokens a request takes (0: free).
+    """A limiter behind HTTP: it turns decisions into headers and refusals.
 
-    Both get the ASGI scope and may be async. For a TieredLimiter `key` returns tier and subjects.
-    name             of the policy; the limiter's own, or "default"
-    x_headers        X-RateLimit-Limit, -Remaining and -Reset too; of several quotas, those of the tightest
-    partition_keys   parameter pk: the first 8 bytes of the SHA-256 of the key. A response that a shared cache stores
-                     would tell others that hash, and an address can be guessed from it: hence a switch
+    key             who is limited: a function of the ASGI scope that returns a key, (tier, subjects) for a
+                    TieredLimiter, or None for a request that is not limited; may be async
+    cost            how many tokens a request takes: a number, or a function as for `key`; 0 is free
+    name            of the policy; by default the limiter's own, or "default"
+    x_headers       send X-RateLimit-Limit, -Remaining and -Reset too; of several quotas, those of the tightest
+    partition_keys  send the parameter pk, the first 8 bytes of the SHA-256 of the key. Off by default: a shared cache
+                    that stores the response would tell others that hash, from which an address can be guessed
+    clock           seconds since 1970, for X-RateLimit-Reset
     """
 
     def __init__(
@@ -107,20 +120,27 @@ class RateLimit:
         partition_keys: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._limiter, self._key, self._cost, self._clock = limiter, key, cost, clock
-        self._x_headers, self._partition_keys = x_headers, partition_keys
+        self._limiter = limiter
+        self._key = key
+        self._cost = cost
+        self._clock = clock
+        self._x_headers = x_headers
+        self._partition_keys = partition_keys
         tiers: Mapping[str, Any] = getattr(limiter, "tiers", {})
         self._tiers = {tier: [Policy.of(quota, quota.name, quota.per) for quota in tiers[tier]] for tier in tiers}
         self._own = [] if tiers else [Policy.of(limiter, name or getattr(limiter, "name", "") or "default")]
         self._plain = bool(self._own) and not x_headers and not partition_keys
 
     async def check(self, scope: Scope) -> Answer | None:
-        """None for a request that is not limited."""
+        """Ask the limiter and return what to tell the client; None for a request that is not limited.
+
+        Errors of the key and cost functions and of the limiter pass.
+        """
         who = self._key(scope)
-        if not isinstance(who, KNOWN):
+        if not isinstance(who, PLAIN_TYPES):
             who = await awaited(who)
         cost: Any = self._cost
-        if callable(cost) and not isinstance(cost := cost(scope), KNOWN):
+        if callable(cost) and not isinstance(cost := cost(scope), PLAIN_TYPES):
             cost = await awaited(cost)
         if who is None or cost == 0:
             return None
@@ -129,22 +149,27 @@ class RateLimit:
             return await self._check_tier(tier, subjects, cost)
         key, (policy,) = _bounded(who), self._own
         if cost > policy.quota:
-            return _never([policy], [policy.name])
+            return _cost_exceeds_quota([policy], [policy.name])
         decision = await self._limiter.try_acquire(key, cost=cost)
-        if decision.allowed and self._plain and decision.source != "open":  # nearly always: what _say says, in one line
+        if (
+            decision.allowed and self._plain and decision.source != "open"
+        ):  # nearly always: what _headers_for says, in one line
             now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
             return Answer([policy.header, (b"ratelimit", now.encode())])
-        return self._say(self._own, [decision], {None: key})
+        return self._headers_for(self._own, [decision], {None: key})
 
     async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Answer:
         subjects, policies = {per: _bounded(subject) for per, subject in subjects.items()}, self._tiers.get(tier, [])
-        if never := [policy.name for policy in policies if cost > policy.quota]:
-            return _never(policies, never)
+        if too_small := [policy.name for policy in policies if cost > policy.quota]:
+            return _cost_exceeds_quota(policies, too_small)
         decision = await self._limiter.try_acquire(tier, subjects, cost=cost)
-        return self._say(policies, list(decision.quotas.values()), subjects)
+        return self._headers_for(policies, list(decision.quotas.values()), subjects)
 
-    def _say(self, policies: list[Policy], decisions: list[Decision], subjects: Mapping[Any, str]) -> Answer:
-        """`subjects` by whose limit it is; None for that of a limiter itself."""
+    def _headers_for(self, policies: list[Policy], decisions: list[Decision], subjects: Mapping[Any, str]) -> Answer:
+        """Return the answer that states these decisions.
+
+        subjects  by the `per` of the policy; None stands for a limiter without tiers
+        """
         pks = [_partition(policy.per, subjects) if self._partition_keys else "" for policy in policies]
         headers = [header("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
         refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
@@ -162,21 +187,23 @@ class RateLimit:
         if self._x_headers:
             one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
             reset = math.ceil(self._clock()) + seconds
-            trio = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
-            headers += [header(f"x-ratelimit-{word}", value) for word, value in trio.items()]
+            values = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
+            headers += [header(f"x-ratelimit-{word}", value) for word, value in values.items()]
         return _refusal(429, refused, wait, headers) if refused else Answer(headers)
 
 
 class RateLimitMiddleware:
     """`app.add_middleware(RateLimitMiddleware, limiter=limiter, key=by_client())`; the options are those of RateLimit.
 
-    Add CORSMiddleware after it: outside of it, so that browsers may read a refusal and preflights are not counted.
+    Add CORSMiddleware after this one. It then stands outside, so browsers may read a refusal and preflight requests
+    are not counted.
     """
 
     def __init__(
         self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limiter: Limiter, **options: Any
     ) -> None:
-        self.app, self._limit = app, RateLimit(limiter, **options)
+        self.app = app
+        self._limit = RateLimit(limiter, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._limit.check(scope) if scope["type"] == "http" else None
@@ -196,11 +223,12 @@ class RateLimitMiddleware:
 
 
 def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None]]:
-    """FastAPI: `@app.get("/", dependencies=[Depends(rate_limit(limiter, key=by_client()))])`; options as for RateLimit.
+    """Return a FastAPI dependency: `@app.get("/", dependencies=[Depends(rate_limit(limiter, key=by_client()))])`.
 
-    A refusal is RateLimited and HTTPException in one: without a handler the client gets the status and `detail` alone,
-    with `app.add_exception_handler(DistsysError, problem_response)` the whole problem. FastAPI adds no headers of a
-    dependency to a Response that the route makes itself; the middleware does.
+    The options are those of RateLimit. A refusal is RateLimited and HTTPException in one. Without a handler the client
+    gets the status and `detail` alone; with `app.add_exception_handler(DistsysError, problem_response)` it gets the
+    whole problem. FastAPI adds no headers of a dependency to a Response that the route makes itself; the middleware
+    does. ImportError says which extra to install if FastAPI is missing.
     """
     http_exception: Any = optional("starlette.exceptions", "web").HTTPException
     limit = RateLimit(limiter, **options)
@@ -211,7 +239,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
         __str__ = Exception.__str__
 
         def __init__(self, refusal: RateLimited) -> None:
-            Exception.__init__(self, str(refusal))  # the two roots disagree on what comes first
+            Exception.__init__(self, str(refusal))  # the two base classes disagree on the first argument
             self.__dict__ |= vars(refusal)
             self.status_code = refusal.status
             self.detail = refusal.problem()["detail"]
@@ -220,7 +248,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
             }
 
     async def check(request: Any = None, response: Any = None) -> None:
-        if request is None:  # a websocket, where the dependency is that of a whole app
+        if request is None:  # a websocket, if the whole app has this dependency
             return
         answer = await limit.check(request.scope)
         if answer is not None and answer.refusal is not None:
@@ -232,39 +260,37 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
     return check
 
 
-# ---- words
+# ---- responses
 
 
 def _refusal(status: int, names: list[str], wait: float | None, headers: Headers) -> Answer:
-    """`wait` None: the request asks for more than the quota ever holds."""
-    facts: dict[str, Any] = {} if wait is None else {"retry_after": wait}
-    refusal = RateLimited(
-        "The request asks for more than the quota ever holds.", **facts, **{"violated-policies": names}
-    )
+    """Return the answer for a refused request; `wait` in seconds, or None if no wait would help."""
+    headers = [*headers, header("cache-control", "no-store")]
+    facts: dict[str, Any] = {"violated-policies": names}
+    if wait is not None:
+        headers.append(header("retry-after", whole_seconds(wait)))
+        facts["retry_after"] = wait
+    refusal = RateLimited("The request asks for more than the quota ever holds.", **facts)
     refusal.status = status
     refusal.problem_type = REDUCED_CAPACITY if status == 503 else RateLimited.problem_type
-    more = [
-        header("cache-control", "no-store"),
-        *([] if wait is None else [header("retry-after", whole_seconds(wait))]),
-    ]
-    refusal.http_headers = headers = [*headers, *more]
+    refusal.http_headers = headers
     return Answer(headers, refusal)
 
 
-def _never(policies: list[Policy], names: list[str]) -> Answer:
+def _cost_exceeds_quota(policies: list[Policy], names: list[str]) -> Answer:
     return _refusal(429, names, None, [header("ratelimit-policy", ", ".join(policy.item for policy in policies))])
 
 
 def _partition(per: str | None, subjects: Mapping[Any, str]) -> str:
-    if per not in subjects:  # a limit of everybody has no parts
+    if per not in subjects:  # a quota of everybody has no partitions
         return ""
     key = f"{per}:{subjects[per]}" if per else subjects[per]
     return f";pk=:{b64encode(hashlib.sha256(key.encode()).digest()[:8]).decode()}:"
 
 
 def _merge(own: Iterable[tuple[bytes, bytes]], more: Headers) -> Headers:
-    """RateLimit is a list and may come twice; X-RateLimit-* may not, and what is there stays."""
-    if len(more) > 2:  # not only RateLimit and its policy
+    """Return the headers of both; RateLimit is a list and may come twice, of X-RateLimit-* those of `own` stay."""
+    if len(more) > 2:  # more than RateLimit and its policy
         own = list(own)
         names = {name.lower() for name, _ in own}
         more = [(name, value) for name, value in more if not (name.startswith(b"x-") and name in names)]

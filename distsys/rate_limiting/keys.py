@@ -1,10 +1,11 @@
-"""Who is limited: keys made from a request, such that nobody gets a second limit by claiming to be somebody else.
+"""Keys made from a request: who is limited, such that no client gets a second limit by claiming to be another.
 
-Promise  a user, an API key that you gave out, or the address: of IPv6 the /64 network that one client has for itself.
-Not      for `Forwarded` (RFC 7239), which is not read. What your server believes by itself, comes first: uvicorn takes
+Promise  the key is a user, an API key that you gave out, or the address; of IPv6 the /64 network that one client
+         commonly has for itself.
+Not      for `Forwarded` (RFC 7239), which is not read. Your server may replace the address before: uvicorn believes
          X-Forwarded-For from 127.0.0.1 unless told --no-proxy-headers.
 Units    none.
-Errors   what your functions raise, passes.
+Errors   errors that your functions raise pass.
 Source   RFC 4291 2.5.4 (interface identifiers), 2.5.5.2 (IPv4-mapped); MDN, X-Forwarded-For, "Selecting an IP address".
 """
 
@@ -27,12 +28,11 @@ def by_client(
     header: str = "x-api-key",
     proxies: int | Sequence[str] = 0,
 ) -> Callable[[Scope], Awaitable[str]]:
-    """A key function: the user, else the API key, else the address. What a client makes up is no key of its own.
+    """Return a key function: the user, else the API key, else the address. A key that a client made up is not one.
 
-    user      returns who is logged in, as your authentication found out, or None
-    api_key   says whether the value of `header` is a key that you gave out; the key itself is hashed, never kept
+    user      returns who is logged in, as your authentication found out, or None; may be async
+    api_key   says whether the value of `header` is a key that you gave out; may be async. The key is hashed, never kept
     proxies   see client_address
-    Both functions may be async.
     """
     address = client_address(proxies=proxies)
 
@@ -49,11 +49,13 @@ def by_client(
 
 
 def client_address(*, proxies: int | Sequence[str] = 0) -> Callable[[Scope], str]:
-    """Whose request it is: an IPv4 address, or the /64 network that one IPv6 client commonly has for itself.
+    """Return a key function: the client's IPv4 address, or the /64 network that an IPv6 client commonly has for itself.
 
-    `proxies` are those you trust: so many in a row, if nobody can go around them, or the networks they are in. Without,
-    X-Forwarded-For is not believed, and with, no entry that none of them wrote. Where such an entry is no address, all
-    its clients share the limit of the proxy that wrote it.
+    proxies  the proxies you trust: how many in a row, if nobody can go around them, or the networks they are in.
+             Without them X-Forwarded-For is not believed; with them only the entries that one of them wrote
+
+    If such an entry is no address, all its clients share the limit of the proxy that wrote it. ValueError for a
+    negative count or a network that is none.
     """
     count = proxies if isinstance(proxies, int) else 0
     given: Sequence[str] = () if isinstance(proxies, int) else [proxies] if isinstance(proxies, str) else proxies
@@ -86,11 +88,12 @@ def _client(text: str) -> str:
 
 
 def hashed(word: str) -> str:
-    """What to keep of a secret or of a long key: the first 128 bits of its SHA-256."""
+    """Return what to keep of a secret or of a long key: the first 128 bits of its SHA-256, in hex."""
     return hashlib.sha256(word.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 async def awaited(given: Any) -> Any:
+    """Return the value, awaited if it is an awaitable."""
     return await given if inspect.isawaitable(given) else given
 
 
@@ -100,7 +103,7 @@ def _header(scope: Scope, name: str) -> Iterator[str]:
 
 
 def _ip(text: str) -> IPv4Address | IPv6Address | None:
-    """With or without a port; an IPv4 address in IPv6 clothes is an IPv4 address."""
+    """Return the address, given with or without a port, or None; an IPv4-mapped IPv6 address is an IPv4 address."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]

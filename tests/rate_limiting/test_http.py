@@ -213,20 +213,20 @@ def test_retry_after_is_never_before_the_end_of_a_window(all_of_them: list[Decis
     """Nor before any quota lets the request pass; and on refusals only."""
     policies = [Policy(f"p{i}", one.limit, 1e9, None, refills) for i, one in enumerate(all_of_them)]
     rule = RateLimit(TokenBucketLimiter(Redis(), capacity=1, refill_rate=1), key=everybody)
-    verdict = rule._say(policies, all_of_them, {None: "key"})
-    headers = {name.decode(): value.decode() for name, value in verdict.headers}
+    answer = rule._headers_for(policies, all_of_them, {None: "key"})
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
     items = http_sfv.List()
     items.parse(headers["ratelimit"].encode())
     assert all(item.params["t"] >= 0 and item.params["r"] >= 0 for item in items)
     if all(all_of_them):
-        assert (verdict.refusal, headers.get("retry-after")) == (None, None)
+        assert (answer.refusal, headers.get("retry-after")) == (None, None)
     else:
         after = int(headers["retry-after"])
-        assert verdict.refusal is not None
+        assert answer.refusal is not None
         assert after >= max(1.0, *(one.retry_after for one in all_of_them))
         assert after >= max(item.params["t"] for item in items)
         names = [policy.name for policy, one in zip(policies, all_of_them, strict=True) if not one]
-        assert verdict.refusal.problem()["violated-policies"] == names
+        assert answer.refusal.problem()["violated-policies"] == names
 
 
 async def test_a_limiter_that_refuses_without_a_wait_is_not_asked_again_at_once() -> None:
