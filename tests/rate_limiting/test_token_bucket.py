@@ -25,7 +25,7 @@ from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, Decision, Limit, R
 from distsys.rate_limiting.fallback import OnFailure
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
 from tests.bugs import edited, in_script, kills, replaced
-from tests.rate_limiting.model import Model, capacities, rates, schedules
+from tests.rate_limiting.model import Model, WithoutExpiry, capacities, rates, schedules
 
 Redis = redis.asyncio.Redis
 START = 1_700_000_000
@@ -42,6 +42,8 @@ class Clock:
 
 
 def limiter(redis: Redis, capacity: float = 10, refill_rate: float = 1, **options: Any) -> TokenBucketLimiter:
+    if "clock" in options:
+        redis = WithoutExpiry(connection_pool=redis.connection_pool)
     return TokenBucketLimiter(redis, capacity=capacity, refill_rate=refill_rate, **options)
 
 
