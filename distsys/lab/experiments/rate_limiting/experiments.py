@@ -1,7 +1,7 @@
 """What a rate limit must withstand, and the usual limiters that do not.
 
 The lab gives a candidate what its parameters name (redis, url, name, limit, window, clock); it answers allow(key),
-try_acquire(key) or is_allowed(key). Where a `clock` is virtual, a run takes no time and no verdict depends on it.
+try_acquire(key) or is_allowed(key). With a virtual `clock` a run takes no time, and no verdict depends on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distsys.rate_limiting.fallback import OnFailure
 from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter, TokenLease
 
-SLOW = 0.01  # tokens a second: nothing worth counting comes back while a run lasts
+SLOW = 0.01  # tokens a second: no token comes back while a run lasts
 SLOWLY = partial(TokenBucketLimiter, capacity=10, refill_rate=SLOW)
 FAST = partial(TokenBucketLimiter, capacity=10, refill_rate=10)
 TEN = Allowance(10, refill_rate=SLOW)
@@ -34,7 +34,7 @@ limiting = partial(Experiment, workload=requests, prepare=on_redis)
 
 
 def asks(*orders: tuple[int, int, float]) -> Callable[[Run], Awaitable[None]]:
-    """A script: (which worker, how many times, when), one order after the other."""
+    """Return a script that gives these orders in turn: (which worker, how many times, at which second)."""
 
     async def script(run: Run) -> None:
         actors = await run.start(max(which for which, _, _ in orders))
@@ -45,7 +45,7 @@ def asks(*orders: tuple[int, int, float]) -> Callable[[Run], Awaitable[None]]:
 
 
 async def one_after_the_other(run: Run) -> None:
-    """Every worker asks for all of the limit."""
+    """Let every worker in turn ask for the whole limit."""
     for actor in await run.start(run.workers):
         await actor.ask(10)
 
@@ -66,7 +66,7 @@ per_process = limiting(
 
 
 async def between_get_and_set(run: Run) -> None:
-    """w1 has read the count when w2 uses up the limit; then w1 writes what it read, one higher, and w2 asks again."""
+    """Let w1 read the count, w2 use up the limit, w1 write what it read plus one, and w2 ask again."""
     w1, w2 = await run.start(2)
     w1.send(do="arm", point="between-get-and-set", action="hold")
     w1.order()
@@ -79,7 +79,7 @@ async def between_get_and_set(run: Run) -> None:
 
 get_then_set = limiting(
     name="count-by-get-then-set",
-    claim="Reading the count and writing it must be one step: who writes late takes back what others have used.",
+    claim="Reading the count and writing it must be one step: a late write takes back what others have used.",
     arms=(
         expect_violated("GET, then SET", limiters.GetThenSet),
         expect_held("TokenBucketLimiter", SLOWLY),
@@ -92,7 +92,7 @@ get_then_set = limiting(
 
 refusals = limiting(
     name="refusals-that-count",
-    claim="A refused request must not count: else a client that goes on asking is never let in again.",
+    claim="A refused request must not count, or a client that keeps asking is never let in again.",
     arms=(
         expect_violated("pipeline: ZADD, then ZCARD", limiters.RefusalsCount),
         expect_held("TokenBucketLimiter", FAST),
@@ -107,8 +107,8 @@ refusals = limiting(
 
 boundary = limiting(
     name="fixed-window-boundary",
-    claim="Ten a second means in any second. Around the end of a fixed window twenty pass; of a bucket the capacity "
-    "and the refill, so both together have to stay below ten.",
+    claim="Ten a second means in any second. Around the end of a fixed window twenty pass. A bucket admits "
+    "its capacity and its refill, so both together have to stay below ten.",
     arms=(
         expect_violated("fixed window", limiters.FixedWindow),
         expect_violated("TokenBucketLimiter, 10 and 10 a second", FAST),
@@ -116,21 +116,21 @@ boundary = limiting(
         expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
     params=VIRTUAL,
-    script=asks((1, 10, 0.9), (2, 10, 1.05)),  # at the end of one second, and at the begin of the next
+    script=asks((1, 10, 0.9), (2, 10, 1.05)),  # at the end of one second, and at the beginning of the next
     check=at_most(TEN_A_SECOND),
 )
 
 
 steady = limiting(
     name="burst-then-steady",
-    claim="After a burst a token bucket admits again as soon as a token is back, a window when the burst has left it.",
+    claim="After a burst a token bucket admits again as soon as a token is back; a window waits until the burst left.",
     arms=(
         expect_violated("fixed window", limiters.FixedWindow),
-        expect_violated("SlidingWindowLimiter", SlidingWindowLimiter),  # its promise is another
+        expect_violated("SlidingWindowLimiter", SlidingWindowLimiter),  # it makes another promise
         expect_held("TokenBucketLimiter", FAST),
     ),
     params=VIRTUAL,
-    # w1 uses up the limit at once, then asks ten times a second, which is the rate it may
+    # w1 uses up the limit at once, then asks ten times a second, which is its rate
     script=asks((1, 11, 0.0), *((1, 1, n / 10 + 0.01) for n in range(1, 15))),
     check=no_needless_refusal(Allowance(10, refill_rate=10)),
 )
@@ -139,7 +139,7 @@ TEN_A_MINUTE = partial(TokenBucketLimiter, capacity=10, refill_rate=10 / 60)
 
 skewed = limiting(
     name="client-clocks",
-    claim="Four clocks, each a minute ahead of the one before: whoever counts by its own empties the others' window.",
+    claim="Four clocks, each a minute ahead of the one before: a client that trusts its own empties the window.",
     arms=(
         expect_violated("log by the client's clock", limiters.Log, params=CLIENT),
         expect_violated("TokenBucketLimiter, the client's clock", TEN_A_MINUTE, params=CLIENT),
@@ -153,7 +153,7 @@ skewed = limiting(
 
 collisions = limiting(
     name="same-millisecond",
-    claim="A log needs a member of its own for each request: those of one millisecond overwrite each other.",
+    claim="A log needs a member of its own for each request: members of one millisecond overwrite each other.",
     arms=(
         expect_violated("log, member by millisecond", limiters.LogByMillisecond),
         expect_held("log, member by uuid4", limiters.Log),
@@ -166,7 +166,7 @@ collisions = limiting(
 
 
 async def greedy_user(run: Run) -> None:
-    """w1's user asks for twice its quota; then w2 asks for another user of the same organisation."""
+    """Let w1's user ask for twice its quota, then w2 for another user of the same organisation."""
     for actor, user in zip(await run.start(2), ("ann", "bob"), strict=True):
         await actor.ask(10, user=user, organisation="acme")
 
@@ -175,7 +175,7 @@ BOTH = [Allowance(q.capacity, refill_rate=q.refill_rate, per=q.per) for q in (li
 
 two_limits = limiting(
     name="two-limits",
-    claim="Two quotas must be decided at once: else a request that one refuses has burned the other, for everybody.",
+    claim="Two quotas must be decided at once, or a request that one refuses uses up the other, for everybody.",
     arms=(
         expect_violated("one after the other", limiters.OneAfterTheOther),
         expect_held("TieredLimiter", limiters.AllAtOnce),
@@ -186,12 +186,13 @@ two_limits = limiting(
 
 
 async def on_its_own_redis(run: Run) -> None:
+    """Give the run a Redis of its own, which it may stop."""
     run.nodes = [await own_redis(run, "redis")]
     run.urls["redis"] = run.nodes[0].url
 
 
 async def without_redis(run: Run) -> None:
-    """Redis hangs (SIGSTOP) or is killed before anybody asks."""
+    """Stop Redis (SIGSTOP) or kill it, then let both workers ask."""
     actors = await run.start(2)
     await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
     run.record("server", "redis", run.arm.point)
@@ -205,7 +206,7 @@ SHARE = partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))  #
 
 down = limiting(
     name="redis-does-not-answer",
-    claim="Without Redis a limiter can admit all, or nobody, or limit each process by itself to its share.",
+    claim="Without Redis a limiter can admit everybody, or nobody, or limit each process to its share.",
     arms=(
         expect_violated("open, Redis hung", ADMIT, point="hung"),
         expect_violated("closed, Redis hung", REFUSE, point="hung"),
@@ -245,13 +246,13 @@ bounded = replace(
 
 
 async def behind_nginx(run: Run) -> None:
-    """Two nginx, each with ten at once and one a minute."""
+    """Start two nginx, each with ten requests at once and one a minute."""
     await on_redis(run)
     run.nodes = [await nginx(run.testbed.servers, "rate=1r/m burst=9", f"nginx{n}") for n in (1, 2)]
 
 
 async def over_nginx(run: Run) -> None:
-    """Each worker's requests come by one nginx, the same or one each."""
+    """Let each worker ask through one nginx: the same, or one each."""
     one, two = (node.url for node in run.nodes)
     for actor in await run.start(2, nginx=[one, two if run.arm.point == "two" else one]):
         await actor.ask(12)
@@ -259,7 +260,7 @@ async def over_nginx(run: Run) -> None:
 
 limit_req = limiting(
     name="nginx-limit-req",
-    claim="One nginx in front limits without a Redis; of two, each has a limit of its own.",
+    claim="One nginx in front limits without Redis; two of them have a limit each.",
     arms=(
         expect_violated("limit_req, two nginx", limiters.LimitReq, point="two"),
         expect_held("limit_req, one nginx", limiters.LimitReq, point="one"),
