@@ -28,9 +28,9 @@ Clock = Callable[[], float]
 class _IdenticalRequests:
     """Requests for the same cost from the same buckets, with nothing in between that touches one of them."""
 
-    def __init__(self, request: Request, positions: list[int]) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.positions = positions  # of its buckets in the call, counted from 1
+        self.positions: list[int] = []  # of its buckets in the call, counted from 1
         self.futures: list[asyncio.Future[BucketReply]] = []
         self.overtaken = False  # a later request touches one of the buckets, so this group is complete
 
@@ -41,21 +41,20 @@ class _IdenticalRequests:
 
     def resolve(self, granted: int, used: list[int]) -> None:
         """Answer each caller: `granted` of all these requests, the first ones, have taken their cost."""
-        taken = 0
+        times, cost, taken = self.request.times, self.request.cost, 0
         for future in self.futures:
-            own = min(self.request.times, granted)
+            own = min(times, granted)
             if not future.done():
                 future.set_result((own, used, taken))
             granted -= own
-            taken += own * self.request.cost
+            taken += own * cost
 
 
 class _Batch:
     """The requests of one call."""
 
     def __init__(self) -> None:
-        self._limits: dict[str, Limit] = {}
-        self._positions: dict[str, int] = {}
+        self._buckets: dict[str, tuple[int, Limit]] = {}  # key -> its position in the call, and its limit
         self._groups: list[_IdenticalRequests] = []
         self._newest: dict[str, _IdenticalRequests] = {}  # by the key that it touches
 
@@ -63,27 +62,24 @@ class _Batch:
         """Return False if the request has to wait for the next call: this one has its bucket with another limit."""
         group = self._newest.get(request.keys[0])
         if group is None or group.overtaken or (group.request is not request and group.request != request):
+            group = _IdenticalRequests(request)
             for key, limit in zip(request.keys, request.limits, strict=True):
-                if self._limits.setdefault(key, limit) is not limit:
+                position, known = self._buckets.setdefault(key, (len(self._buckets) + 1, limit))
+                if known is not limit:
                     return False
-            group = self._append(request)
+                group.positions.append(position)
+            for key in request.keys:
+                if key in self._newest:
+                    self._newest[key].overtaken = True
+                self._newest[key] = group
+            self._groups.append(group)
         group.futures.append(future)
         return True
 
-    def _append(self, request: Request) -> _IdenticalRequests:
-        positions = [self._positions.setdefault(key, len(self._positions) + 1) for key in request.keys]
-        group = _IdenticalRequests(request, positions)
-        for key in request.keys:
-            if key in self._newest:
-                self._newest[key].overtaken = True
-            self._newest[key] = group
-        self._groups.append(group)
-        return group
-
     def question(self) -> tuple[tuple[str, ...], tuple[Limit, ...], list[bytes]]:
         """Return the keys, limits and packed requests of the call."""
-        packed = [group.pack(len(self._positions)) for group in self._groups]
-        return tuple(self._positions), tuple(map(self._limits.__getitem__, self._positions)), packed
+        packed = [group.pack(len(self._buckets)) for group in self._groups]
+        return tuple(self._buckets), tuple(limit for _, limit in self._buckets.values()), packed
 
     def resolve(self, reply: Sequence[int]) -> None:
         """Answer each caller from the script's reply."""

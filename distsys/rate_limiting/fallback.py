@@ -16,6 +16,7 @@ LOCAL_KEYS = 10_000  # that the policy `local` counts; beyond, the least recentl
 
 R = TypeVar("R")
 T = TypeVar("T")
+Instead = Callable[[list[Decision]], T]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,7 @@ class Fallback:
         self._failing = False
         self._used: dict[str, tuple[float, float]] = {}  # key -> microtokens used, and when
 
-    async def guard(
-        self,
-        asked: Awaitable[R],
-        request: Request,
-        read: Callable[[R], T],
-        instead: Callable[[list[Decision]], T],
-    ) -> T:
+    async def guard(self, asked: Awaitable[R], request: Request, read: Callable[[R], T], instead: Instead[T]) -> T:
         """Return `read` of what Redis answers, or `instead` of the policy's decisions, one for each limit.
 
         Without a policy the error of Redis passes, and so does an error that no policy may hide: a missing right.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -171,26 +171,23 @@ class TokenBucketLimiter:
         if key in self._slices or key in self._leasing or taken >= MAX_SLICES:
             return await self._decide(self._ask_for(key, cost))
         request = self._ask_for(key, cost, 1 + int(lease.tokens * MICRO) // cost)
-
-        def open_slice(reply: BucketReply) -> Decision:
-            self._open_slice(key, request, reply, lease.seconds)
-            return request.decision(reply)
-
+        open_slice = partial(self._open_slice, key, request, lease.seconds)
         self._leasing.add(key)
         try:
             return await self._fallback.guard(self._buckets.ask(request), request, open_slice, list.pop)
         finally:
             self._leasing.discard(key)
 
-    def _open_slice(self, key: str, request: Request, reply: BucketReply, seconds: float) -> None:
+    def _open_slice(self, key: str, request: Request, seconds: float, reply: BucketReply) -> Decision:
         """Keep what was granted beyond the first request, until it is used or `seconds` have passed."""
         granted, (used,), taken = reply
-        if granted <= 1:
-            return
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(seconds, lambda: in_background(self._give_back(key), f"closing a slice of {key!r}"))
-        left = (granted - 1) * request.cost
-        self._slices[key] = _Slice(left, used + taken + granted * request.cost, loop.time, loop.time() + seconds, timer)
+        if granted > 1:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(seconds, lambda: in_background(self._give_back(key), f"closing a slice of {key!r}"))
+            left = (granted - 1) * request.cost
+            used += taken + granted * request.cost
+            self._slices[key] = _Slice(left, used, loop.time, loop.time() + seconds, timer)
+        return request.decision(reply)
 
     async def _give_back(self, key: str) -> None:
         """Give back a slice at once and never again: a bucket that has been full meanwhile would grant it twice."""

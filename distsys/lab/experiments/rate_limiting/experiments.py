@@ -27,10 +27,14 @@ SLOWLY = partial(TokenBucketLimiter, capacity=10, refill_rate=SLOW)
 FAST = partial(TokenBucketLimiter, capacity=10, refill_rate=10)
 TEN = Allowance(10, refill_rate=SLOW)
 TEN_A_SECOND = Allowance(10, window_seconds=1.0)
-VIRTUAL = {"clock": "virtual", "window": 1.0}
 CLIENT = {"clock": "client"}
 
+RULES = (
+    expect_held("TokenBucketLimiter", SLOWLY),
+    expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+)
 limiting = partial(Experiment, workload=requests, prepare=on_redis)
+limiting_in_virtual_time = partial(limiting, params={"clock": "virtual", "window": 1.0})
 
 
 def asks(*orders: tuple[int, int, float]) -> Callable[[Run], Awaitable[None]]:
@@ -57,8 +61,7 @@ per_process = limiting(
         expect_violated("counter in memory", limiters.CounterInMemory),
         expect_violated("SlowAPI, its default storage", partial(limiters.SlowAPI, url="memory://")),
         expect_held("SlowAPI, Redis as storage", limiters.SlowAPI),
-        expect_held("TokenBucketLimiter", SLOWLY),
-        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
+        *RULES,
     ),
     script=one_after_the_other,
     check=at_most(TEN),
@@ -80,17 +83,13 @@ async def between_get_and_set(run: Run) -> None:
 get_then_set = limiting(
     name="count-by-get-then-set",
     claim="Reading the count and writing it must be one step: a late write takes back what others have used.",
-    arms=(
-        expect_violated("GET, then SET", limiters.GetThenSet),
-        expect_held("TokenBucketLimiter", SLOWLY),
-        expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
-    ),
+    arms=(expect_violated("GET, then SET", limiters.GetThenSet), *RULES),
     script=between_get_and_set,
     check=at_most(TEN),
 )
 
 
-refusals = limiting(
+refusals = limiting_in_virtual_time(
     name="refusals-that-count",
     claim="A refused request must not count, or a client that keeps asking is never let in again.",
     arms=(
@@ -98,14 +97,13 @@ refusals = limiting(
         expect_held("TokenBucketLimiter", FAST),
         expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
-    params=VIRTUAL,
     # w1 uses up the limit and goes on asking, five times as fast as it may, for four windows
     script=asks((1, 10, 0.0), *((1, 10, n / 5 + 0.01) for n in range(1, 21))),
     check=no_needless_refusal(TEN_A_SECOND),  # what a bucket of the same size and rate refuses, the window does, too
 )
 
 
-boundary = limiting(
+boundary = limiting_in_virtual_time(
     name="fixed-window-boundary",
     claim="Ten a second means in any second. Around the end of a fixed window twenty pass. A bucket admits "
     "its capacity and its refill, so both together have to stay below ten.",
@@ -115,13 +113,12 @@ boundary = limiting(
         expect_held("TokenBucketLimiter, 5 and 5 a second", partial(TokenBucketLimiter, capacity=5, refill_rate=5)),
         expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
-    params=VIRTUAL,
     script=asks((1, 10, 0.9), (2, 10, 1.05)),  # at the end of one second, and at the beginning of the next
     check=at_most(TEN_A_SECOND),
 )
 
 
-steady = limiting(
+steady = limiting_in_virtual_time(
     name="burst-then-steady",
     claim="After a burst a token bucket admits again as soon as a token is back; a window waits until the burst left.",
     arms=(
@@ -129,7 +126,6 @@ steady = limiting(
         expect_violated("SlidingWindowLimiter", SlidingWindowLimiter),  # it makes another promise
         expect_held("TokenBucketLimiter", FAST),
     ),
-    params=VIRTUAL,
     # w1 uses up the limit at once, then asks ten times a second, which is its rate
     script=asks((1, 11, 0.0), *((1, 1, n / 10 + 0.01) for n in range(1, 15))),
     check=no_needless_refusal(Allowance(10, refill_rate=10)),
@@ -151,7 +147,7 @@ skewed = limiting(
 )
 
 
-collisions = limiting(
+collisions = limiting_in_virtual_time(
     name="same-millisecond",
     claim="A log needs a member of its own for each request: members of one millisecond overwrite each other.",
     arms=(
@@ -159,7 +155,6 @@ collisions = limiting(
         expect_held("log, member by uuid4", limiters.Log),
         expect_held("SlidingWindowLimiter", SlidingWindowLimiter),
     ),
-    params=VIRTUAL,
     script=asks((1, 10, 0.5), (2, 10, 0.5)),  # within one millisecond
     check=at_most(TEN_A_SECOND),
 )
@@ -200,20 +195,17 @@ async def without_redis(run: Run) -> None:
         await actor.ask(6)
 
 
-ADMIT = partial(SLOWLY, on_failure=OnFailure(policy="open"))
-REFUSE = partial(SLOWLY, on_failure=OnFailure(policy="closed"))
-SHARE = partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))  # for two processes
-
 down = limiting(
     name="redis-does-not-answer",
     claim="Without Redis a limiter can admit everybody, or nobody, or limit each process to its share.",
-    arms=(
-        expect_violated("open, Redis hung", ADMIT, point="hung"),
-        expect_violated("closed, Redis hung", REFUSE, point="hung"),
-        expect_held("local, Redis hung", SHARE, point="hung"),
-        expect_violated("open, Redis killed", ADMIT, point="killed"),
-        expect_violated("closed, Redis killed", REFUSE, point="killed"),
-        expect_held("local, Redis killed", SHARE, point="killed"),
+    arms=tuple(
+        expect(f"{policy}, Redis {fault}", limiter, point=fault)
+        for fault in ("hung", "killed")
+        for policy, expect, limiter in (
+            ("open", expect_violated, partial(SLOWLY, on_failure=OnFailure(policy="open"))),
+            ("closed", expect_violated, partial(SLOWLY, on_failure=OnFailure(policy="closed"))),
+            ("local", expect_held, partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))),
+        )
     ),
     script=without_redis,
     check=all_of(at_most(TEN), partial(progress, name="admit", done="admitted")),
@@ -226,11 +218,10 @@ SLICES = ((1, 1, 0.0), (2, 1, 0.0))
 LEASE = "TokenBucketLimiter, TokenLease(tokens=4, seconds=0.5)"
 LEASED = partial(FAST, lease=TokenLease(tokens=4, seconds=0.5))
 
-price = limiting(
+price = limiting_in_virtual_time(
     name="price-of-a-lease",
     claim="Tokens taken before a span of time can be used in it: leases admit more than the bucket alone would.",
     arms=(expect_violated(LEASE, LEASED), expect_held("TokenBucketLimiter", FAST)),
-    params=VIRTUAL,
     script=asks(*SLICES, (1, 15, 0.45), (2, 15, 0.45)),  # before the lease ends
     check=at_most(Allowance(10, refill_rate=10)),
 )
