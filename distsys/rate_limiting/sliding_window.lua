@@ -1,9 +1,9 @@
--- KEYS    one sorted set: a member for each admission that is still in the window, of whatever cost. Its score is the
---         server's microsecond of it. The member is {units admitted up to this one, its cost}: a count, so no two are
---         alike, and big-endian, so those of one microsecond stay in order. No key: nothing admitted.
+-- KEYS    one sorted set: a member for each admission that is still in the window, whatever its cost. The score is the
+--         server's microsecond of the admission. The member is {units admitted so far, its cost}: a count, so no two
+--         members are equal, and big-endian, so those of one microsecond stay in order. No key: nothing admitted.
 -- ARGV    [1] now in microseconds, or "" for the server's own clock
 --         [2] {limit, window in microseconds, cost, mode}, doubles; mode 1 takes, 0 only looks, -1 gives back
--- Returns {1 if it passes, units in the window afterwards, microseconds until it can pass, .. until all have left}
+-- Returns {1 if it passes, units in the window afterwards, microseconds until it can pass, and until all have left}
 local key, limit, window, cost, mode = KEYS[1], struct.unpack('<dddd', ARGV[2])
 local now = tonumber(ARGV[1])
 if not now then
@@ -20,7 +20,7 @@ end
 
 local total, _, newest = member(-1)
 if newest and newest > now then
-  -- The clock was set back. How long ago these were admitted is unknown: from now on they count as admitted now.
+  -- The clock was set back. How long ago the members with a later time were admitted is unknown: count them from now.
   for _, ahead in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. string.format('%.0f', now), '+inf')) do
     redis.call('ZADD', key, now, ahead)
   end
@@ -58,8 +58,8 @@ if mode < 0 then
   return {1, used, 0, used > 0 and newest + window - now or 0}
 end
 
-local over = used + cost - limit  -- so many units have to leave first
-if total + cost > 9007199254740991 then over = used end  -- the count has to begin anew, and does when all have left
+local over = used + cost - limit  -- units that have to leave first
+if total + cost > 9007199254740991 then over = used end  -- 2^53 - 1: the count begins anew when all have left
 if over > 0 then
   local _, at = nil, oldest
   if over > own then _, _, at = member(holder(over)) end

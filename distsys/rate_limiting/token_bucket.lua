@@ -1,11 +1,12 @@
--- Numbers come packed, as little-endian doubles: to unpack them costs a third of parsing them.
--- KEYS    buckets, each {used, at, rest}: microtokens taken and not refilled yet, the server's microseconds at which that
---         was so, and a remainder of refill below one microtoken, in 1/den of it. No key: nothing used.
+-- Numbers come packed, as little-endian doubles: unpacking costs a third of parsing.
+-- KEYS    buckets, each {used, at, rest}: microtokens taken and not refilled yet; the server's microsecond for which that
+--         holds; and a remainder of refill below one microtoken, in units of 1/den. No key: nothing is used.
 -- ARGV    [1] now in microseconds, or "" for the server's own clock
 --         [1 + i] of KEYS[i]: {capacity in microtokens, num, den}; it refills num/den microtokens per microsecond
---         then runs: {times, cost, i, j ..}, so many requests in a row, each for `cost` microtokens from KEYS[i], KEYS[j]
---         .. (none named: from all) together or not at all. A cost of 0 only looks, a negative one gives back.
--- Returns for each run: how many were granted, then `used` of each of its buckets before it.
+--         then groups: {times, cost, i, j ..}, `times` requests in a row, each for `cost` microtokens from KEYS[i],
+--         KEYS[j] .. (from all keys if none is named), together or not at all. A cost of 0 takes nothing, a negative one
+--         gives back.
+-- Returns for each group: how many requests were granted, then what was used in each of its buckets before.
 local floor, max, min, pack, unpack = math.floor, math.max, math.min, struct.pack, struct.unpack
 local now = tonumber(ARGV[1])
 if not now then
@@ -20,9 +21,9 @@ for i = 1, count do
   local state = redis.call('GET', KEYS[i])
   if state then
     local used, at, rest = unpack('<ddd', state)
-    -- A clock that was set back refills nothing until it has caught up: no microsecond counts twice.
+    -- After the clock was set back nothing refills until it has caught up: no microsecond counts twice.
     local elapsed = max(0, now - at)
-    -- Whole multiples of den first: no product that matters reaches 2^53, so all of this is exact.
+    -- Whole multiples of den first: then no product reaches 2^53 before the bucket is full, so all of this is exact.
     local part = elapsed % den * num + min(rest, den - 1)
     used = used - floor(elapsed / den) * num - floor(part / den)
     if used > 0 then bucket[USED], bucket[REST] = used, part % den end
@@ -31,8 +32,8 @@ for i = 1, count do
   buckets[i] = bucket
 end
 local reply, length = {}, 0
-for run = count + 2, #ARGV do
-  local packed = ARGV[run]
+for group = count + 2, #ARGV do
+  local packed = ARGV[group]
   local granted, cost, at = unpack('<dd', packed)
   local own = at > #packed and buckets or {}
   while at <= #packed do

@@ -34,7 +34,7 @@ def who(user: str = "42", organisation: str = "acme") -> dict[str, str]:
 
 
 async def test_a_request_passes_when_every_quota_has_room(redis: Redis) -> None:
-    """The user's three, then another user until the organisation's four are gone; the answer names who refused."""
+    """A user takes three, another one the organisation's fourth; the answer names the quota that refused."""
     limiter = TieredLimiter(redis, PRO)
     for left in (2, 1, 0):
         decision = await limiter.try_acquire("pro", who())
@@ -56,7 +56,7 @@ async def test_a_request_passes_when_every_quota_has_room(redis: Redis) -> None:
     in_script(SCRIPT, "for n = 1, cost > 0 and #own or 0 do", "for n = 1, cost > 0 and 1 or 0 do"),
 )
 async def test_a_refused_request_takes_from_no_quota(redis: Redis) -> None:
-    """The user is out of tokens: a thousand more tries leave the organisation and everybody else theirs."""
+    """The user has no tokens left: fifty more requests take nothing from the organisation and from everybody."""
     limiter = TieredLimiter(redis, PRO, clock=Clock())
     for _ in range(3):
         assert await limiter.try_acquire("pro", who())
@@ -72,7 +72,7 @@ async def test_a_refused_request_takes_from_no_quota(redis: Redis) -> None:
 
 
 async def test_a_decision_on_three_quotas_is_one_call(redis: Redis) -> None:
-    """And ten at once are two."""
+    """Ten requests at once take two calls."""
     limiter = TieredLimiter(redis, PRO)
     await limiter.try_acquire("pro", who())
     before = await calls(redis)
@@ -93,7 +93,7 @@ async def test_a_decision_on_three_quotas_is_one_call(redis: Redis) -> None:
 async def test_it_decides_as_three_textbook_buckets_would(
     redis_server: Server, requests: list[tuple[int, str, str, int]], together: int
 ) -> None:
-    """All or nothing, in the order of arrival, however many arrive at once."""
+    """Each request takes from all or from none, in the order of arrival, however many arrive at once."""
     clock, models = Clock(), dict[tuple[str, str], Model]()
     async with Redis.from_url(redis_server.url) as client:
         await client.flushdb()
@@ -128,7 +128,7 @@ async def test_a_user_who_changes_tier_keeps_what_was_used(redis: Redis) -> None
 
 
 async def test_two_tiers_of_one_user_at_once_wait_for_each_other(redis: Redis) -> None:
-    """One bucket with two limits is never in one call: each is decided by its own."""
+    """A bucket is in a call with one limit only, so each request is decided by its own limit."""
     tiers = {"free": [USER], "pro": [Quota(per="user", capacity=10, refill_rate=0.05)]}
     limiter = TieredLimiter(redis, tiers, clock=Clock())
     wanted = [("free", 3), ("free", 1), ("pro", 1), ("free", 1), ("pro", 6)]
@@ -146,7 +146,7 @@ async def test_a_refund_goes_to_every_quota(redis: Redis) -> None:
 
 
 def test_the_tiers_to_start_from_are_sound() -> None:
-    """Each names its quotas once and gives more than the one before."""
+    """Each tier names its quotas once and gives more than the tier before."""
     limiter = TieredLimiter(Redis(), TIERS)
     assert list(limiter.tiers) == ["anonymous", "free", "pro", "enterprise"]
     rates = [max(quota.refill_rate for quota in quotas) for quotas in limiter.tiers.values()]
@@ -168,7 +168,7 @@ def test_the_tiers_to_start_from_are_sound() -> None:
     ],
 )
 async def test_requests_that_mean_nothing_are_refused(redis: Redis, arguments: tuple[Any, ...], message: str) -> None:
-    """With what to say instead; nothing is taken."""
+    """The message says what to give instead; nothing is taken."""
     with pytest.raises(ValueError) as refused:  # noqa: PT011  matched below, unescaped
         await TieredLimiter(redis, PRO).try_acquire(*arguments)
     assert message in str(refused.value)
@@ -227,7 +227,7 @@ async def test_without_redis_open_and_closed_speak_for_all_quotas(own_redis: Ser
 async def test_across_slots_a_refused_request_gives_back_what_it_reserved(
     redis_cluster: redis.asyncio.RedisCluster,
 ) -> None:
-    """User, organisation and everybody lie on different masters; the last one's refusal undoes the others'."""
+    """User, organisation and everybody lie in different slots; a refusal by a later one releases the earlier ones."""
     name = "across"
     limiter = TieredLimiter(redis_cluster, PRO, name=name, clock=Clock())
     slots = {redis_cluster.keyslot(limiter._key("pro", quota, who())) for quota in PRO["pro"]}
@@ -244,7 +244,7 @@ async def test_across_slots_a_refused_request_gives_back_what_it_reserved(
 
 
 async def test_across_slots_a_crowd_never_exceeds_a_quota(redis_cluster: redis.asyncio.RedisCluster) -> None:
-    """Eighty requests of four users at once: each quota is kept, and afterwards nothing is missing."""
+    """Eighty requests of four users at once exceed no quota, and afterwards no token is missing."""
     limiter = TieredLimiter(redis_cluster, PRO, name="crowd", clock=Clock())
     users = [str(number % 4) for number in range(80)]
     decisions = await asyncio.gather(*(limiter.try_acquire("pro", who(user)) for user in users))
@@ -258,7 +258,7 @@ async def test_across_slots_a_crowd_never_exceeds_a_quota(redis_cluster: redis.a
 
 @pytest.mark.parametrize("name", ["", "api", "{api}"])
 def test_one_slot_is_one_slot_whatever_the_name(name: str) -> None:
-    """An empty hash tag is none at all: without a name, too, there has to be something in it."""
+    """Redis ignores an empty hash tag, so a limiter without a name needs a tag, too."""
     limiter = TieredLimiter(Redis(), PRO, name=name, one_slot=True)
     keys = [limiter._key("pro", quota, who(user)) for quota in PRO["pro"] for user in "ab"]
     assert len({key_slot(key.encode()) for key in keys}) == 1
@@ -275,7 +275,7 @@ async def test_one_slot_keeps_a_decision_in_one_step(redis_cluster: redis.asynci
 
 
 async def test_cancelled_between_two_slots_it_gives_back_the_first(redis_cluster: redis.asyncio.RedisCluster) -> None:
-    """The user's master has granted, the organisation's is silent: the user's tokens come back."""
+    """The user's master has granted, the organisation's is silent: cancelled, the request returns the user's tokens."""
     limiter = TieredLimiter(redis_cluster, PRO, name="cancelled")
     user, organisation, _ = (limiter._key("pro", quota, who()) for quota in PRO["pro"])
     await limiter.try_acquire("pro", who("other", "other"))  # the script is known to all

@@ -27,7 +27,7 @@ PRO = {"pro": [Quota(per="user", **SLOW), Quota(per=EVERYBODY, capacity=100, ref
 
 @pytest.fixture
 async def nodes(servers: Servers) -> AsyncIterator[list[Server]]:
-    """Masters, then the replica of each."""
+    """Three masters, then the replica of each."""
     nodes = await servers.cluster(3, replicas=1, name=f"failover{next(_numbers)}-")
     yield nodes
     for node in nodes:
@@ -35,7 +35,7 @@ async def nodes(servers: Servers) -> AsyncIterator[list[Server]]:
 
 
 async def test_a_failover_in_a_cluster_grants_what_was_used_in_the_lag_again(nodes: list[Server]) -> None:
-    """Six heard by the replica and four that are not: those four pass once more, and what other masters hold stays."""
+    """Six grants are replicated and four are not: those four pass once more, and what other masters hold stays."""
     clock, closed = Clock(), OnFailure(policy="closed", timeout=5)
     async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
         bucket = TokenBucketLimiter(client, **SLOW, clock=clock, on_failure=closed)
@@ -83,7 +83,7 @@ async def test_a_failover_in_a_cluster_grants_what_was_used_in_the_lag_again(nod
 
 
 async def test_a_master_that_hangs_is_given_up_for_its_replica(nodes: list[Server]) -> None:
-    """Its connections stay open and silent: decisions end by the timeout, and the client still finds the replica."""
+    """Its connections stay open and silent; decisions end by the timeout, and the client still finds the replica."""
     async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
         bucket = TokenBucketLimiter(client, **SLOW, on_failure=OnFailure(policy="closed", timeout=0.2))
 
@@ -104,13 +104,13 @@ async def is_master(node: Server) -> bool:
 
 
 async def agrees(node: Server) -> bool:
-    """Whether it counts every slot as served."""
+    """Return whether the node counts every slot as served."""
     async with Redis.from_url(node.url) as client:
         return (await client.execute_command("CLUSTER INFO"))["cluster_state"] == "ok"
 
 
 async def until(fact: Callable[[], Awaitable[bool]]) -> None:
-    """A failover takes seconds: the other masters wait 2 s until they give one up."""
+    """Wait for a fact. A failover takes seconds, because the other masters wait 2 s until they vote."""
     async with asyncio.timeout(60):
         while not await fact():
             await asyncio.sleep(0.02)
@@ -119,16 +119,16 @@ async def until(fact: Callable[[], Awaitable[bool]]) -> None:
 # ---- a cluster's client, and the failure policy
 
 
-async def test_a_look_for_the_slots_that_outlasts_the_timeout_goes_on(
+async def test_a_refresh_of_the_slots_that_outlasts_the_timeout_goes_on(
     redis_cluster: redis.asyncio.RedisCluster,
 ) -> None:
-    """Each decision takes its timeout and no longer; the look is one, and the first decision after it is Redis's."""
-    done, looks = asyncio.Event(), 0
+    """Each decision takes its timeout and no longer; one refresh serves them all, and then Redis decides."""
+    done, refreshes = asyncio.Event(), 0
 
     class Far(RedisCluster):
         async def initialize(self, *args, **options):
-            nonlocal looks
-            looks += 1
+            nonlocal refreshes
+            refreshes += 1
             await done.wait()
             return await super().initialize(*args, **options)
 
@@ -141,7 +141,7 @@ async def test_a_look_for_the_slots_that_outlasts_the_timeout_goes_on(
         ]
         for number, limiter in enumerate(limiters, 1):
             assert [(await limiter.peek("k")).source for _ in range(3)] == ["open"] * 3
-            assert looks == number
+            assert refreshes == number
         done.set()
         for limiter in limiters:
             while (await limiter.peek("k")).source != "redis":
@@ -149,10 +149,10 @@ async def test_a_look_for_the_slots_that_outlasts_the_timeout_goes_on(
         await client.aclose()
 
 
-async def test_a_cluster_client_that_does_not_hear_its_cancellation_holds_nobody_up(
+async def test_a_cluster_client_that_swallows_its_cancellation_blocks_nobody(
     redis_cluster: redis.asyncio.RedisCluster,
 ) -> None:
-    """As on Python 3.11, whose wait_for can lose it; then redis-py tries again and again."""
+    """On Python 3.11 wait_for can swallow a cancellation; then redis-py tries again and again."""
     done = asyncio.Event()
 
     class Deaf(RedisCluster):
@@ -172,10 +172,10 @@ async def test_a_cluster_client_that_does_not_hear_its_cancellation_holds_nobody
 
 
 @pytest.mark.parametrize(("policy", "passes"), [("open", True), ("closed", False)])
-async def test_a_cluster_of_which_no_node_answers_is_answered_for_by_the_policy(
+async def test_the_policy_answers_for_a_cluster_of_which_no_node_does(
     own_redis: Server, policy: str, passes: bool
 ) -> None:
-    """The client's error for it is not one of Redis's; its cause is."""
+    """The client raises an error of its own, whose cause is the connection error of Redis."""
     await own_redis.kill()
     async with asyncio.timeout(30):
         client = RedisCluster(host=own_redis.host, port=own_redis.port)

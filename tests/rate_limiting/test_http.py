@@ -65,7 +65,7 @@ def frozen() -> float:
 
 
 def limiter(redis: Redis, capacity: float = 2, refill_rate: float = 0.1, **options: Any) -> TokenBucketLimiter:
-    """Two requests and then one every ten seconds, on a clock that stands still."""
+    """Make a limiter of two requests, then one every ten seconds, on a clock that stands still."""
     return TokenBucketLimiter(redis, capacity=capacity, refill_rate=refill_rate, **{"clock": frozen, **options})
 
 
@@ -83,7 +83,7 @@ def client_of(app: App, address: str = "192.0.2.1", **options: Any) -> httpx.Asy
 
 
 def fields(response: httpx.Response, name: str) -> dict[str, dict[str, Any]]:
-    """A structured list, by an independent parser: item -> parameters."""
+    """Parse a structured list with an independent parser: item -> parameters."""
     parsed = http_sfv.List()
     parsed.parse(response.headers[name].encode())
     return {item.value: dict(item.params) for item in parsed}
@@ -102,7 +102,7 @@ def unreachable() -> Redis:
 
 
 async def test_every_answer_says_what_is_left(redis: Redis) -> None:
-    """The policy stays, what is left goes down; when nothing is, t is the wait for the next token, not for all."""
+    """The policy stays and r goes down; at r=0, t is the wait for the next token, not for all."""
     async with client_of(app_of(limiter(redis, name="burst"))) as client:
         first, second = await client.get("/"), await client.get("/")
     assert fields(first, "RateLimit-Policy") == fields(second, "RateLimit-Policy") == {"burst": {"q": 2, "w": 20}}
@@ -115,7 +115,7 @@ async def test_every_answer_says_what_is_left(redis: Redis) -> None:
 
 
 async def test_a_refusal_is_a_problem_that_names_the_policy(redis: Redis) -> None:
-    """429, the draft's problem type, Retry-After no earlier than t; the app was not called."""
+    """It is a 429 with the draft's problem type and Retry-After no earlier than t; the app was not called."""
     async with client_of(app_of(limiter(redis, name="burst"))) as client:
         for _ in range(2):
             await client.get("/")
@@ -134,8 +134,8 @@ async def test_a_refusal_is_a_problem_that_names_the_policy(redis: Redis) -> Non
     }
 
 
-async def test_who_comes_again_after_retry_after_passes(redis: Redis) -> None:
-    """The number is rounded up: never so early that the next try is refused too."""
+async def test_a_client_that_waits_retry_after_passes(redis: Redis) -> None:
+    """The number is rounded up, so that the next attempt is not refused too."""
     now = [1_000_000.0]
     app = app_of(limiter(redis, 1, 0.3, clock=lambda: now[0]))
     async with client_of(app) as client:
@@ -147,7 +147,7 @@ async def test_who_comes_again_after_retry_after_passes(redis: Redis) -> None:
 
 
 async def test_retry_after_is_never_0(redis: Redis) -> None:
-    """Also where the next token comes in a millisecond."""
+    """This holds even if the next token comes in a millisecond."""
     async with client_of(app_of(limiter(redis, 1, 1000))) as client:
         await client.get("/")
         response = await client.get("/")
@@ -155,7 +155,7 @@ async def test_retry_after_is_never_0(redis: Redis) -> None:
 
 
 async def test_x_headers_come_by_switch(redis: Redis) -> None:
-    """Limit, remaining, and when the next token comes, in seconds since 1970."""
+    """They are the limit, what remains, and when the next token comes, in seconds since 1970."""
     app = app_of(limiter(redis), x_headers=True, clock=lambda: 1_699_999_999.5)
     async with client_of(app) as client:
         responses = [await client.get("/") for _ in range(3)]
@@ -165,7 +165,7 @@ async def test_x_headers_come_by_switch(redis: Redis) -> None:
 
 
 async def test_partition_keys_come_by_switch_and_tell_no_secret(redis: Redis) -> None:
-    """The same in both fields, another for another key: the start of a hash."""
+    """pk is the start of a hash, equal in both fields and different for another key."""
     app = app_of(limiter(redis), key=by_client(), partition_keys=True)
     async with client_of(app) as one, client_of(app, "192.0.2.2") as other:
         first, second = await one.get("/"), await other.get("/")
@@ -179,7 +179,7 @@ async def test_partition_keys_come_by_switch_and_tell_no_secret(redis: Redis) ->
     "name", ['a "b" \\c', "größe", "a\r\nSet-Cookie: x=1", "tab\there", "🦆", "x;r=0", "a, b", "\ud800"]
 )
 async def test_a_name_stays_one_string(redis: Redis, name: str) -> None:
-    """Escaped, and percent-encoded where ASCII has no place for it; the problem says it in the same words."""
+    """The name is escaped, and percent-encoded where it is not ASCII; the problem names it the same way."""
     async with client_of(app_of(limiter(redis, 1), name=name)) as client:
         await client.get("/")
         response = await client.get("/")
@@ -191,7 +191,7 @@ async def test_a_name_stays_one_string(redis: Redis, name: str) -> None:
 
 @given(st.text(), st.floats(1e-6, 1e9), st.floats(1e-6, 1e15))
 def test_every_policy_is_a_structured_field(name: str, quota: float, window: float) -> None:
-    """Whatever the name and the numbers."""
+    """This holds for any name and numbers."""
     item = http_sfv.Item()
     item.parse(Policy(name, quota, window).item.encode("ascii"))
     assert isinstance(item.value, str)
@@ -210,7 +210,7 @@ decisions = st.builds(
 
 @given(st.lists(decisions, min_size=1, max_size=4), st.booleans())
 def test_retry_after_is_never_before_the_end_of_a_window(all_of_them: list[Decision], refills: bool) -> None:
-    """Nor before any quota lets the request pass; and on refusals only."""
+    """Nor is it before any quota lets the request pass, and it comes with refusals only."""
     policies = [Policy(f"p{i}", one.limit, 1e9, None, refills) for i, one in enumerate(all_of_them)]
     rule = RateLimit(TokenBucketLimiter(Redis(), capacity=1, refill_rate=1), key=everybody)
     answer = rule._headers_for(policies, all_of_them, {None: "key"})
@@ -244,7 +244,7 @@ async def test_a_limiter_that_refuses_without_a_wait_is_not_asked_again_at_once(
 
 
 async def test_a_sliding_window_says_when_all_is_back() -> None:
-    """Its tokens don't come one by one: without a refusal nobody knows when the next one comes."""
+    """Its tokens don't come back one by one: without a refusal nobody knows when the next one comes."""
 
     class Window:
         name, limit, window = "perhour", 100, 3600.0
@@ -276,7 +276,7 @@ def tier_of(scope: Any) -> tuple[str, dict[str, str]]:
 
 
 async def test_every_quota_of_the_tier_is_listed_and_those_that_refused_are_named(redis: Redis) -> None:
-    """A function of yours names tier and subjects; Retry-After is the longest wait; of the trio speaks the tightest."""
+    """The key function names tier and subjects. Retry-After is the longest wait, X-RateLimit-* the tightest quota."""
     app = app_of(tiers(redis), key=tier_of, x_headers=True, clock=lambda: 0.0, partition_keys=True)
     async with client_of(app) as client:
         ada, bob = {"X-Tier": "pro", "X-User": "ada"}, {"X-Tier": "pro", "X-User": "bob"}
@@ -301,7 +301,7 @@ async def test_every_quota_of_the_tier_is_listed_and_those_that_refused_are_name
 
 
 async def test_the_trio_speaks_of_the_smallest_share(redis: Redis) -> None:
-    """One left of two is more than ten left of a hundred."""
+    """One left of two is a larger share than ten left of a hundred."""
     quotas = [Quota(per="user", capacity=2, refill_rate=1), Quota(per=EVERYBODY, capacity=100, refill_rate=1)]
     own = TieredLimiter(redis, {"free": quotas}, clock=frozen)
     for i in range(89):
@@ -315,7 +315,7 @@ async def test_the_trio_speaks_of_the_smallest_share(redis: Redis) -> None:
 
 
 async def test_a_request_without_a_key_is_not_limited(redis: Redis) -> None:
-    """None from the key function: no headers, no question to Redis."""
+    """If the key function returns None, no headers are sent and Redis is not asked."""
     app = app_of(limiter(unreachable()), key=lambda scope: None if scope["path"] == "/" else "x")
     async with client_of(app) as client:
         response = await client.get("/")
@@ -344,7 +344,7 @@ async def test_keys_that_were_given_out_have_a_limit_each(redis: Redis, caplog: 
 
 
 async def test_a_user_comes_before_the_key_and_the_address(redis: Redis) -> None:
-    """Whoever is logged in has one limit, wherever from."""
+    """A user who is logged in has one limit, whatever the key or address."""
     key = by_client(user=lambda scope: scope.get("user"), api_key=bool)
     scope = scope_of(x_api_key="abc")
     assert await key({**scope, "user": 42}) == "user:42"
@@ -404,13 +404,13 @@ def test_several_x_forwarded_for_fields_are_one_list() -> None:
 
 @given(st.text(st.characters(max_codepoint=255)), st.sampled_from([0, 1, 5, "10.0.0.0/8"]))
 def test_no_x_forwarded_for_breaks_anything(forwarded: str, proxies: int | str) -> None:
-    """Whatever is in it, the key is an address, and as short as one."""
+    """Whatever the header holds, the key is an address, and as short as one."""
     address = client_address(proxies=proxies)(scope_of("10.0.0.1", x_forwarded_for=forwarded))
     assert len(address) <= len("ffff:ffff:ffff:ffff::/64")
 
 
-def test_what_cannot_be_trusted_is_said_at_once() -> None:
-    """A wrong setting is no setting."""
+def test_a_wrong_proxies_setting_is_refused() -> None:
+    """A wrong setting raises at construction."""
     with pytest.raises(ValueError, match="proxies=-1"):
         client_address(proxies=-1)
     with pytest.raises(ValueError, match=r"10\.0\.0\.1/8"):
@@ -418,7 +418,7 @@ def test_what_cannot_be_trusted_is_said_at_once() -> None:
 
 
 async def test_a_spoofed_address_makes_no_new_limit(redis: Redis) -> None:
-    """A client sends another X-Forwarded-For each time: one limit. Its /64 is one too, the next /64 another."""
+    """A client that sends another X-Forwarded-For each time has one limit. So has a /64; the next /64 has another."""
     app = app_of(limiter(redis), key=by_client())
     async with client_of(app) as client:
         spoofed = [(await client.get("/", headers={"X-Forwarded-For": f"10.0.0.{i}"})).status_code for i in range(4)]
@@ -432,7 +432,7 @@ async def test_a_spoofed_address_makes_no_new_limit(redis: Redis) -> None:
 
 @pytest.mark.parametrize("key", ["k" * 100_000, "a\r\nb", "\ud800", "{tag}%", "ключ"])
 async def test_a_key_of_any_kind_is_a_short_one(redis: Redis, key: str) -> None:
-    """Long or unprintable ones are hashed: nobody fills Redis with keys."""
+    """Long or unprintable keys are hashed, so nobody can fill Redis with keys."""
     async with client_of(app_of(limiter(redis, 1), key=lambda _: key, partition_keys=True)) as client:
         assert [(await client.get("/")).status_code for _ in range(2)] == [200, 429]
     (kept,) = await redis.keys("*")
@@ -440,7 +440,7 @@ async def test_a_key_of_any_kind_is_a_short_one(redis: Redis, key: str) -> None:
 
 
 async def test_tiers_have_short_keys_too(redis: Redis) -> None:
-    """Subjects come from clients as keys do."""
+    """Subjects come from clients, as keys do, and are hashed too."""
     async with client_of(app_of(tiers(redis), key=lambda _: ("free", {"user": "u" * 100_000}))) as client:
         assert [(await client.get("/")).status_code for _ in range(3)] == [200, 200, 429]
     assert all(len(kept) < MAX_KEY for kept in await redis.keys("*"))
@@ -450,7 +450,7 @@ async def test_tiers_have_short_keys_too(redis: Redis) -> None:
 
 
 async def test_a_request_costs_what_you_say(redis: Redis) -> None:
-    """By a function, async too; nothing is free of questions to Redis; too much can never pass, and no wait helps."""
+    """A function, also an async one, says the cost. At 0 Redis is not asked; above the quota no wait would help."""
 
     async def cost(scope: Any) -> float:
         return float(dict(scope["headers"])[b"x-cost"])
@@ -477,7 +477,7 @@ async def test_a_request_costs_what_you_say(redis: Redis) -> None:
 async def test_each_policy_has_its_answer_without_redis(
     policy: Any, statuses: list[int], left: list[int | None]
 ) -> None:
-    """Open knows nothing and says so; closed is our fault, so 503; local counts here."""
+    """Open does not say what is left; closed answers 503, not the client's fault; local counts here."""
     app = app_of(limiter(unreachable(), on_failure=OnFailure(policy=policy)), x_headers=True)
     async with client_of(app) as client:
         responses = [await client.get("/") for _ in statuses]
@@ -509,7 +509,7 @@ async def test_without_a_policy_the_error_passes() -> None:
 
 
 async def test_an_error_of_your_functions_passes_and_takes_nothing(redis: Redis) -> None:
-    """The request does not slip by unlimited, and nobody's tokens are spent."""
+    """The request does not pass unlimited, and no tokens are taken."""
 
     def broken(_: Any) -> str:
         raise LookupError("no such tenant")
@@ -532,7 +532,7 @@ async def test_an_error_of_your_functions_passes_and_takes_nothing(redis: Redis)
 
 
 async def test_an_error_of_the_app_passes(redis: Redis) -> None:
-    """Before and after the response has started; what was taken stays taken."""
+    """This holds before and after the response has started; what was taken stays taken."""
 
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/after":
@@ -576,7 +576,7 @@ async def test_a_stream_passes_as_it_comes(redis: Redis) -> None:
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan", "something-new"])
 async def test_other_scopes_pass_untouched(kind: str) -> None:
-    """The very objects, and no question to Redis."""
+    """The app gets the same objects, and Redis is not asked."""
     got: list[Any] = []
 
     async def app(*arguments: Any) -> None:
@@ -594,7 +594,7 @@ async def test_other_scopes_pass_untouched(kind: str) -> None:
 
 
 async def test_headers_that_are_there_stay(redis: Redis) -> None:
-    """RateLimit is a list and gets longer; of X-RateLimit-* the inner one's stay, for two would contradict."""
+    """RateLimit is a list and gets longer; of X-RateLimit-* only the inner one's stay, because two would contradict."""
 
     async def theirs(_: Request) -> Response:
         return PlainTextResponse("", headers={"RateLimit": '"theirs";r=1;t=2', "X-RateLimit-Limit": "7"})
@@ -609,7 +609,7 @@ async def test_headers_that_are_there_stay(redis: Redis) -> None:
 
 
 async def test_many_at_once_get_what_is_there(redis: Redis) -> None:
-    """Fifty together, ten tokens: ten pass, and each is told another rest."""
+    """Of fifty at once ten pass, and each gets a different remainder."""
     async with client_of(app_of(limiter(redis, 10))) as client:
         responses = await asyncio.gather(*(client.get("/") for _ in range(50)))
     passed = [r for r in responses if r.status_code == 200]
@@ -618,7 +618,7 @@ async def test_many_at_once_get_what_is_there(redis: Redis) -> None:
 
 
 async def test_a_client_that_went_away_leaves_nothing_behind(redis: Redis) -> None:
-    """Cancelled at any moment: the error passes, the next request is served."""
+    """Whenever it is cancelled, the error passes and the next request is served."""
     app = app_of(limiter(redis, 100))
     async with client_of(app) as client:
         for turns in range(12):
@@ -635,7 +635,7 @@ async def test_a_client_that_went_away_leaves_nothing_behind(redis: Redis) -> No
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[str]:
-    """The app behind uvicorn, on a socket of 127.0.0.1."""
+    """Serve the app behind uvicorn, on a socket of 127.0.0.1."""
     config = uvicorn.Config(app, port=0, log_level="critical", proxy_headers=False, ws="none")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
@@ -648,7 +648,7 @@ async def served(app: Any) -> AsyncIterator[str]:
 
 
 async def test_it_works_on_a_socket(redis: Redis) -> None:
-    """Also with HEAD, with a body that nobody reads, and with a lifespan."""
+    """It works with HEAD, with a body that nobody reads, and with a lifespan."""
     started = []
 
     @asynccontextmanager
@@ -689,7 +689,7 @@ def fast(limiter: Any, **options: Any) -> FastAPI:
 
 
 async def test_the_dependency_limits_a_route(redis: Redis) -> None:
-    """Headers on what passes, a problem on what does not; the key function may look at the path's parameters."""
+    """What passes gets headers, what does not a problem; the key function may read the path's parameters."""
     app = fast(limiter(redis, name="item"), key=lambda scope: f"item:{scope['path_params'].get('item_id')}")
     app.add_exception_handler(RateLimited, problem_response)
     async with client_of(app) as client:
@@ -704,7 +704,7 @@ async def test_the_dependency_limits_a_route(redis: Redis) -> None:
 
 
 async def test_the_dependency_refuses_without_a_handler_too(redis: Redis) -> None:
-    """A smaller problem: `detail` is one of its members, and the others may be absent."""
+    """The problem is smaller: `detail` is one of its members, and the others may be absent."""
     async with client_of(fast(limiter(redis, 1))) as client:
         await client.get("/items/1")
         refused = await client.get("/items/1")
@@ -714,7 +714,7 @@ async def test_the_dependency_refuses_without_a_handler_too(redis: Redis) -> Non
 
 
 async def test_the_dependency_closes_with_503(redis: Redis) -> None:
-    """As the middleware does."""
+    """The dependency behaves like the middleware."""
     app = fast(limiter(unreachable(), on_failure=OnFailure(policy="closed")))
     async with client_of(app) as client:
         assert (await client.get("/items/1")).status_code == 503
@@ -726,7 +726,7 @@ async def test_the_dependency_closes_with_503(redis: Redis) -> None:
 
 
 async def test_a_handler_of_your_own_gets_the_problem_too(redis: Redis) -> None:
-    """One for all errors of the package: error.problem() is what problem_response would have sent."""
+    """One handler serves all errors of the package: error.problem() is what problem_response would have sent."""
     app = fast(limiter(redis, 1, name="item"))
 
     @app.exception_handler(DistsysError)
@@ -740,7 +740,7 @@ async def test_a_handler_of_your_own_gets_the_problem_too(redis: Redis) -> None:
 
 
 async def test_a_dependency_of_the_whole_app_lets_websockets_pass() -> None:
-    """As the middleware does."""
+    """The dependency behaves like the middleware."""
     app, sent = FastAPI(dependencies=[Depends(rate_limit(limiter(unreachable()), key=everybody))]), []
 
     @app.websocket("/")
@@ -758,7 +758,7 @@ async def test_a_dependency_of_the_whole_app_lets_websockets_pass() -> None:
 
 
 async def test_what_acquire_raises_is_a_problem_too(redis: Redis) -> None:
-    """A limiter used by hand inside a route, which ran out of patience."""
+    """A route calls acquire() itself, and its timeout is too short."""
     app, own = FastAPI(), limiter(redis, 1)
     app.add_exception_handler(RateLimited, problem_response)
 
@@ -788,7 +788,7 @@ async def test_the_quick_start_runs_as_written(redis: Redis) -> None:
 
 
 async def test_beside_slowapi_each_keeps_its_own_limit(redis: Redis) -> None:
-    """A route under both: SlowAPI refuses with its words, ours with ours, and the headers don't mix."""
+    """A route has both limits: each refuses in its own format, and the headers don't mix."""
     slow = SlowApi(key_func=get_remote_address, default_limits=["2/minute"], headers_enabled=True)
     app = FastAPI()
     app.state.limiter = slow
@@ -829,7 +829,7 @@ except ImportError as error:
 
 
 async def test_the_headers_are_the_same_with_and_without_the_older_trio(redis: Redis) -> None:
-    """Most answers are put together in one line, the others piece by piece: they must not drift apart."""
+    """Most answers are formatted in one line, the others piece by piece: both must be equal."""
     short = RateLimit(limiter(redis, 3, name="short"), key=everybody, name="api")
     long = RateLimit(limiter(redis, 3, name="long"), key=everybody, name="api", x_headers=True)
     for _ in range(5):

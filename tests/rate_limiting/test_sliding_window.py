@@ -37,7 +37,7 @@ _numbers = itertools.count()
 
 
 class Clock:
-    """Server microseconds, moved by the test."""
+    """A clock of server microseconds that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000 * MICRO + 123_457
@@ -55,7 +55,7 @@ async def calls(redis: Redis, command: str) -> int:
 
 
 async def until(fact: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for a fact, asked for again and again."""
+    """Wait for a fact by asking for it again and again."""
     async with asyncio.timeout(10):
         while not await fact():
             await asyncio.sleep(0)
@@ -85,7 +85,7 @@ def without_braces(name: str) -> str:
 
 
 def most_in_a_window(admitted: list[tuple[int, int]], window: int = WINDOW) -> int:
-    """Of (microsecond, units): the fullest span [t, t + window); it is enough to look at those that begin with one."""
+    """Return the units in the fullest span [t, t + window) that begins with one of these (microsecond, units)."""
     return max((sum(units for at, units in admitted if t <= at < t + window) for t, _ in admitted), default=0)
 
 
@@ -94,7 +94,7 @@ def most_in_a_window(admitted: list[tuple[int, int]], window: int = WINDOW) -> i
 
 @both
 async def test_the_quick_start_runs_as_written(redis: Redis, precision: Precision) -> None:
-    """By the server's own clock: as many as the limit says, then a refusal that says when to come again."""
+    """By the server's own clock it admits as many as the limit says, then refuses and says when to come again."""
     limiter = SlidingWindowLimiter(redis, limit=3, window=3600, precision=precision)
     assert [await limiter.is_allowed("user:42") for _ in range(4)] == [True, True, True, False]
     refused = await limiter.try_acquire("user:42")
@@ -122,7 +122,7 @@ async def test_the_quick_start_runs_as_written(redis: Redis, precision: Precisio
     precision="exact",
 )
 async def test_requests_of_one_microsecond_all_count(redis: Redis, precision: Precision) -> None:
-    """A timestamp as the member would store one of them, and admit the rest for nothing."""
+    """With the timestamp as the member, one of them would be stored and the rest admitted for nothing."""
     fixed = limiter(redis, Clock(), limit=5, precision=precision)
     assert sum([await fixed.is_allowed("k") for _ in range(20)]) == 5
     assert (await fixed.peek("k")).remaining == 0
@@ -150,7 +150,7 @@ async def test_the_window_is_half_open(redis: Redis) -> None:
 
 @kills("retry_after of the oldest, whatever the cost", in_script(EXACT, "member(holder(over))", "member(0)"))
 async def test_a_large_request_waits_until_enough_have_left(redis: Redis) -> None:
-    """The sum of what leaves counts, not how many requests it was."""
+    """The sum of the costs that leave counts, not the number of requests."""
     clock = Clock()
     ten = limiter(redis, clock, limit=10)
     for cost in (1, 1, 5, 1, 2):
@@ -183,7 +183,7 @@ async def test_no_burst_where_two_fixed_windows_meet(redis: Redis) -> None:
     precision="exact",
 )
 async def test_a_refused_request_takes_nothing(redis: Redis, precision: Precision) -> None:
-    """Neither room nor memory: a flood of refusals leaves the key as it was."""
+    """It takes neither room nor memory: fifty refusals leave the key as it was."""
     clock = Clock()
     three = limiter(redis, clock, precision=precision)
     assert await three.is_allowed("k", 2)
@@ -195,7 +195,7 @@ async def test_a_refused_request_takes_nothing(redis: Redis, precision: Precisio
 
 @both
 async def test_a_decision_is_one_round_trip_and_one_script(redis: Redis, precision: Precision) -> None:
-    """Admitted or refused; the exact one trims and adds at most once in each."""
+    """This holds for admitted and refused requests; the exact window trims and adds at most once in each."""
     clock = Clock()
     three = limiter(redis, clock, precision=precision)
     await three.is_allowed("warm")
@@ -216,7 +216,7 @@ async def test_a_decision_is_one_round_trip_and_one_script(redis: Redis, precisi
     in_script(EXACT, "struct.pack('>dI4', total + cost, cost)", "struct.pack('>dI4', total + 1, 1)"),
 )
 async def test_a_request_is_one_member_whatever_its_cost(redis: Redis) -> None:
-    """So memory grows with requests, never with what they cost."""
+    """So memory grows with the number of requests, never with their costs."""
     big = limiter(redis, Clock(), limit=1_000_000_000)
     assert await big.is_allowed("k", 999_999_999)
     assert await big.is_allowed("k")
@@ -226,7 +226,7 @@ async def test_a_request_is_one_member_whatever_its_cost(redis: Redis) -> None:
 
 @kills("nothing is ever trimmed", in_script(EXACT, "oldest <= now - window", "false"))
 async def test_there_are_never_more_members_than_the_limit(redis: Redis) -> None:
-    """Those that left the window are trimmed by the next request, admitted or not."""
+    """The next request, admitted or not, trims the members that have left the window."""
     clock = Clock()
     five = limiter(redis, clock, limit=5)
     admitted = 0
@@ -244,7 +244,7 @@ async def test_there_are_never_more_members_than_the_limit(redis: Redis) -> None
     precision="exact",
 )
 async def test_the_two_precisions_do_not_share_a_key(redis: Redis, precision: Precision) -> None:
-    """A limiter that changes its precision meets no key of the wrong type; it begins empty."""
+    """A limiter that changes its precision begins empty, and finds no key of the wrong type."""
     other: Precision = "approximate" if precision == "exact" else "exact"
     assert await limiter(redis, limit=1, precision=precision).is_allowed("k")
     assert await limiter(redis, limit=1, precision=other).is_allowed("k")
@@ -277,7 +277,7 @@ ANY_STEP = st.one_of(BACK, st.integers(0, 5 * WINDOW))
 
 
 def schedules(step: st.SearchStrategy[int]) -> st.SearchStrategy[list[tuple[str, int]]]:
-    """Requests, waits, waits of exactly what the last refusal said, clock steps, looks."""
+    """Mix requests, waits, waits of exactly what the last refusal said, clock steps and looks."""
     operation = st.one_of(
         st.tuples(st.just("take"), COSTS),
         st.tuples(st.just("take"), COSTS),
@@ -315,7 +315,7 @@ class Counters:
         self.start: int | None
 
     def decide(self, now: int, cost: int, *, take: bool) -> tuple[bool, int]:
-        """Whether it passes, and how much is left."""
+        """Return whether it passes, and how much is left."""
         if self.start is None:
             self.start = self.at = now
         if now < self.at:
@@ -337,7 +337,7 @@ class Counters:
 
 
 class Run:
-    """One schedule on one key, through two clients. Time that really passed and the server's clock are two things."""
+    """One schedule on one key, through two clients, with true time kept apart from the server's clock."""
 
     def __init__(self, clients: tuple[Redis, Redis], precision: Precision, limit: int) -> None:
         self.clock, self.truth, self.wait, self.cost = Clock(), 0, 0, 1
@@ -373,7 +373,7 @@ class Run:
             await self.try_the_wait(one, cost)
 
     async def try_the_wait(self, one: SlidingWindowLimiter, cost: int) -> None:
-        """On a copy of the key: a microsecond sooner it is refused, and then admitted."""
+        """Check on a copy of the key: a microsecond before the wait ends the request is refused, then it is admitted."""
         assert self.wait >= 1
         now, copy = self.clock.now, f"{self.key}-copy"
         await self.redis.copy(one._key(self.key), one._key(copy), replace=True)
@@ -403,7 +403,7 @@ async def play(server: Server, precision: Precision, limit: int, schedule: list[
 async def test_the_exact_window_decides_as_brute_force_does(
     redis_server: Server, limit: int, schedule: list[tuple[str, int]]
 ) -> None:
-    """Every number of every decision, and that retry_after is exact, with two clients and a clock that jumps."""
+    """Two clients and a clock that jumps: every number of every decision is the model's, and retry_after is exact."""
     await play(redis_server, "exact", limit, schedule, Log(limit))
 
 
@@ -412,7 +412,7 @@ async def test_the_exact_window_decides_as_brute_force_does(
 async def test_no_window_ever_admits_more_than_the_limit(
     redis_server: Server, limit: int, schedule: list[tuple[str, int]]
 ) -> None:
-    """In time that really passed, however often the server's clock was set back."""
+    """This holds in true time, however often the server's clock was set back."""
     run = await play(redis_server, "exact", limit, schedule, Log(limit))
     assert most_in_a_window(run.admitted) <= limit
 
@@ -422,7 +422,7 @@ async def test_no_window_ever_admits_more_than_the_limit(
 async def test_the_approximate_window_admits_fewer_than_twice_the_limit(
     redis_server: Server, limit: int, schedule: list[tuple[str, int]]
 ) -> None:
-    """The upper bound; and each decision is the one of the weighted counters, each retry_after exact."""
+    """The upper bound holds; each decision is that of the weighted counters, and each retry_after is exact."""
     run = await play(redis_server, "approximate", limit, schedule, Counters(limit))
     assert most_in_a_window(run.admitted) <= 2 * limit - 1
 
@@ -432,7 +432,7 @@ async def test_the_approximate_window_admits_fewer_than_twice_the_limit(
 async def test_the_approximate_window_refuses_only_when_two_windows_were_too_full(
     redis_server: Server, limit: int, schedule: list[tuple[str, int]]
 ) -> None:
-    """The lower bound: whatever an exact limiter of twice the window would admit, it admits."""
+    """The lower bound holds: it admits whatever an exact limiter of twice the window would admit."""
     async with Redis.from_url(redis_server.url) as a, Redis.from_url(redis_server.url) as b:
         run = Run((a, b), "approximate", limit)
 
@@ -456,7 +456,7 @@ async def test_the_approximate_window_refuses_only_when_two_windows_were_too_ful
     ),
 )
 async def test_both_bounds_of_the_approximation_are_reached(redis: Redis) -> None:
-    """2 * limit - 1 in one window; and none although the last window was empty: no smaller bound would be true."""
+    """It admits 2 * limit - 1 in one window, and none although the last window was empty: both bounds are tight."""
     clock = Clock()
     over = limiter(redis, clock, limit=5, precision="approximate")
     assert await over.is_allowed("over")  # here the first fixed window begins
@@ -492,7 +492,7 @@ async def test_both_bounds_of_the_approximation_are_reached(redis: Redis) -> Non
 async def test_a_clock_that_was_set_back_only_begins_the_wait_anew(
     redis: Redis, precision: Precision, step: int
 ) -> None:
-    """Refusals alone are enough to get through, however far it went back."""
+    """A client that only waits what refusals say gets through, however far the clock went back."""
     clock = Clock()
     three = limiter(redis, clock, precision=precision)
     assert await three.is_allowed("k", 3)
@@ -522,7 +522,7 @@ async def test_a_refund_never_makes_room_that_was_not_there(
     which: int,
     later: list[tuple[int, int]],
 ) -> None:
-    """Whichever request is the one that did not happen, the others keep the promise."""
+    """Whichever request is refunded, the promise holds for the others."""
     async with Redis.from_url(redis_server.url) as client:
         clock, key, admitted = Clock(), f"k{next(_numbers)}", list[tuple[int, int]]()
         one = limiter(client, clock, limit=limit, precision=precision)
@@ -548,7 +548,7 @@ async def test_a_refund_never_makes_room_that_was_not_there(
     "a refund gives back whole requests", in_script(EXACT, "if upto > base then", "if false then"), precision="exact"
 )
 async def test_a_refund_gives_back_at_once(redis: Redis, precision: Precision) -> None:
-    """Part of a request, a whole one, several; and never more than was admitted."""
+    """A refund may be a part of a request, a whole one or several, but never more than was admitted."""
     clock = Clock()
     ten = limiter(redis, clock, limit=10, precision=precision)
     for cost in (4, 3, 3):
@@ -569,7 +569,7 @@ async def test_a_refund_gives_back_at_once(redis: Redis, precision: Precision) -
     precision="exact",
 )
 async def test_a_refund_keeps_the_time_to_live(redis: Redis, precision: Precision) -> None:
-    """What is left after it still ends by itself."""
+    """The units that are left after a refund still expire."""
     three = limiter(redis, precision=precision)
     assert await three.is_allowed("k", 3)
     await three.refund("k", 1)
@@ -591,7 +591,7 @@ async def test_a_look_takes_nothing(redis: Redis, precision: Precision) -> None:
 
 @both
 async def test_reset_empties_the_window(redis: Redis, precision: Precision) -> None:
-    """For one key; others keep theirs."""
+    """Other keys keep their windows."""
     one = limiter(redis, limit=1, precision=precision)
     assert await one.is_allowed("a")
     assert await one.is_allowed("b")
@@ -624,7 +624,7 @@ async def test_reset_empties_the_window(redis: Redis, precision: Precision) -> N
     window=7,
 )
 async def test_every_key_has_a_time_to_live(redis: Redis, precision: Precision, window: float) -> None:
-    """Never 0, never less than it is needed for, never for ever."""
+    """The TTL is never 0, never shorter than the key is needed, and never missing."""
     one = SlidingWindowLimiter(redis, limit=1, window=window, precision=precision, clock=Clock())
     assert await one.is_allowed("k")
     fixed_windows = 1 if precision == "exact" else 2
@@ -644,7 +644,7 @@ async def test_every_key_has_a_time_to_live(redis: Redis, precision: Precision, 
     precision="approximate",
 )
 async def test_a_longer_window_begins_with_what_was_admitted(redis: Redis, precision: Precision) -> None:
-    """Nothing is free after a deployment that changes the numbers; the time to live follows."""
+    """A deployment that changes the window gives no fresh start, and the TTL follows."""
     clock = Clock()
     short = limiter(redis, clock, precision=precision)
     long = limiter(redis, clock, precision=precision, window=3600)
@@ -658,7 +658,7 @@ async def test_a_longer_window_begins_with_what_was_admitted(redis: Redis, preci
 
 @both
 async def test_a_shorter_window_and_a_smaller_limit_hold_at_once(redis: Redis, precision: Precision) -> None:
-    """No WRONGTYPE, no window of its own; and what was admitted under the larger limit has to leave first."""
+    """The admissions under the larger limit have to leave first, and no command fails."""
     clock = Clock()
     before = limiter(redis, clock, limit=10, window=3600, precision=precision)
     after = limiter(redis, clock, limit=2, precision=precision)
@@ -678,7 +678,7 @@ async def test_a_shorter_window_and_a_smaller_limit_hold_at_once(redis: Redis, p
 async def test_limiters_of_any_numbers_on_one_key_always_come_to_an_end(
     redis_server: Server, precision: Precision, requests: list[tuple[int, int, int, int]]
 ) -> None:
-    """While a deployment changes limit and window: waiting what the refusal says is always enough."""
+    """While a deployment changes limit and window, waiting as long as the refusal says is always enough."""
     async with Redis.from_url(redis_server.url) as client:
         clock, key = Clock(), f"k{next(_numbers)}"
         for limit, window, wait, cost in requests:
@@ -735,7 +735,7 @@ async def test_acquire_sleeps_exactly_retry_after(
 
 @both
 async def test_waiters_of_one_process_are_admitted_in_order(redis: Redis, precision: Precision) -> None:
-    """First come, first served, a large request included; by the server's own clock."""
+    """By the server's own clock, waiters are FIFO, also when one of them asks for more."""
     one = SlidingWindowLimiter(redis, limit=2, window=0.02, precision=precision)
     order: list[int] = []
 
@@ -751,7 +751,7 @@ async def test_waiters_of_one_process_are_admitted_in_order(redis: Redis, precis
 
 @both
 async def test_acquire_gives_up_as_soon_as_the_timeout_cannot_be_enough(redis: Redis, precision: Precision) -> None:
-    """At once, not at its end; the error says when to come again, and is a 429."""
+    """It raises at once, not at the end of the timeout; the error says when to come again, and is a 429."""
     one = limiter(redis, limit=1, window=3600, precision=precision)
     assert await one.acquire("k", timeout=0)
     with pytest.raises(RateLimited, match=r"'k' has no room left \(1 in 3600 s\)") as refused:
@@ -761,7 +761,7 @@ async def test_acquire_gives_up_as_soon_as_the_timeout_cannot_be_enough(redis: R
 
 
 async def test_a_waiter_in_the_queue_gives_up_at_its_timeout(redis: Redis) -> None:
-    """It has not asked, so it has taken nothing; its turn passes to the next."""
+    """It has not asked, so it has taken nothing; the next waiter gets its turn."""
     one = limiter(redis, limit=1, window=3600)
     assert await one.is_allowed("k")
     head = asyncio.create_task(one.acquire("k"))
@@ -780,7 +780,7 @@ async def test_a_waiter_in_the_queue_gives_up_at_its_timeout(redis: Redis) -> No
 
 @pytest.mark.parametrize("steps", range(16))
 async def test_a_cancelled_waiter_leaves_no_queue_behind(redis: Redis, steps: int) -> None:
-    """After so many turns of the event loop; at most its own request may have been admitted."""
+    """Cancelled after so many turns of the event loop, it has taken at most its own cost."""
     one = limiter(redis, limit=2, window=3600)
     task = asyncio.create_task(one.acquire("k"))
     for _ in range(steps):
@@ -810,7 +810,7 @@ async def test_scripts_that_the_server_forgot_are_brought_along(redis: Redis, pr
 async def test_a_user_without_the_right_to_run_scripts_is_told_what_it_needs(
     redis: Redis, redis_server: Server, precision: Precision
 ) -> None:
-    """A mistake, not an outage: no failure policy hides it."""
+    """A missing right is a mistake, not an outage: no failure policy hides it."""
     await redis.acl_setuser("weak", enabled=True, passwords=["+pw"], keys=["*"], categories=["-@all"])
     async with Redis(host=redis_server.host, port=redis_server.port, username="weak", password="pw") as weak:
         one = limiter(weak, precision=precision, on_failure=OnFailure(policy="open", timeout=5))
@@ -824,7 +824,7 @@ async def test_a_user_without_the_right_to_run_scripts_is_told_what_it_needs(
 async def test_the_rights_that_the_error_names_are_enough(
     redis: Redis, redis_server: Server, precision: Precision
 ) -> None:
-    """As the note says them."""
+    """A user with exactly the rights of the error's note can do everything."""
     await redis.execute_command(
         "ACL", "SETUSER", "enough", "on", ">pw", "+evalsha", "+eval", "+@read", "+@write", "+time", "~distsys:*"
     )
@@ -840,7 +840,7 @@ async def test_the_rights_that_the_error_names_are_enough(
 async def test_each_policy_answers_for_a_server_that_does_not(
     own_redis: Server, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    """Dead or silent: open admits, closed refuses, local counts here, and without a policy the error passes."""
+    """Without Redis open admits, closed refuses, local counts here; without a policy the error passes."""
     async with Redis(host=own_redis.host, port=own_redis.port, retry=None, socket_timeout=0.2) as client:
         policies = {
             policy: limiter(client, limit=2, window=3600, on_failure=OnFailure(policy=policy, timeout=0.05))
@@ -870,7 +870,7 @@ async def _decides(one: SlidingWindowLimiter) -> bool:
 
 
 async def test_the_failure_policies_bear_any_numbers(redis: Redis) -> None:
-    """One a month, a billion in a millisecond: a limiter that is made for a failure must not fail."""
+    """One a month or a billion in a millisecond: the local limiter takes over without an error."""
     for limit, window in ((1, 2_592_000.0), (1_000_000_000, 0.001)):
         one = limiter(redis, limit=limit, window=window, on_failure=OnFailure(policy="local", timeout=5))
         assert await one.is_allowed("k")
@@ -891,7 +891,7 @@ async def test_a_lost_reply_may_count_twice_and_never_less(redis_server: Server,
 
 
 async def test_a_restarted_server_begins_empty(own_redis: Server) -> None:
-    """Admissions are forgotten with everything else: the page says so."""
+    """Redis forgets the admissions with everything else, as the reference says."""
     async with Redis(host=own_redis.host, port=own_redis.port) as client:
         one = limiter(client, limit=1, window=3600)
         assert await one.is_allowed("k")
@@ -907,7 +907,7 @@ AWKWARD = ["two words", "ключ ✓", "{braces}", "}{", "a:b", "a:{b", "%7B", 
 @both
 @kills("braces of a key end its hash tag", replaced(sliding_window, "hash_tag", without_braces), precision="exact")
 async def test_any_text_is_a_key_and_no_two_share_a_window(redis: Redis, precision: Precision) -> None:
-    """Braces, newlines, colons, ten kilobytes; as the key and as the name."""
+    """Braces, newlines, colons and ten kilobytes may stand in the key and in the name."""
     windows = [limiter(redis, limit=1, name=name, precision=precision) for name in ["", *AWKWARD]]
     for one in windows:
         for key in AWKWARD:
@@ -917,7 +917,7 @@ async def test_any_text_is_a_key_and_no_two_share_a_window(redis: Redis, precisi
 
 @given(st.text(max_size=8), st.text(min_size=1, max_size=8), st.text(max_size=8), st.text(min_size=1, max_size=8))
 def test_two_pairs_of_name_and_key_never_share_a_redis_key(name: str, key: str, name2: str, key2: str) -> None:
-    """And the key alone decides the slot in a cluster."""
+    """In a cluster the key alone decides the slot."""
     first, second = limiter(Redis(), name=name)._key(key), limiter(Redis(), name=name2)._key(key2)
     assert (first == second) == ((name, key) == (name2, key2))
     slot = key_slot(first.encode("utf-8", "surrogatepass"))
@@ -945,7 +945,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=[str(each[0]) for each in WRONG])
 def test_a_wrong_option_is_named_with_its_bound(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
-    """At construction, before any request."""
+    """The constructor raises, before any request."""
     with pytest.raises(error, match=message):
         limiter(Redis(), **wrong)
 
@@ -973,7 +973,7 @@ def test_a_blocking_client_is_refused() -> None:
 async def test_a_wrong_cost_is_refused_by_every_call(
     redis: Redis, cost: Any, error: type[Exception], message: str
 ) -> None:
-    """Named, with the remedy; a failure policy does not answer for it."""
+    """The message names the cost and the remedy; no failure policy answers for it."""
     three = limiter(redis, on_failure=OnFailure(policy="open", timeout=5))
     for call in (three.is_allowed, three.try_acquire, three.acquire, three.refund):
         with pytest.raises(error, match=message):
@@ -991,13 +991,13 @@ async def test_a_wrong_key_is_refused_by_every_call(redis: Redis, key: Any, erro
 
 
 async def test_a_wrong_timeout_is_refused(redis: Redis) -> None:
-    """Before anything is asked."""
+    """It raises before anything is asked."""
     with pytest.raises(ValueError, match="timeout=-1"):
         await limiter(redis).acquire("k", timeout=-1)
 
 
 def test_the_scripts_call_no_random_and_no_clock_of_the_client() -> None:
-    """Members are counted; time is the server's."""
+    """Members are counts, and the time is the server's."""
     for script in SCRIPTS.values():
         assert "random" not in script.text
         assert "redis.call('TIME')" in script.text
@@ -1010,7 +1010,7 @@ def test_the_scripts_call_no_random_and_no_clock_of_the_client() -> None:
 async def test_a_cluster_keeps_a_window_for_each_key(
     redis_cluster: redis.asyncio.RedisCluster, precision: Precision
 ) -> None:
-    """On three masters, each decision one script in one slot."""
+    """On three masters, each decision is one script in one slot."""
     window = limiter(redis_cluster, Clock(), name=f"cluster-{precision}", precision=precision)
     users = [f"user:{number}" for number in range(12)]
     for expected in (True, True, True, False):

@@ -32,7 +32,7 @@ START = 1_700_000_000
 
 
 class Clock:
-    """Whole microseconds, moved by hand; as seconds, the way a limiter asks for them."""
+    """A clock of whole microseconds that the test moves; it tells seconds, as a limiter expects."""
 
     def __init__(self) -> None:
         self.us = START * MICRO
@@ -54,7 +54,7 @@ async def until(fact: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def calls(redis: Redis) -> int:
-    """How many scripts the server has run."""
+    """Return how many scripts the server has run."""
     stats = await redis.info("commandstats")
     return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
 
@@ -68,7 +68,7 @@ async def calls(redis: Redis) -> int:
     in_script(SCRIPT, "used = used - floor(elapsed / den) * num - floor(part / den)", "used = used - 0"),
 )
 async def test_a_burst_up_to_the_capacity_then_the_rate(redis: Redis) -> None:
-    """The quick start's limiter: a hundred at once, then ten a second."""
+    """The limiter of the quick start grants a hundred at once, then ten a second."""
     clock = Clock()
     bucket = limiter(redis, 100, 10, clock=clock)
     assert [await bucket.is_allowed("user:42") for _ in range(102)] == [True] * 100 + [False] * 2
@@ -82,7 +82,7 @@ async def test_a_burst_up_to_the_capacity_then_the_rate(redis: Redis) -> None:
 async def test_it_decides_as_the_textbook_does(
     redis_server: Server, capacity: float, rate: float, schedule: list[tuple[int, Fraction]]
 ) -> None:
-    """For random limits, costs, times and steps of the clock, back as well: the same answers as in exact fractions."""
+    """Random limits, costs, times and clock steps, also backwards, get the answers of exact fractions."""
     clock, model = Clock(), Model(capacity, rate)
     async with Redis.from_url(redis_server.url) as client:
         await client.flushdb()
@@ -124,7 +124,7 @@ async def test_no_span_of_time_admits_more_than_capacity_and_refill(
 @settings(max_examples=100)
 @given(capacity=capacities, rate=rates, share=st.sampled_from([Fraction(1, 7), Fraction(1, 2), Fraction(1)]))
 async def test_retry_after_is_exact(redis_server: Server, capacity: float, rate: float, share: Fraction) -> None:
-    """After so many seconds the same request passes; a microsecond before it did not, or one microtoken was missing."""
+    """After so many seconds the same request passes; a microsecond before, it is refused."""
     clock = Clock()
     cost = max(1, math.floor(share * Fraction(capacity) * MICRO)) / MICRO
     async with Redis.from_url(redis_server.url) as client:
@@ -150,7 +150,7 @@ async def test_retry_after_is_exact(redis_server: Server, capacity: float, rate:
     ),
 )
 async def test_a_refused_request_takes_nothing(redis: Redis) -> None:
-    """A crowd of refused ones does not keep the bucket empty."""
+    """Many refused requests do not keep the bucket empty."""
     clock = Clock()
     bucket = limiter(redis, 2, 1, clock=clock)
     for _ in range(2):
@@ -163,7 +163,7 @@ async def test_a_refused_request_takes_nothing(redis: Redis) -> None:
 
 
 async def test_slow_rates_refill_however_often_they_are_asked(redis: Redis) -> None:
-    """One token an hour, asked 3,600 times a second: no fraction of a microtoken gets lost on the way."""
+    """At one token an hour, 400 requests in between lose no fraction of a microtoken."""
     clock = Clock()
     bucket = limiter(redis, 1, 1 / 3600, clock=clock)
     assert await bucket.is_allowed("k", 1)
@@ -176,7 +176,7 @@ async def test_slow_rates_refill_however_often_they_are_asked(redis: Redis) -> N
 
 @kills("a fraction of a microtoken gets lost", in_script(SCRIPT, "used, part % den end", "used, 0 end"))
 async def test_a_fraction_of_a_microtoken_is_carried_over(redis: Redis) -> None:
-    """A third of one per microsecond: after four and two of them, two are there."""
+    """A third of a microtoken refills per microsecond: four and two microseconds together make two."""
     clock = Clock()
     bucket = limiter(redis, 1, 1 / 3, clock=clock)
     assert await bucket.is_allowed("k")
@@ -187,7 +187,7 @@ async def test_a_fraction_of_a_microtoken_is_carried_over(redis: Redis) -> None:
 
 
 async def test_a_million_tokens_at_once_are_exact(redis: Redis) -> None:
-    """And so is a capacity of a billion."""
+    """The capacity is the largest one allowed, a billion."""
     clock = Clock()
     bucket = limiter(redis, MAX_TOKENS, 1_000_000, clock=clock)
     assert await bucket.is_allowed("k", MAX_TOKENS)
@@ -202,7 +202,7 @@ async def test_a_million_tokens_at_once_are_exact(redis: Redis) -> None:
 @kills("a clock set back takes", in_script(SCRIPT, "local elapsed = max(0, now - at)", "local elapsed = now - at"))
 @kills("a clock set back gives twice", in_script(SCRIPT, "bucket[AT] = max(now, at)", "bucket[AT] = now"))
 async def test_a_clock_set_back_takes_nothing_and_gives_nothing_twice(redis: Redis) -> None:
-    """A minute back: what is left stays, and the minute is not refilled a second time."""
+    """The clock goes back a minute: what is left stays, and the minute is not refilled a second time."""
     clock = Clock()
     bucket = limiter(redis, 10, 1, clock=clock)
     for _ in range(6):
@@ -241,7 +241,7 @@ async def test_the_time_is_the_servers(redis: Redis, monkeypatch: pytest.MonkeyP
 )
 @kills("a bucket has no TTL", in_script(SCRIPT, ", 'PX', min(ms, 2 ^ 53))", ")"), capacity=10, rate=1)
 async def test_every_key_has_a_ttl_of_at_least_the_time_to_fill(redis: Redis, capacity: float, rate: float) -> None:
-    """Never 0 ms, which would delete the bucket: then a rate of more than twice the burst had no limit at all."""
+    """A TTL of 0 ms would delete the bucket, so that a rate of more than twice the burst had no limit at all."""
     bucket = limiter(redis, capacity, rate)
     assert await bucket.is_allowed("k", capacity)
     (key,) = await redis.keys("*")
@@ -250,7 +250,7 @@ async def test_every_key_has_a_ttl_of_at_least_the_time_to_fill(redis: Redis, ca
 
 
 async def test_a_full_bucket_leaves_no_key(redis: Redis) -> None:
-    """Refunded or reset, it is as if it had never been used."""
+    """After a refund of everything, or a reset, it is as if the bucket had never been used."""
     bucket = limiter(redis)
     await bucket.is_allowed("k", 3)
     await bucket.refund("k", 3)
@@ -277,7 +277,7 @@ async def test_other_limits_go_on_with_what_was_used(redis: Redis) -> None:
     "key", ["a b", "ключ", "{user}", "}{", "a:b", "line\nbreak", "%7B", "\x00", "x" * 10_240, "distsys:bucket:1::{k}"]
 )
 async def test_any_text_is_a_key_of_its_own(redis: Redis, key: str) -> None:
-    """And none is another's."""
+    """No two of these texts share a bucket."""
     bucket = limiter(redis, 1)
     assert await bucket.is_allowed(key)
     assert not await bucket.is_allowed(key)
@@ -316,7 +316,7 @@ def all_alike(group: _IdenticalRequests, granted: int, used: list[int]) -> None:
 @kills("all of a batch get the first one's answer", replaced(_IdenticalRequests, "resolve", all_alike))
 @kills("requests are not batched", replaced(Buckets, "ask", Buckets._ask_alone))
 async def test_requests_that_arrive_together_go_out_together(redis: Redis) -> None:
-    """The first goes alone, the other ninety-nine in one script call; the answers are those of one by one."""
+    """The first goes alone, the other ninety-nine in one script call; each gets the answer it would have got alone."""
     bucket = limiter(redis, 60, 0.001)
     before = await calls(redis)
     decisions = await asyncio.gather(*(bucket.try_acquire("k") for _ in range(100)))
@@ -330,7 +330,7 @@ async def test_requests_that_arrive_together_go_out_together(redis: Redis) -> No
     replaced(Request, "__ne__", lambda one, other: one.keys != other.keys),
 )
 async def test_together_each_key_and_cost_counts_for_itself(redis: Redis) -> None:
-    """In the order of arrival: three small ones after a large one that no longer fits still pass."""
+    """They are decided in the order of arrival: small requests after a large one that no longer fits still pass."""
     bucket = limiter(redis, 10, 0.001)
     wanted = [("a", 1), ("a", 8), ("b", 10), ("a", 2), ("a", 1), ("b", 1), ("a", 1), ("c", 3)]
     decisions = await asyncio.gather(*(bucket.try_acquire(key, cost) for key, cost in wanted))
@@ -340,7 +340,7 @@ async def test_together_each_key_and_cost_counts_for_itself(redis: Redis) -> Non
 @settings(max_examples=60)
 @given(wanted=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), min_size=1, max_size=40))
 async def test_together_is_as_one_by_one(redis_server: Server, wanted: list[tuple[str, int]]) -> None:
-    """Whatever is mixed: the same decisions."""
+    """Any mixture of keys and costs gets the decisions that it would get one by one."""
     clock = Clock()
     async with Redis.from_url(redis_server.url) as client:
         await client.flushdb()
@@ -362,7 +362,7 @@ async def test_a_lone_request_is_one_call_and_no_task(redis: Redis) -> None:
 
 
 async def test_cancelling_one_caller_cancels_nobody_else(redis: Redis) -> None:
-    """Not even when it is the one whose call is under way; who was cancelled while waiting has taken nothing."""
+    """Nor does the caller whose call is under way. A request that was cancelled while waiting took nothing."""
     bucket = limiter(redis, 10, 0.001)
     tasks = [asyncio.create_task(bucket.is_allowed("k")) for _ in range(8)]
     await asyncio.sleep(0)
@@ -374,7 +374,7 @@ async def test_cancelling_one_caller_cancels_nobody_else(redis: Redis) -> None:
 
 
 async def test_a_failure_reaches_each_caller_and_the_next_call_is_fresh(redis: Redis) -> None:
-    """The batch fails as one; afterwards all is as before."""
+    """The batch fails as a whole; the next call works again."""
     bucket = limiter(redis)
     await redis.set(bucket._key("k"), "not a bucket")
     done = await asyncio.gather(*(bucket.is_allowed("k") for _ in range(5)), return_exceptions=True)
@@ -384,7 +384,7 @@ async def test_a_failure_reaches_each_caller_and_the_next_call_is_fresh(redis: R
 
 
 def test_a_second_event_loop_starts_afresh(redis_server: Server) -> None:
-    """A call that was under way in a loop that is gone stands in nobody's way."""
+    """A call that was under way in a loop that has ended blocks no later request."""
     client = Redis.from_url(redis_server.url)
     bucket = limiter(client, 100, 1, name="loops")
 
@@ -424,8 +424,8 @@ async def test_acquire_waits_exactly_as_long_as_it_must(redis: Redis) -> None:
     assert await calls(redis) - before == 2
 
 
-async def test_those_who_wait_are_served_in_order(redis: Redis) -> None:
-    """First come, first served, in this process."""
+async def test_waiters_are_served_in_order(redis: Redis) -> None:
+    """Waiters of one process are FIFO."""
     bucket, order = limiter(redis, 1, 50), []
 
     async def wait(number: int) -> None:
@@ -449,7 +449,7 @@ async def test_a_timeout_that_cannot_be_enough_is_told_at_once(redis: Redis) -> 
 
 
 async def test_a_waiter_behind_others_gives_up_in_time(redis: Redis) -> None:
-    """Its turn did not come: RateLimited, and the one before it goes on."""
+    """If its turn does not come, it gets RateLimited, and the waiter before it goes on."""
     bucket = limiter(redis, 1, 5)
     assert await bucket.is_allowed("k")
     first = asyncio.create_task(bucket.acquire("k"))
@@ -473,7 +473,7 @@ async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
 
 
 async def test_a_lease_decides_without_asking(redis: Redis) -> None:
-    """One call for thirty-three requests, and the answers say whose they are."""
+    """Thirty-three requests take one call, and each decision says whether Redis or the lease made it."""
     bucket = limiter(redis, 100, 0.001, lease=TokenLease(tokens=32, seconds=60))
     await redis.script_flush()
     before = await calls(redis)
@@ -484,14 +484,14 @@ async def test_a_lease_decides_without_asking(redis: Redis) -> None:
 
 
 async def test_a_lease_never_grants_more_than_there_is(redis: Redis) -> None:
-    """The slice is what is left, and the bucket's capacity is the end."""
+    """The last slice is what is left: all slices together are the bucket's capacity."""
     bucket = limiter(redis, 40, 0.001, lease=TokenLease(tokens=32, seconds=60))
     assert sum([await bucket.is_allowed("k") for _ in range(60)]) == 40
 
 
 @kills("a slice is given back and kept", edited(TokenBucketLimiter, "_drop_slice", ".pop(key, None)", ".get(key)"))
 async def test_what_is_left_is_given_back_on_close(redis: Redis) -> None:
-    """And on close only once."""
+    """A second close gives nothing back."""
     bucket = limiter(redis, 100, 0.001, lease=TokenLease(tokens=32, seconds=60))
     for _ in range(3):
         assert await bucket.is_allowed("k")
@@ -517,7 +517,7 @@ async def test_a_slice_goes_back_when_its_time_is_over(redis: Redis) -> None:
     edited(TokenBucketLimiter, "_with_slice", "key in self._slices or key in self._leasing or", ""),
 )
 async def test_many_at_once_take_one_slice(redis: Redis) -> None:
-    """While a slice is on its way, the others ask for themselves: a process never holds two."""
+    """While a slice is on its way, the other requests ask for themselves: a process never holds two slices."""
     bucket = limiter(redis, 1000, 0.001, lease=TokenLease(tokens=32, seconds=60))
     assert all(await asyncio.gather(*(bucket.is_allowed("k") for _ in range(50))))
     assert (await bucket.peek("k")).remaining == 1000 - 50 - 32
@@ -525,7 +525,7 @@ async def test_many_at_once_take_one_slice(redis: Redis) -> None:
 
 @pytest.mark.parametrize("processes", [1, 4])
 async def test_the_overshoot_of_leases_stays_below_its_bound(redis: Redis, processes: int) -> None:
-    """At the worst moment: slices are taken, the bucket refills, and then all is used at once."""
+    """The worst case: slices are taken, the bucket refills, and then everything is used at once."""
     clock, tokens, capacity = Clock(), 8, 40
     leased = [
         limiter(redis, capacity, 10, lease=TokenLease(tokens=tokens, seconds=60), clock=clock) for _ in range(processes)
@@ -544,7 +544,7 @@ async def test_the_overshoot_of_leases_stays_below_its_bound(redis: Redis, proce
 
 
 async def test_a_cancelled_or_failed_lease_leaves_no_placeholder(redis: Redis) -> None:
-    """The next request leases anew."""
+    """The next request takes a slice again."""
     bucket = limiter(redis, 100, 1, lease=TokenLease(tokens=8, seconds=60))
     task = asyncio.create_task(bucket.is_allowed("k"))
     await asyncio.sleep(0)
@@ -586,7 +586,7 @@ POLICIES: list[tuple[Any, list[bool]]] = [
 async def test_a_dead_redis_is_answered_for_by_the_policy(
     own_redis: Server, caplog: pytest.LogCaptureFixture, policy: Any, answers: list[bool]
 ) -> None:
-    """Which one applied is visible in the decision; the log tells of the change, not of every request."""
+    """The decision says which policy applied; the log reports the change, not every request."""
     async with Redis.from_url(own_redis.url) as client:
         bucket = limiter(client, 4, 0.001, name="dead", on_failure=OnFailure(policy=policy, fraction=0.5, timeout=5))
         assert (await bucket.try_acquire("k")).source == "redis"
@@ -602,8 +602,8 @@ async def test_a_dead_redis_is_answered_for_by_the_policy(
 
 
 @pytest.mark.parametrize("policy", ["open", "closed", "local"])
-async def test_a_hung_redis_holds_nobody_up(own_redis: Server, policy: Any) -> None:
-    """Stopped, it stays silent; every decision comes by the policy all the same, alone or in a crowd."""
+async def test_a_hung_redis_blocks_nobody(own_redis: Server, policy: Any) -> None:
+    """While Redis is stopped, the policy makes every decision, whether one request waits or many."""
     async with Redis.from_url(own_redis.url) as client:
         bucket = limiter(client, 100, 1, on_failure=OnFailure(policy=policy))
 
@@ -620,7 +620,7 @@ async def test_a_hung_redis_holds_nobody_up(own_redis: Server, policy: Any) -> N
 
 
 async def test_the_loop_runs_on_while_redis_hangs(own_redis: Server) -> None:
-    """Other tasks have their turns while a decision is waited for."""
+    """Other tasks run while a decision is waiting for Redis."""
     async with Redis.from_url(own_redis.url) as client:
         bucket = limiter(client, on_failure=OnFailure(policy="open", timeout=0.2))
         assert await bucket.is_allowed("k")
@@ -648,7 +648,7 @@ async def test_without_a_policy_the_error_passes(own_redis: Server) -> None:
     on_failure=OnFailure(policy="open", timeout=5),
 )
 async def test_a_user_without_scripting_rights_is_told_which(redis: Redis, on_failure: OnFailure | None) -> None:
-    """A mistake in the set-up is no failure of Redis: no policy hides it."""
+    """A missing right is a mistake of the set-up, not a failure of Redis: no policy hides it."""
     await redis.acl_setuser("reader", enabled=True, nopass=True, keys="*", commands=["+@read", "+ping", "-@scripting"])
     host = redis.connection_pool.connection_kwargs
     async with Redis(host=host["host"], port=host["port"], username="reader", password="any") as client:
@@ -679,7 +679,7 @@ async def test_a_user_without_scripting_rights_is_told_which(redis: Redis, on_fa
     ],
 )
 def test_limits_that_mean_nothing_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """When the limiter is made, with the value and its bounds."""
+    """The constructor raises, and the message names the value and its bounds."""
     with pytest.raises(error) as refused:
         TokenBucketLimiter(Redis(), **{"capacity": 10, "refill_rate": 1, **options})
     assert message in str(refused.value)
@@ -709,7 +709,7 @@ def test_limits_that_mean_nothing_are_refused(options: dict[str, Any], error: ty
 async def test_requests_that_mean_nothing_are_refused(
     redis: Redis, key: Any, cost: Any, error: type[Exception], message: str
 ) -> None:
-    """By every method, and nothing is taken."""
+    """Every method raises, and nothing is taken."""
     bucket = limiter(redis)
     for ask in (bucket.is_allowed, bucket.try_acquire, bucket.acquire, bucket.refund):
         with pytest.raises(error) as refused:
@@ -719,7 +719,7 @@ async def test_requests_that_mean_nothing_are_refused(
 
 
 def test_a_blocking_client_is_refused() -> None:
-    """It would hold up the loop with every decision."""
+    """It would block the event loop in every decision."""
     with pytest.raises(TypeError, match=r"pass redis\.asyncio\.Redis"):
         limiter(redis.Redis())  # type: ignore[arg-type]
 
@@ -745,7 +745,7 @@ def test_options_that_mean_nothing_are_refused(make: Callable[[], object], messa
 
 
 async def test_a_cluster_decides_in_every_slot(redis_cluster: redis.asyncio.RedisCluster) -> None:
-    """Three masters; what arrives together is one call per slot, and each key has its own bucket."""
+    """On three masters, requests that arrive together are one call per slot, and each key has its own bucket."""
     bucket = limiter(redis_cluster, 2, 0.001, name="cluster")
     keys = [f"user:{number}" for number in range(30)]
     nodes = {redis_cluster.get_node_from_key(bucket._key(key)).name for key in keys}
@@ -756,7 +756,7 @@ async def test_a_cluster_decides_in_every_slot(redis_cluster: redis.asyncio.Redi
 
 
 async def test_a_failover_grants_at_most_the_capacity_again(servers: Servers, own_redis: Server) -> None:
-    """The replica has heard nothing of four grants when it is promoted: those four, and no more, pass once again."""
+    """Four grants are not replicated when the replica is promoted: those four, and no more, pass once again."""
     async with TcpProxy(own_redis.host, own_redis.port) as link:
         replica = await servers.redis("failover", replica_of=replace(own_redis, port=link.port))
         async with Redis.from_url(own_redis.url) as before, Redis.from_url(replica.url) as after:
