@@ -373,7 +373,7 @@ class Run:
             await self.try_the_wait(one, cost)
 
     async def try_the_wait(self, one: SlidingWindowLimiter, cost: int) -> None:
-        """Check on a copy of the key: a microsecond before the wait ends the request is refused, then it is admitted."""
+        """Check on a copy of the key: a microsecond before the wait ends it is refused, then it is admitted."""
         assert self.wait >= 1
         now, copy = self.clock.now, f"{self.key}-copy"
         await self.redis.copy(one._key(self.key), one._key(copy), replace=True)
