@@ -1,1 +1,1 @@
-"""Distributed locks: who may enter, for how long, and what refuses the one who comes back too late."""
+"""Distributed locks: one holder at a time, and fences that refuse the late write of an earlier holder."""

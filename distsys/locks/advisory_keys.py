@@ -1,4 +1,4 @@
-"""The keys of PostgreSQL's advisory locks, and who holds them: a name becomes a key, a row of pg_locks a state."""
+"""Keys of PostgreSQL's advisory locks, and who holds them: a name becomes a key, a row of pg_locks a state."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Key = int | tuple[int, int]
 
 
 def lock_id(name: str) -> int:
-    """The signed 64-bit id of a name: the first 8 bytes of its SHA-256, big-endian; the same on every machine.
+    """Return the signed 64-bit id of a name: the first 8 bytes of its SHA-256, big-endian; the same on every machine.
 
     In SQL: `('x' || left(encode(sha256(convert_to(name, 'UTF8')), 'hex'), 16))::bit(64)::bigint`. Among n names two
-    share an id with odds of about n^2 / 2^65, one in 37 million for a million names; such two only wait for each other.
+    share an id with odds of about n^2 / 2^65: one in 37 million for a million names. Such two only wait for each other.
     """
     digest = hashlib.sha256(check_text("name", name, EXAMPLE).encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def lock_key(name: str | Key) -> Key:
-    """The key of a str (its lock_id), of an int (the same 64-bit space) or of two int4 (a space of their own)."""
+    """Return the key of a name: a str's lock_id, an int itself (the same 64-bit space), two int4 (their own space)."""
     if isinstance(name, str):
         return lock_id(name)
     parts, bits = (name, 32) if isinstance(name, tuple) else ((name,), 64)
@@ -44,17 +44,20 @@ class AdvisoryLockState:
     """A session that holds an advisory lock, or waits for it."""
 
     key: Key
-    name: str | Key | None  # as `names` told; an id does not give its name back
+    name: str | Key | None  # from `names`, for an id can't be turned back into a name
     pid: int | None  # None: a prepared transaction
     application_name: str
     mode: Literal["shared", "exclusive"]
     granted: bool
-    waiting_since: datetime | None  # the server remembers it only for those who wait
+    waiting_since: datetime | None  # None for a holder: the server keeps it only while waiting
     blocked_by: list[int]  # pids of the holders, and of those ahead in the queue
 
 
 async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | Key] = ()) -> list[AdvisoryLockState]:
-    """Who holds, who waits for the advisory locks of this database: by key, holders first. `names` label the keys."""
+    """Return the holders of this database's advisory locks and their waiters: by key, holders first.
+
+    names  label the keys
+    """
     labels = {lock_key(name): name for name in names}
 
     def state(high: int, low: int, space: int, **facts: Any) -> AdvisoryLockState:
@@ -77,10 +80,11 @@ async def held_advisory_locks(conn: AsyncConnection[Any], names: Iterable[str | 
 
 
 def order(key: Key) -> tuple[bool, tuple[int, ...]]:
+    """Return what keys are sorted by: the key space, then the id."""
     return (True, key) if isinstance(key, tuple) else (False, (key,))
 
 
 def oids(key: Key) -> tuple[int, int, int]:
-    """The key as pg_locks shows it: classid, objid, objsubid."""
+    """Return the key as pg_locks shows it: classid, objid, objsubid."""
     high, low = key if isinstance(key, tuple) else (key >> 32, key)
     return high & 0xFFFFFFFF, low & 0xFFFFFFFF, 2 if isinstance(key, tuple) else 1

@@ -1,10 +1,10 @@
-"""Advisory lock: PostgreSQL holds it for one transaction or one session, and takes it back when that ends.
+"""Advisory lock: PostgreSQL holds it for one transaction or one session, and releases it when that ends.
 
 Promise  one holder per key, or any number of shared ones, while its transaction or session lives; waiters queue in the
          server in order of arrival, and never poll; a connection that dies cancels the body and raises LockLost.
 Not      a fence: a client cut off by the network learns of it by TCP keepalive (keepalives_idle and tcp_user_timeout in
-         the DSN), and the server may free the lock before; safe across a failover, which forgets every lock; fresh in
-         REPEATABLE READ, where a transaction lock is waited for *after* the snapshot was taken.
+         the DSN), and the server may free the lock before. Not safe across a failover, which forgets every lock. No
+         fresh data in REPEATABLE READ: a transaction lock is waited for *after* the snapshot was taken.
 Units    seconds, float. A name becomes a signed 64-bit id; two int4 are a second key space, apart from the first.
 Errors   LockNotAcquired after `timeout`, LockDeadlock, LockLost, SharedSession behind a proxy; psycopg.Error passes.
 Source   PostgreSQL documentation, 13.3.5 "Advisory Locks" and 9.28.10; its src/backend/storage/lmgr/README.
@@ -31,10 +31,11 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from distsys._support.clock import elapsed
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
-from distsys.locks.hold import RELEASED, Held, Lock
+from distsys.locks.hold import Hold, Lock, State
 
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
-BUSY = 0.1  # seconds until the watch looks again at a connection that psycopg was reading
+BUSY_SECONDS = 0.1  # until the watch looks again at a connection that psycopg was reading
+CONNECTION_DIED = "its connection died"
 IN_TRANSACTION = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 ROLL_BACK = b"ROLLBACK TO distsys_lock; RELEASE distsys_lock"
 
@@ -43,62 +44,79 @@ _prepared: WeakKeyDictionary[AsyncConnection[Any], dict[str, bytes]] = WeakKeyDi
 _numbers = itertools.count()
 
 
-class Hold(Held):
+class ConnectionHold(Hold):
     """One hold of a lock, on `connection`."""
 
     def __init__(
         self,
         lock: AdvisoryLock,
         connection: AsyncConnection[Any],
-        taken: AbstractAsyncContextManager[Any],
+        borrowed: AbstractAsyncContextManager[Any],
         *,
         body: bool,
     ) -> None:
-        super().__init__(body=body)
-        self.lock, self.connection, self._taken = lock, connection, taken
+        super().__init__(lock.name, body=body)
+        self.lock = lock
+        self.connection = connection
+        self._borrowed = borrowed  # gives the connection back
         self._backend_pid = 0  # of the session that holds the lock
-        self._loop, self._fd = asyncio.get_running_loop(), -1  # of the watch
-        self._look: asyncio.Handle | None = None
-        self._lost = ""  # why
+        self._finished = False
+        self._loop = asyncio.get_running_loop()
+        self._fd = -1  # of the watch
+        self._pending_read: asyncio.Handle | None = None
 
     @property
-    def lost(self) -> bool:
-        """True once the connection has died. Not watched: a transaction without a block, which fails by itself then."""
-        return bool(self._lost)
+    def settled(self) -> bool:
+        """True once the hold has finished, lost or not, and no body is left whose end would ask for it."""
+        return self._finished and not self._body
 
     async def release(self) -> bool:
-        """Unlocks a session hold from acquire(); what is not committed is rolled back. LockLost if it was lost."""
+        """Unlock a session hold, and roll back what is not committed. Return True.
+
+        Raises LockLost if it was lost, and RuntimeError for a transaction lock, which ends with its transaction.
+        """
         if self.lock.scope == "transaction":
             raise RuntimeError(f"{self.lock} ends with its transaction: commit or roll back, or use scope='session'")
-        _, loss = await self._let_go(None)
-        if loss is not None:
-            raise loss from self._cause
+        await self._finish(None)
+        if self.lost:
+            raise self._loss() from self._cause
         return True
+
+    def _mark_lost(self, reason: str, cause: BaseException | None = None) -> None:
+        """Record the loss. A connection that dies under a transaction without a block is not watched: it just fails."""
+        if self._state is State.HELD:
+            self._state = State.LOST
+            self._reason = reason
+            self._cause = cause
+
+    def _loss(self) -> LockLost:
+        return LockLost(f"{self.lock} was lost, and may be another's since: {self._reason}", name=self.name)
 
     # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
 
     def _watch(self) -> None:
-        self._look = self._loop.call_soon(self._read)  # a body that never waits is over before
+        self._pending_read = self._loop.call_soon(self._add_reader)  # a body that never waits ends before
 
     def _unwatch(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
+        if self._pending_read is not None:
+            self._pending_read.cancel()
         elif self._fd >= 0:
             self._loop.remove_reader(self._fd)
         if self._fd >= 0:
             os.close(self._fd)
-        self._look, self._fd = None, -1
+        self._pending_read = None
+        self._fd = -1
 
-    def _read(self) -> None:
-        self._look = None
-        self._loop.add_reader(self._fd, self._readable)
+    def _add_reader(self) -> None:
+        self._pending_read = None
+        self._loop.add_reader(self._fd, self._on_readable)
 
-    def _readable(self) -> None:
+    def _on_readable(self) -> None:
         pgconn = self.connection.pgconn
         if self.connection.lock.locked() or pgconn.pipeline_status != PipelineStatus.OFF:
-            # psycopg reads, and will meet the end by itself. A slow COPY leaves data unread for long: don't spin on it.
+            # psycopg reads, and will meet the end itself. A slow COPY leaves data unread for long: don't spin on it.
             self._loop.remove_reader(self._fd)
-            self._look = self._loop.call_later(BUSY, self._read)
+            self._pending_read = self._loop.call_later(BUSY_SECONDS, self._add_reader)
             return
         try:
             pgconn.consume_input()
@@ -106,76 +124,76 @@ class Hold(Held):
                 if pgconn.notify_handler:
                     pgconn.notify_handler(notify)
         except psycopg.OperationalError as error:
-            self._lost, self._cause = "its connection died", error
+            self._mark_lost(CONNECTION_DIED, error)
             self._unwatch()
-            self._cancel()
+            self._cancel_body()
 
     # ---- the end
 
-    async def _let_go(self, error: BaseException | None) -> tuple[bool, LockLost | None]:
-        handled = False
-        if not self._ended:
-            self._ended = RELEASED
+    async def _finish(self, error: BaseException | None) -> bool:
+        settled = False
+        if not self._finished:
+            self._finished = True
             self._unwatch()
             try:
                 try:
                     if self.lock.scope == "session":
                         await self._unlock(error)
                 finally:
-                    handled = await self._give_back(error)
+                    settled = await self._give_back(error)
             except psycopg.OperationalError as failure:
                 if not self.connection.closed:
                     raise
-                self._lost, self._cause = self._lost or "its connection died", self._cause or failure
-        if not self._lost:
-            return handled, None
-        return handled, LockLost(f"{self.lock} was lost, and may be another's since: {self._lost}", name=self.lock.name)
+                self._mark_lost(CONNECTION_DIED, failure)
+        if self._state is State.HELD:
+            self._state = State.RELEASED
+        return settled
 
     async def _give_back(self, error: BaseException | None) -> bool:
-        """The connection goes back where it came from. True when that settles `error`, as it does psycopg.Rollback."""
+        """Give the connection back to its owner. Return True if that settles `error`, as with psycopg.Rollback."""
         self._unwatch()
-        if self.lock.scope == "session":
-            _session_keys.get(self.connection, set()).discard(self.lock.keys[0])
         details = (type(error), error, error.__traceback__) if error else (None, None, None)
-        return bool(await self._taken.__aexit__(*details))
+        return bool(await self._borrowed.__aexit__(*details))
 
     async def _unlock(self, error: BaseException | None) -> None:
-        """The end of a session hold. What is not proved unlocked is closed, which unlocks it: no pool ever gets it."""
+        """Unlock a session hold. A connection not proved unlocked is closed, which unlocks it: no pool ever gets it."""
         conn, unlocked = self.connection, False
         try:
-            try:  # before the next holder comes, our work is visible or gone
+            try:  # our work is visible, or gone, before the next holder comes
                 if conn.pgconn.transaction_status in IN_TRANSACTION:
                     await (conn.commit() if self._body and error is None else conn.rollback())
             finally:
                 async with conn.lock:
                     if conn.pgconn.transaction_status == TransactionStatus.IDLE:
-                        ours = "pg_backend_pid() = $1", self._backend_pid
-                        unlocked = await self.lock._ask(conn, "advisory_unlock", *ours) == [ours[1], b"t"]
+                        same_session = "pg_backend_pid() = $1", self._backend_pid
+                        answer = await self.lock._query(conn, "advisory_unlock", *same_session)
+                        unlocked = answer == [self._backend_pid, b"t"]
             if not unlocked:
-                self._lost = self._lost or "at its end this session did not hold it any more, or was another one"
+                self._mark_lost("at its end this session did not hold it any more, or was another one")
         finally:
             if not unlocked:
                 conn.pgconn.finish()
 
 
-class AdvisoryLock(Lock[Hold]):
+class AdvisoryLock(Lock[ConnectionHold]):
     """`async with AdvisoryLock(pool, "invoice:42") as hold: await hold.connection.execute(...)`
 
     conn_or_pool  a psycopg AsyncConnection; or an AsyncConnectionPool, of which each hold and each waiter takes one
                   connection for itself (give locks a pool of their own, or waiters can starve the holder's work)
     name          a str (see lock_id), an int, or two ints
-    scope         "transaction": until commit or rollback. With a pool the block is the transaction; with a connection
-                  it is the caller's, outlasts the block, and asking again inside it is free.
+    scope         "transaction": until commit or rollback. With a pool the block is the transaction. With a connection
+                  the transaction is the caller's: the lock outlasts the block, and acquiring it again inside is free.
                   "session": until the end of the block; a transaction which the body left open is committed before
                   (rolled back if it failed). Postgres grants a session again what it holds, so a second hold of a key
                   on one connection is refused.
     shared        any number of shared holders, or one exclusive
-    timeout       how long to wait: None for ever, 0 one try; then LockNotAcquired, and the transaction is still usable
+    timeout       seconds to wait: None waits for ever, 0 is one try; then LockNotAcquired, and the transaction is
+                  still usable
     proxy         "session": the connection goes through a proxy that is known to pool whole sessions
 
     A cancelled wait leaves nothing held; only a transaction lock granted at that moment stays, until its transaction
-    ends. Tasks may share one object with a pool, each has its own hold. Not re-entrant: a task that acquires it again
-    is told so at once.
+    ends. With a pool, tasks may share one object: each has its own hold. Not re-entrant: a task that acquires it again
+    gets a RuntimeError at once.
     """
 
     def __init__(
@@ -197,14 +215,17 @@ class AdvisoryLock(Lock[Hold]):
             raise ValueError(f"proxy={proxy!r}: 'session' if it pools sessions, else None and scope='transaction'")
         super().__init__(name, timeout)
         self.keys: tuple[Key, ...] = (lock_key(name),)
-        self.source, self.scope, self.shared, self.proxy = conn_or_pool, scope, shared, proxy
+        self.source = conn_or_pool
+        self.scope = scope
+        self.shared = shared
+        self.proxy = proxy
 
     def __str__(self) -> str:
         shown = repr(self.name)
         return f"advisory lock {shown if len(shown) <= 100 else shown[:100] + '...'}"
 
-    def _checked(self, timeout: float | None) -> float | None:
-        seconds = super()._checked(timeout)
+    def _check_timeout(self, timeout: float | None) -> float | None:
+        seconds = super()._check_timeout(timeout)
         if seconds is not None and seconds > MAX_TIMEOUT:
             raise ValueError(
                 f"timeout={timeout!r}: Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days; None waits for ever"
@@ -213,20 +234,25 @@ class AdvisoryLock(Lock[Hold]):
 
     # ---- acquire
 
-    async def _acquire(self, timeout: float | None, *, body: bool) -> Hold:
+    async def _acquire(self, timeout: float | None, *, body: bool) -> ConnectionHold:
         if self.scope == "transaction" and not body and isinstance(self.source, AsyncConnectionPool):
             raise RuntimeError(f"{self}: with a pool the block is the transaction, so use `async with`")
-        if any(hold.task is asyncio.current_task() and not hold._ended for hold in self._held):
+        if any(hold.task is asyncio.current_task() and not hold._finished for hold in self._holds):
             raise RuntimeError(f"this task already holds {self}: it is not re-entrant, pass the hold on instead")
         started, watched = elapsed(), body or self.scope == "session"
-        taken = self._connection(timeout)
+        lock = self._lock_session if self.scope == "session" else self._lock_transaction
+        borrowed = self._borrow_connection(timeout)
         try:
-            hold = Hold(self, await taken.__aenter__(), taken, body=body)
+            hold = ConnectionHold(self, await borrowed.__aenter__(), borrowed, body=body)
             try:
+                if hold.connection.pgconn.pipeline_status != PipelineStatus.OFF:
+                    raise RuntimeError(  # noqa: TRY301  the way out is the same as for any error
+                        f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`"
+                    )
                 if watched:
                     hold._fd = os.dup(hold.connection.pgconn.socket)  # before the lock is ours, for this may fail
-                if not await self._lock(hold, timeout and max(0.001, started + timeout - elapsed())):
-                    raise self._refusal(started)  # noqa: TRY301  the way out is the same as for any error
+                if not await lock(hold, timeout and max(0.001, started + timeout - elapsed())):
+                    raise self._refusal(started)  # noqa: TRY301  as above
             except BaseException as error:
                 await hold._give_back(error)
                 raise
@@ -234,51 +260,46 @@ class AdvisoryLock(Lock[Hold]):
             raise self._refusal(started, error) from error
         if watched:
             hold._watch()
-            self._keep(hold)
+            self._add_hold(hold)
         return hold
 
-    def _connection(self, timeout: float | None) -> AbstractAsyncContextManager[AsyncConnection[Any]]:
-        source, key = self.source, self.keys[0]
-        if isinstance(source, AsyncConnectionPool):
-            return self._from(source, timeout)
-        if self.scope == "session":
-            keys = _session_keys.setdefault(source, set())
+    @asynccontextmanager
+    async def _borrow_connection(self, timeout: float | None) -> AsyncIterator[AsyncConnection[Any]]:
+        """Lend the caller's connection, or one of the pool; for transaction scope with the pool's in a transaction."""
+        if isinstance(self.source, AsyncConnectionPool):
+            async with (
+                self.source.connection(timeout or None) as conn,
+                conn.transaction() if self.scope == "transaction" else nullcontext(),
+            ):
+                yield conn
+        elif self.scope == "transaction":
+            yield self.source
+        else:
+            keys, key = _session_keys.setdefault(self.source, set()), self.keys[0]
             if key in keys:
                 raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
             keys.add(key)
-        return nullcontext(source)
+            try:
+                yield self.source
+            finally:
+                keys.discard(key)
 
-    @asynccontextmanager
-    async def _from(self, pool: AsyncConnectionPool[Any], timeout: float | None) -> AsyncIterator[AsyncConnection[Any]]:
-        async with pool.connection(timeout or None) as conn:
-            if self.scope == "session":
-                yield conn
-            else:
-                async with conn.transaction():
-                    yield conn
-
-    async def _lock(self, hold: Hold, timeout: float | None) -> bool:
-        conn = hold.connection
-        if conn.pgconn.pipeline_status != PipelineStatus.OFF:
-            raise RuntimeError(f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`")
-        if self.scope == "session":
-            return await self._lock_session(hold, timeout)
-        return await self._lock_transaction(conn, timeout)
-
-    async def _lock_session(self, hold: Hold, timeout: float | None) -> bool:
-        """One round trip, which begins no transaction."""
+    async def _lock_session(self, hold: ConnectionHold, timeout: float | None) -> bool:
+        """Lock in one round trip, which begins no transaction."""
         conn = hold.connection
         limit = math.ceil(timeout * 1000) if timeout else ""
-        # A proxy tells its clients a pid of its own making. Then no row comes back, and the lock is not even tried.
+        # A proxy tells its clients a made-up pid. Then no row comes back, and the lock is not even tried.
         where, pid = "$1 IN (0, pg_backend_pid())", 0 if self.proxy else conn.pgconn.backend_pid
         where += " AND ($2 = '' OR set_config('lock_timeout', $2, true) <> '')"  # for this statement alone
         async with conn.lock:
             if conn.pgconn.transaction_status in IN_TRANSACTION:
                 raise RuntimeError(f"{self}: this connection is in a transaction; commit, or use scope='transaction'")
             try:
-                row = await self._ask(conn, "try_advisory_lock" if timeout == 0 else "advisory_lock", where, pid, limit)
+                row = await self._query(
+                    conn, "try_advisory_lock" if timeout == 0 else "advisory_lock", where, pid, limit
+                )
             except BaseException as error:
-                await self._undo(conn, error)
+                await self._undo_grant(conn, error)
                 raise
         if row is None:
             raise SharedSession(
@@ -289,17 +310,17 @@ class AdvisoryLock(Lock[Hold]):
         hold._backend_pid = row[0]
         return bool(row[1] != b"f")
 
-    async def _undo(self, conn: AsyncConnection[Any], error: BaseException) -> None:
-        """A grant may race the timeout or the cancel: then Postgres reports the error and keeps the lock all the same.
+    async def _undo_grant(self, conn: AsyncConnection[Any], error: BaseException) -> None:
+        """Unlock after a grant that raced the timeout or the cancel: Postgres reports the error and keeps the lock.
 
-        Each key has at most one hold on a connection, so what pg_locks shows of ours can only be that grant.
+        Each key has at most one hold on a connection, so a lock of ours in pg_locks can only be that grant.
         """
         mode, undone = "ShareLock" if self.shared else "ExclusiveLock", False
         try:
             if conn.pgconn.status == ConnStatus.OK:
                 ours = f"pid = pg_backend_pid() AND granted AND locktype = 'advisory' AND mode = '{mode}'"
                 granted = f"EXISTS (SELECT FROM pg_locks WHERE {ours} AND (classid, objid, objsubid) = ($1, $2, $3))"
-                await self._ask(conn, "advisory_unlock", granted, *oids(self.keys[0]))
+                await self._query(conn, "advisory_unlock", granted, *oids(self.keys[0]))
             undone = True
         except psycopg.Error as failure:
             error.add_note(f"the connection is closed: it could not say whether {self} was granted ({failure})")
@@ -307,9 +328,9 @@ class AdvisoryLock(Lock[Hold]):
             if not undone:
                 conn.pgconn.finish()
 
-    async def _lock_transaction(self, conn: AsyncConnection[Any], timeout: float | None) -> bool:
-        """One round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""
-        got = True
+    async def _lock_transaction(self, hold: ConnectionHold, timeout: float | None) -> bool:
+        """Lock in one round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""
+        conn, got = hold.connection, True
         if conn.autocommit and conn.pgconn.transaction_status == TransactionStatus.IDLE:
             raise RuntimeError(
                 f"{self}: in autocommit and outside a transaction it would be gone at once; acquire it inside "
@@ -341,13 +362,13 @@ class AdvisoryLock(Lock[Hold]):
             raise
         return got
 
-    async def _ask(self, conn: AsyncConnection[Any], function: str, where: str, *args: object) -> list[Any] | None:
-        """The answer of the server's process, and who it is: [pid, answer]; None where `where` does not hold."""
+    async def _query(self, conn: AsyncConnection[Any], function: str, where: str, *args: object) -> list[Any] | None:
+        """Call the function and return [pid of the server's process, answer]; None where `where` does not hold."""
         key = self.keys[0]
         ids = key if isinstance(key, tuple) else (key,)
         numbers = ", ".join(f"${number}" for number in range(len(args) + 1, len(args) + len(ids) + 1))
         call = f"pg_{function}{'_shared' if self.shared else ''}({numbers})"
-        row = await _run(conn, f"SELECT pg_backend_pid(), {call} WHERE {where}", *args, *ids)
+        row = await _first_row(conn, f"SELECT pg_backend_pid(), {call} WHERE {where}", *args, *ids)
         return row and [int(row[0] or 0), row[1]]
 
     def _calls(self, function: str) -> list[str]:
@@ -370,9 +391,12 @@ def advisory_locks(
     shared: bool = False,
     timeout: float | None = None,
 ) -> AdvisoryLock:
-    """Several locks for one transaction, all or none, in one round trip; `timeout` bounds the whole wait.
+    """Return a lock of several names for one transaction: all or none, in one round trip.
 
-    They are taken in the order of (key space, id), each once, so that no two such calls can deadlock with each other.
+    timeout  seconds, for the whole wait
+
+    The locks are taken in the order of (key space, id), each once, so no two such calls can deadlock with each other.
+    Raises ValueError without names; the lock raises what AdvisoryLock does.
     """
     if not names:
         raise ValueError("advisory_locks() without names would lock nothing: give at least one")
@@ -381,10 +405,10 @@ def advisory_locks(
     return lock
 
 
-async def _run(conn: AsyncConnection[Any], sql: str, *args: object) -> list[bytes | None] | None:
-    """The first row of a statement, with conn.lock held, beside psycopg's implicit transactions.
+async def _first_row(conn: AsyncConnection[Any], sql: str, *args: object) -> list[bytes | None] | None:
+    """Return the first row of a statement, without psycopg's implicit transaction. The caller holds conn.lock.
 
-    From its second use on it is prepared: parsing and planning are a third of what the server does for a lock.
+    From its second use on the statement is prepared: parsing and planning are a third of the server's work for a lock.
     """
     names, values = _prepared.setdefault(conn, {}), [str(arg).encode() for arg in args]
 
@@ -407,5 +431,5 @@ async def _run(conn: AsyncConnection[Any], sql: str, *args: object) -> list[byte
         result = await answer()
     except InvalidSqlStatementName:  # DISCARD ALL, by a pool that resets what comes back to it
         names.clear()
-        return await _run(conn, sql, *args)
+        return await _first_row(conn, sql, *args)
     return [result.get_value(0, column) for column in range(result.nfields)] if result.ntuples else None

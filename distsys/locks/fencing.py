@@ -2,10 +2,10 @@
 
 Promise  once a write with token t is accepted, no write with a token below t is, while the resource keeps its data: a
          holder that was paused, partitioned or forgotten by a failover can't overwrite its successor's work.
-Not      a lock: two holders may both work, only the older one's late writes are refused. Not closed for a write that
-         comes after the successor has read and before it writes, unless the read shows its token as well: fenced_get,
-         or fence() before SELECT. No help for resources that can't compare tokens (an e-mail, a payment provider
-         without idempotency keys). Tokens of two sources don't compare.
+Not      a lock: two holders may both work, only the older one's late writes are refused. A late write that arrives
+         after the successor's read and before its write is accepted, unless that read presents its token as well:
+         fenced_get, or fence() before SELECT. No help for resources that can't compare tokens (an e-mail, a payment
+         provider without idempotency keys). Tokens of two sources can't be compared.
 Units    tokens are positive integers below 2^53; TTLs in seconds.
 Errors   StaleToken(expected, actual): refused, nothing was written. LookupError: no row matched at all.
 Source   Gray & Cheriton 1989; Burrows 2006 (Chubby's sequencers); Kleppmann 2016 "How to do distributed locking".
@@ -46,7 +46,10 @@ return {0, redis.call('GET', KEYS[1])}
 
 
 def current_token(name: str | None = None) -> int:
-    """The fencing token of the innermost lease held here (of the lock `name`), for code not handed the lease."""
+    """Return the fencing token of the innermost lease held here (of the lock `name`), for code without the lease.
+
+    Raises LockLost if that lease was lost, and LookupError if there is none with a token.
+    """
     for lease in reversed(held_leases.get()):
         if lease.token is not None and name in (None, lease.name):
             lease.check()
@@ -57,7 +60,10 @@ def current_token(name: str | None = None) -> int:
 
 
 async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
-    """SET, unless a newer token has written `key`. The guard, see `guard_key`, does not expire."""
+    """SET the key, or raise StaleToken if a newer token was seen. The guard, see `guard_key`, does not expire.
+
+    ttl  of the value, in seconds
+    """
     from distsys._support.redis import async_client, milliseconds
 
     keys, ms = (key, guard_key(key)), "" if ttl is None else milliseconds(ttl)
@@ -67,7 +73,10 @@ async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: flo
 
 
 async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
-    """GET that shows its token: what is computed from the answer can't be overtaken by an older holder's late write."""
+    """GET the key and present the token, or raise StaleToken if a newer one was seen.
+
+    From then on an older holder's write is refused: it can't change what was read.
+    """
     from distsys._support.redis import async_client
 
     newest, value = await async_client(redis).eval(_GET, 2, key, guard_key(key), check_token(token))
@@ -77,9 +86,9 @@ async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
 
 
 def guard_key(key: str) -> str:
-    """Where the newest token for `key` is kept: in the key's own cluster slot, and for no other key."""
+    """Return the Redis key of the newest token for `key`: in the same cluster slot, and of no other key."""
     if not isinstance(key, str):
-        raise TypeError(f"key={key!r} is a {type(key).__name__}; give a str, for the guard is named after it")
+        raise TypeError(f"key={key!r} is a {type(key).__name__}; give a str: the guard is named after it")
     tag = re.search(r"\{(.*?)\}", key, re.DOTALL)
     if tag and tag[1]:  # what Redis hashes instead of the whole key
         return f"distsys:fence:{key}"
@@ -89,9 +98,9 @@ def guard_key(key: str) -> str:
 
 
 async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
-    """Admits `token` for `resource` inside the caller's transaction, or raises StaleToken. Needs `ensure_schema`.
+    """Admit `token` for `resource` inside the caller's transaction, or raise StaleToken. Needs `ensure_schema`.
 
-    The guard's row stays locked until that transaction ends: what it admits commits before anything newer is admitted.
+    The guard's row stays locked until that transaction ends, so this work commits before a newer token is admitted.
     """
     if conn.autocommit and conn.info.transaction_status.name == "IDLE":
         raise ValueError(
@@ -120,9 +129,10 @@ async def fenced_update(
     token: int,
     column: str = "fence_token",
 ) -> int:
-    """UPDATE of the rows `where`, unless one carries a newer token; returns how many rows it changed.
+    """UPDATE the rows `where`, and return how many changed. Raise StaleToken if one of them carries a newer token.
 
-    The token lives in the row itself (`column`, a bigint), so the check and the write are one atomic statement.
+    The token is in the row itself (`column`, a bigint), so the check and the write are one atomic statement.
+    Raises LookupError if no row matches.
     """
     from psycopg import sql
 
@@ -154,9 +164,9 @@ async def fenced_update(
 
 
 def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[int]]:
-    """Tokens from a sequence, for `RedisLock(..., tokens=postgres_tokens(pool))`. Needs `ensure_schema`.
+    """Return a source of tokens for `RedisLock(..., tokens=postgres_tokens(pool))`. Needs `ensure_schema`.
 
-    No failover of Redis turns them back.
+    They come from a sequence, which a failover of Redis can't turn back.
     """
 
     from distsys._support.postgres import rows
@@ -171,7 +181,10 @@ def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[in
 
 @dataclass(frozen=True, kw_only=True)
 class TtlAdvice:
-    """A TTL of 2-3 times the expected operation: less loses leases to jitter, more delays recovery after a crash."""
+    """Advice for a TTL: 2-3 times the expected operation. `ttl in advice` tells whether a TTL follows it.
+
+    A shorter one loses leases to jitter, a longer one delays recovery after a crash. All fields are seconds.
+    """
 
     expected: float
     shortest: float
@@ -182,13 +195,14 @@ class TtlAdvice:
 
 
 def ttl_advice(expected: float) -> TtlAdvice:
-    """For an operation expected to take `expected` seconds (its p99, not its mean)."""
+    """Return the TTL for an operation expected to take `expected` seconds (its p99, not its mean)."""
     if not expected > 0:
         raise ValueError(f"expected={expected!r}: an operation takes more than 0 s; measure its p99")
     return TtlAdvice(expected=expected, shortest=2 * expected, longest=3 * expected)
 
 
 def check_token(token: int) -> int:
+    """Return the token if it is a positive integer below 2^53, which Lua compares exactly."""
     if isinstance(token, bool) or not isinstance(token, int):
         raise TypeError(f"token={token!r} is a {type(token).__name__}; pass lease.token (Redlock leases carry none)")
     if not 0 < token < 2**53:

@@ -1,71 +1,105 @@
-"""Base classes of every lock: the hold of one holder, and the lock as a context manager."""
+"""Base classes of every lock: one hold of it, and the lock as a context manager."""
 
 from __future__ import annotations
 
 import asyncio
+from enum import Enum
 from typing import Any, Generic, Literal, TypeVar
 
 from distsys._support.arguments import check_timeout
 from distsys._support.cancellation import try_cancel
 from distsys.errors import LockLost, LockNotAcquired
 
-EXAMPLE = "'payment:order-123'"  # of a lock's name, for errors
-RELEASED, UNRELEASED = "was released", "could not be released"
+EXAMPLE = "'payment:order-123'"  # a lock's name, for error messages
 
 
-class Held:
-    """One hold of a lock, by the running task; the loss of one with a `body` of `async with` cancels the task."""
+class State(Enum):
+    """State of a hold: it begins as HELD, and leaves that state once."""
 
-    def __init__(self, *, body: bool) -> None:
+    HELD = "held"
+    RELEASED = "released"
+    LOST = "lost"
+
+
+class Hold:
+    """One hold of a lock by the running task; with a `body` of `async with`, its loss cancels that task."""
+
+    def __init__(self, name: Any, *, body: bool) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.task, self._body, self._cancelling = task, body, task.cancelling()
-        self._cancelled = self._left = False
-        self._ended = ""  # why; "" while held
-        self._cause: BaseException | None = None  # of its loss
+        self.name = name
+        self.task = task
+        self._body = body
+        self._body_ended = False
+        self._cancelling = task.cancelling()  # cancellations that are not ours
+        self._cancelled = False
+        self._state = State.HELD
+        self._reason = ""  # for a state other than HELD
+        self._cause: BaseException | None = None  # of the loss
 
     @property
-    def over(self) -> bool:
-        """Whether nobody asks for it any more: it was released, and there is no body whose end will."""
-        return self._ended == RELEASED and not self._body
+    def state(self) -> State:
+        """Present state of the hold."""
+        return self._state
+
+    @property
+    def lost(self) -> bool:
+        """True once the lock was lost before its release."""
+        return self.state is State.LOST
+
+    @property
+    def settled(self) -> bool:
+        """True once the hold was released and no body is left whose end would ask for it."""
+        return self._state is State.RELEASED and not self._body
 
     async def release(self) -> bool:
+        """Release the lock. Each rule says what it answers when the hold was lost."""
         raise NotImplementedError
 
-    async def leave(self, error: BaseException | None) -> bool:
-        """The end of the body, whose own error is never masked: a loss beside it becomes a note."""
-        self._left = True
+    async def exit_body(self, error: BaseException | None) -> bool:
+        """End the body of `async with`, and return True if that settles its `error`.
+
+        Raises LockLost if the hold was lost. An error of the body's own is never masked: the loss becomes its note.
+        """
+        self._body_ended = True
         ours = self._cancelled and self.task.uncancel() <= self._cancelling  # a cancellation from outside stays
         own = None if ours and isinstance(error, asyncio.CancelledError) else error
-        handled, loss = await self._let_go(error)
-        if loss is not None and own is None:
-            raise loss from self._cause
-        if loss is not None and own is not None and not (isinstance(own, LockLost) and own.facts == loss.facts):
-            own.add_note(str(loss))
-        return handled
+        settled = await self._finish(error)
+        if self._state is State.LOST:
+            loss = self._loss()
+            if own is None:
+                raise loss from self._cause
+            if not (isinstance(own, LockLost) and own.facts == loss.facts):
+                own.add_note(str(loss))
+        return settled
 
-    async def _let_go(self, error: BaseException | None) -> tuple[bool, LockLost | None]:
-        """Gives the lock back; whether that settles the body's `error`, and the loss, if it was lost before."""
+    async def _finish(self, error: BaseException | None) -> bool:
+        """Release at the end of the body; leave the state LOST or RELEASED. Return True if that settles `error`."""
         raise NotImplementedError
 
-    def _cancel(self) -> None:
-        """Cancels the body once; not when it has ended, nor when it found out by itself."""
-        ended = not self._body or self._left or self.task.done()
+    def _loss(self) -> LockLost:
+        """Make the error that tells the holder what happened."""
+        raise NotImplementedError
+
+    def _cancel_body(self) -> None:
+        """Cancel the body once, unless it has ended or found the loss itself."""
+        ended = not self._body or self._body_ended or self.task.done()
         if not self._cancelled and not ended and self.task is not asyncio.current_task():
             self._cancelled = try_cancel(self.task)
             if not self._cancelled:
-                asyncio.get_running_loop().call_soon(self._cancel)
+                asyncio.get_running_loop().call_soon(self._cancel_body)
 
 
-H = TypeVar("H", bound=Held)
+H = TypeVar("H", bound=Hold)
 
 
 class Lock(Generic[H]):
-    """What tasks do with any lock. They may share the object: each acquisition is a hold of its own."""
+    """A lock as tasks use it. Tasks may share one object: each acquisition is a hold of its own."""
 
     def __init__(self, name: Any, timeout: float | None) -> None:
-        self.name, self.timeout = name, self._checked(timeout)
-        self._held: list[H] = []
+        self.name = name
+        self.timeout = self._check_timeout(timeout)
+        self._holds: list[H] = []
 
     def __str__(self) -> str:
         return repr(self.name)
@@ -74,43 +108,45 @@ class Lock(Generic[H]):
         return await self._acquire(self.timeout, body=True)
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool | None:
-        return await self._take().leave(error)
+        return await self._pop_hold().exit_body(error)
 
     async def acquire(self, timeout: float | Literal["default"] | None = "default") -> H:
-        """Waits for the lock, for `timeout` seconds if given (None: for ever, 0: one try) in place of its own.
+        """Acquire the lock and return the hold; end it with its release(), or with the lock's.
 
-        End it with release(), of what this returns or of the lock.
+        timeout  seconds to wait, in place of the lock's own: None waits for ever, 0 is one try
+
+        Raises LockNotAcquired after the timeout.
         """
-        return await self._acquire(self.timeout if timeout == "default" else self._checked(timeout), body=False)
+        return await self._acquire(self.timeout if timeout == "default" else self._check_timeout(timeout), body=False)
 
     async def try_acquire(self) -> H | None:
-        """One try: the hold, or None when it is not to be had at once."""
+        """Try once, and return the hold, or None if the lock is not free."""
         try:
             return await self.acquire(0)
         except LockNotAcquired:
             return None
 
     async def release(self) -> bool:
-        """Releases what this task holds. False: it was no longer ours, so the work may not have been alone."""
-        return await self._take().release()
+        """Release what this task holds. Return False if it was no longer ours: the work may not have been alone."""
+        return await self._pop_hold().release()
 
     async def _acquire(self, timeout: float | None, *, body: bool) -> H:
-        """The rule's own way to a hold."""
+        """Acquire the lock in the rule's own way."""
         raise NotImplementedError
 
-    def _checked(self, timeout: float | None) -> float | None:
+    def _check_timeout(self, timeout: float | None) -> float | None:
         return check_timeout(timeout)
 
-    def _keep(self, hold: H) -> H:
-        # What was ended by its own release() would stay for ever; a body's end still asks for its hold.
-        self._held = [*(held for held in self._held if not held.over), hold]
+    def _add_hold(self, hold: H) -> H:
+        # A hold that was ended by its own release() would stay for ever; the end of a body still asks for its hold.
+        self._holds = [*(other for other in self._holds if not other.settled), hold]
         return hold
 
-    def _take(self) -> H:
-        """The newest hold of this task; else the only one, for a fixture or exit stack closed by another task."""
-        mine = [hold for hold in self._held if hold.task is asyncio.current_task()]
-        if not mine and len(self._held) != 1:
+    def _pop_hold(self) -> H:
+        """Remove and return this task's newest hold; else the only one, for a fixture closed by another task."""
+        mine = [hold for hold in self._holds if hold.task is asyncio.current_task()]
+        if not mine and len(self._holds) != 1:
             raise RuntimeError(f"this task does not hold {self}: acquire it first, or release what acquire() gave")
-        hold = (mine or self._held)[-1]
-        self._held.remove(hold)
+        hold = (mine or self._holds)[-1]
+        self._holds.remove(hold)
         return hold

@@ -2,10 +2,10 @@
 
 Promise  one holder per name while the server keeps its data; waiters are served first come, first served; each lease
          carries a token larger than every earlier one; the holder is told before the server can grant the next lease.
-Not      safe against a stale write by itself: a holder paused past its lease still writes (fence the write); safe
-         across a failover, which may forget the newest grant (fence, min_replicas, or Redlock) and orders tokens only
-         as far as both servers' clocks agree; safe when the server's clock leaps forward, which ends leases early (let
-         NTP slew it); re-entrant.
+Not      safe against a stale write by itself: a holder paused past its lease still writes (fence the write). Not safe
+         across a failover: it may forget the newest grant (use a fence or Redlock), and it orders tokens only as far as
+         both servers' clocks agree. Not safe when the server's clock leaps forward, which ends leases early (let NTP
+         slew it). Not re-entrant.
 Units    seconds, float; tokens are integers, microseconds of the server's clock made strictly increasing.
 Errors   LockNotAcquired after `timeout`; LockLost when the lease ended under the body; redis.RedisError passes.
 Source   redis.io "Distributed Locks with Redis"; Gray & Cheriton 1989 (leases); Kulkarni 2014 (hybrid clocks).
@@ -28,25 +28,25 @@ from distsys._support.clock import Clock, elapsed
 from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
 from distsys.locks.hold import EXAMPLE
-from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, local_deadline
+from distsys.locks.lease import UNDO_SECONDS, Lease, LeasedLock, OnLost, local_deadline
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
     from redis.asyncio.cluster import RedisCluster
 
-SLICE = 1.0  # longest single BLPOP: it must end before the client's socket timeout, and is a waiter's sign of life
-PATIENCE_MS = 3_000  # a waiter silent for longer counts as dead and is skipped: three slices
-CLAIM_MS = 1_000  # how long a lock handed to a waiter waits for it to take it up
+MAX_BLOCK_SECONDS = 1.0  # longest BLPOP: below the client's socket timeout, and also the waiter's heartbeat
+WAITER_TIMEOUT_MS = 3_000  # a waiter without a heartbeat for three blocks counts as dead and is skipped
+RESERVATION_MS = 1_000  # a lock that was handed to a waiter stays reserved for it so long
 
 # KEYS[1] - lock: its owner, with the lease as TTL. The other keys are named after it and so share its hash tag and its
-# cluster slot. They are not listed, because not all can be: some are named after a waiter whom only the script finds.
-#   :fence         the newest token, kept a week      :queue         waiting owners, oldest first
-#   :seen          owner -> alive until (server's microseconds)
-#   :wake:<owner>  what a waiter blocks on            :gone:<owner>  gave up; its request may still be on the way
-# ARGV[1] - the owner who asks
-_SHARED = """
+# cluster slot. They can't all be listed in KEYS, because only the script finds the next waiter, whose name some carry.
+#   :fence         the newest token, kept a week    :queue              waiting owners, oldest first
+#   :heartbeats    waiter -> alive until (server's microseconds)
+#   :wake:<owner>  what a waiter blocks on          :tombstone:<owner>  gave up; its request may still be on the way
+# ARGV[1] - the owner that asks
+_PRELUDE = """
 local lock, me = KEYS[1], ARGV[1]
-local fence, queue, seen = lock .. ':fence', lock .. ':queue', lock .. ':seen'
+local fence, queue, heartbeats = lock .. ':fence', lock .. ':queue', lock .. ':heartbeats'
 local function now()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
@@ -54,29 +54,29 @@ end
 local function next_waiter()
   local waiter = redis.call('LPOP', queue)
   while waiter do
-    local alive_until = redis.call('HGET', seen, waiter)
-    redis.call('HDEL', seen, waiter)
+    local alive_until = redis.call('HGET', heartbeats, waiter)
+    redis.call('HDEL', heartbeats, waiter)
     if alive_until and tonumber(alive_until) > now() then return waiter end
     waiter = redis.call('LPOP', queue)
   end
 end
 local function reserve(waiter)
-  redis.call('SET', lock, waiter, 'PX', CLAIM_MS)
+  redis.call('SET', lock, waiter, 'PX', RESERVATION_MS)
   redis.call('RPUSH', lock .. ':wake:' .. waiter, 1)
-  redis.call('PEXPIRE', lock .. ':wake:' .. waiter, CLAIM_MS)
+  redis.call('PEXPIRE', lock .. ':wake:' .. waiter, RESERVATION_MS)
 end
-""".replace("CLAIM_MS", str(CLAIM_MS))
+""".replace("RESERVATION_MS", str(RESERVATION_MS))
 
-# ARGV[2] - ttl in ms    ARGV[3] - there when the asker does not want to queue
+# ARGV[2] - ttl in ms    ARGV[3] - present when the owner does not want to queue
 # Returns the token when granted (alone, for a table costs the server as much as three commands), else {0, ms until the
-# present lease ends, holder}. To ask again is always safe: the owner decides, so a client that retries after a lost
-# reply is still the one that was granted.
-_ASK = Script(
-    _SHARED
+# present lease ends, holder}. Asking again is always safe: an owner that holds the lock already is granted it again, so
+# a client may retry after a lost reply.
+_ACQUIRE_OR_ENQUEUE = Script(
+    _PRELUDE
     + """
-local known = redis.call('MGET', lock, fence, lock .. ':gone:' .. me)
-local holder, newest, gone = known[1], known[2], known[3]
-if gone then return {0, 0, ''} end
+local known = redis.call('MGET', lock, fence, lock .. ':tombstone:' .. me)
+local holder, newest, tombstone = known[1], known[2], known[3]
+if tombstone then return {0, 0, ''} end
 if not holder then
   holder = next_waiter() or me
   if holder ~= me then reserve(holder) end
@@ -89,34 +89,36 @@ if holder == me then
   return token
 end
 if not ARGV[3] then
-  if redis.call('HSET', seen, me, now() + PATIENCE_MS * 1000) == 1 then
+  if redis.call('HSET', heartbeats, me, now() + WAITER_TIMEOUT_MS * 1000) == 1 then
     redis.call('RPUSH', queue, me)
   end
   redis.call('PEXPIRE', queue, 60000)
-  redis.call('PEXPIRE', seen, 60000)
+  redis.call('PEXPIRE', heartbeats, 60000)
 end
 return {0, redis.call('PTTL', lock), holder}
-""".replace("PATIENCE_MS", str(PATIENCE_MS))
+""".replace("WAITER_TIMEOUT_MS", str(WAITER_TIMEOUT_MS))
 )
 
-# ARGV[2] - the lease's token    ARGV[3] - "1" when the reply to an ask was never seen: that ask may still be on its way
-# Returns 1: was ours, handed on or removed. 2: not there any more, but nobody was granted it after us. 0: lost.
-_LEAVE = Script(
-    _SHARED
+# ARGV[2] - the lease's token, while its time has not run out: the client may have retried a release whose reply was
+#           lost, and that is a success if no newer token was granted; else ""
+# ARGV[3] - "1" when the reply to a request was never seen: that request may still be on its way
+# Returns 1 when the lock was ours, and is now handed to the next waiter or free; 0 when it was lost.
+_RELEASE_OR_DEQUEUE = Script(
+    _PRELUDE
     + """
-if ARGV[3] == '1' then redis.call('SET', lock .. ':gone:' .. me, 1, 'PX', 60000) end
+if ARGV[3] == '1' then redis.call('SET', lock .. ':tombstone:' .. me, 1, 'PX', 60000) end
 local holder = redis.call('GET', lock)
 if holder == me then
   local waiter = next_waiter()
   if waiter then reserve(waiter) else redis.call('DEL', lock) end
   return 1
 end
-if redis.call('HDEL', seen, me) == 1 then redis.call('LREM', queue, 1, me) end
-return redis.call('GET', fence) == ARGV[2] and 2 or 0
+if redis.call('HDEL', heartbeats, me) == 1 then redis.call('LREM', queue, 1, me) end
+return redis.call('GET', fence) == ARGV[2] and 1 or 0
 """
 )
 
-# ARGV[2] - ttl in ms
+# ARGV[2] - ttl in ms    Returns 1, or 0 when the lock is not ours any more
 EXTEND = Script("""
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
@@ -131,24 +133,24 @@ return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('GET
 """)
 
 _HOST = socket.gethostname().replace("|", "_")
-_waiting_slots: WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
+_permits_of: WeakKeyDictionary[Any, tuple[asyncio.AbstractEventLoop, asyncio.Semaphore]] = WeakKeyDictionary()
 
 
 @dataclass
 class _Attempt:
-    """One acquisition on its way."""
+    """One acquisition in progress."""
 
     owner: str
-    token: int = 0
-    stamp: int = 0  # the token this server drew, which is the lease's unless `tokens` drew another
-    asked_at: float = 0.0
-    left: float = 0.0  # seconds of the present lease
+    asked_at: float = 0.0  # local time before the last request
+    token: int = 0  # of the lease; 0 until it is granted
+    server_token: int = 0  # drawn by Redis; `token` differs from it when the lock has `tokens`
     holder: str = ""
+    left: float = 0.0  # seconds of the holder's lease
 
 
 @dataclass(frozen=True, kw_only=True)
 class LockState:
-    """What the server says of a lock right now. `owner` is None when it is free."""
+    """State of a lock as the server sees it. `owner` is None when it is free."""
 
     name: str
     owner: str | None
@@ -163,14 +165,12 @@ class LockState:
 class RedisLock(LeasedLock):
     """`async with RedisLock(redis, "payment:order-123") as lease: ...`
 
-    ttl           seconds a lease lasts without renewal; 2-3 times the expected operation, at most a day
-    timeout       how long to wait: None for ever, 0 one try; then LockNotAcquired
-    renew         extends the lease every ttl/3 while the body runs
-    on_lost       "cancel" ends the body of `async with` and raises LockLost; "flag" only sets lease.lost. A lease from
-                  acquire() has no body: look at lease.lost, or call lease.check() before what can't be undone
-    min_replicas  replicas that must confirm the grant, or it is given back: narrows a failover's window only,
-                  and not for renewals: a replica may hold the shorter TTL
-    tokens        draws the fencing token elsewhere (fencing.postgres_tokens), checked against the lease afterwards
+    ttl       seconds a lease lasts without renewal; 2-3 times the expected operation, at most a day
+    timeout   seconds to wait: None waits for ever, 0 is one try; then LockNotAcquired
+    renew     extends the lease every ttl/3 while the body runs
+    on_lost   "cancel" ends the body of `async with` and raises LockLost; "flag" only sets lease.lost. A lease from
+              acquire() has no body: look at lease.lost, or call lease.check() before what can't be undone
+    tokens    draws the fencing token elsewhere (fencing.postgres_tokens); the lease is checked afterwards
     """
 
     def __init__(
@@ -182,21 +182,19 @@ class RedisLock(LeasedLock):
         timeout: float | None = None,
         renew: bool = True,
         on_lost: OnLost = "cancel",
-        min_replicas: int = 0,
         tokens: Callable[[], Awaitable[int]] | None = None,
         clock: Clock = elapsed,
     ) -> None:
-        if min_replicas < 0:
-            raise ValueError(f"min_replicas={min_replicas}: 0 asks for no confirmation")
         key = f"distsys:lock:{{{hash_tag(check_text('name', name, EXAMPLE))}}}"
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
-        self.redis, self.min_replicas, self.tokens = async_client(redis), min_replicas, tokens
+        self.redis = async_client(redis)
+        self.tokens = tokens
 
     async def explain(self) -> LockState:
-        """Who holds the lock, from where, for how long, and how many wait."""
-        owner, left, token, waiting, now = await self._run(_EXPLAIN)
+        """Return who holds the lock, from where, for how long, and how many wait."""
+        owner, left_ms, token, waiting, now = await self._run(_EXPLAIN)
         owner = _text(owner)
-        host, pid = owner.split("|")[:2] if owner.count("|") == 2 else (None, None)  # else not one of ours wrote it
+        host, pid = owner.split("|")[:2] if owner.count("|") == 2 else (None, None)  # else another program wrote it
         return LockState(
             name=self.name,
             owner=owner or None,
@@ -204,19 +202,19 @@ class RedisLock(LeasedLock):
             pid=int(pid) if pid else None,
             token=int(token) if token else None,
             held_for=max(0.0, (now - int(token)) / 1e6) if owner and token else 0.0,
-            remaining=max(0.0, left / 1000),
+            remaining=max(0.0, left_ms / 1000),
             waiting=waiting,
         )
 
     async def force_release(self) -> str | None:
-        """Takes the lock from whoever holds it and hands it on; the owner it was taken from, None if it was free.
+        """Take the lock from its holder, hand it to the next waiter, and return that holder; None if it was free.
 
         The holder learns of it at its next renewal and may still write until then: only a fence stops that.
         """
         owner = (await self.explain()).owner
-        return owner if owner and await self._run(_LEAVE, owner, "", "") == 1 else None
+        return owner if owner and await self._run(_RELEASE_OR_DEQUEUE, owner, "", "") else None
 
-    # ---- acquire: ask; if it is taken, queue, sleep until woken, ask again
+    # ---- acquire: ask; if it is taken, queue, block until woken, ask again
 
     async def _acquire(self, timeout: float | None, *, body: bool) -> Lease:
         self._refuse_reentry()
@@ -228,9 +226,9 @@ class RedisLock(LeasedLock):
             else:
                 await self._obtain(attempt, wait=timeout is None)
         except BaseException as error:
-            # Cancelled, timed out, disconnected: whether the last request was granted is unknown, so it is taken back.
-            undo = in_background(self._run(_LEAVE, attempt.owner, "", "1"), f"undoing an acquire of {self.name!r}")
-            await asyncio.wait({undo}, timeout=UNDO_WAIT)
+            # Cancelled, timed out or disconnected: the last request may have been granted, so release it.
+            release = self._run(_RELEASE_OR_DEQUEUE, attempt.owner, "", "1")
+            await asyncio.wait({in_background(release, f"undoing an acquire of {self.name!r}")}, timeout=UNDO_SECONDS)
             if timeout and isinstance(error, TimeoutError):
                 raise self._refused(attempt, timeout) from None
             raise
@@ -242,36 +240,41 @@ class RedisLock(LeasedLock):
             token=attempt.token,
             asked_at=attempt.asked_at,
             extend=lambda lease, ttl: self._run(EXTEND, lease.owner, milliseconds(ttl)),
-            release=lambda lease: self._leave(lease, attempt.stamp),
+            release=lambda lease: self._release(lease, attempt.server_token),
             body=body,
         )
-        return self._keep(lease)
+        return self._add_hold(lease)
 
     async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
-        """Fills in the attempt's token; without `wait` it may come back without one."""
-        slots = self._slots()
-        queued = wait and not slots.locked()
-        if await self._granted(attempt, queue=queued):
+        """Fill in the attempt's token. Without `wait` it may stay 0."""
+        permits = self._block_permits()
+        queued = wait and not permits.locked()
+        if await self._request(attempt, queue=queued):
             return
         if not wait and attempt.holder == attempt.owner:
-            raise self._refused(attempt, 0.0)  # granted too late to be of use, and given back
+            raise self._refused(attempt, 0.0)  # granted too late to be of use: the caller releases it
         if not wait:
             return
-        async with slots:
+        async with permits:
             granted = False
             while not granted:
-                # Until the lock is handed to us, the present lease ends, or it is time for a sign of life.
-                longest = min(SLICE, self.ttl / 3, (options(self.redis).get("socket_timeout") or math.inf) / 2)
+                # Block until the lock is handed to us, the present lease ends, or a heartbeat is due.
+                socket_timeout = options(self.redis).get("socket_timeout") or math.inf
+                longest = min(MAX_BLOCK_SECONDS, self.ttl / 3, socket_timeout / 2)
                 block = max(0.01, min(longest, attempt.left + 0.001)) if queued else 0.0
-                granted, queued = await self._granted(attempt, queue=True, block=block), True
+                granted = await self._request(attempt, queue=True, block=block)
+                queued = True
 
-    async def _granted(self, attempt: _Attempt, *, queue: bool, block: float = 0.0) -> bool:
-        attempt.asked_at = self.clock()  # from here the lease counts, though what is blocked is granted later
+    async def _request(self, attempt: _Attempt, *, queue: bool, block: float = 0.0) -> bool:
+        """Ask once and record the answer. Return True when the lock was granted with enough time left."""
+        attempt.asked_at = self.clock()  # the lease counts from here, though a blocked request is granted later
         answer = await self._ask(attempt.owner, queue, block)
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
-        attempt.stamp, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
+        attempt.server_token = token
+        attempt.left = left_ms / 1000
+        attempt.holder = _text(holder)
         if token and self.tokens is not None:
-            # Drawn after the grant it may come too late. If the lease still stands now, every later holder draws later.
+            # The draw may outlast the lease. If the lease still stands afterwards, every later holder draws later.
             drawn = await self.tokens()
             token = drawn if await self._run(EXTEND, attempt.owner, milliseconds(self.ttl)) == 1 else 0
         if token and self.clock() < local_deadline(attempt.asked_at, self.ttl):
@@ -279,37 +282,27 @@ class RedisLock(LeasedLock):
         return attempt.token > 0
 
     async def _ask(self, owner: str, queue: bool, block: float = 0.0) -> Any:
-        """Asks at once; or lets the server wait for our wake-up and ask then, without a turn through the client."""
+        """Send the request at once; or let the server block for our wake-up first, in the same round trip."""
         args = (owner, milliseconds(self.ttl), *(() if queue else ("once",)))
-        if not block and not self.min_replicas:
-            return await self._run(_ASK, *args)
+        if not block:
+            return await self._run(_ACQUIRE_OR_ENQUEUE, *args)
         async with self.redis.pipeline(transaction=False) as pipe:
-            if block:
-                pipe.blpop([f"{self._key}:wake:{owner}"], timeout=block)
-            pipe.eval(_ASK.text, 1, self._key, *args)
-            if self.min_replicas:  # WAIT speaks for the writes of its own connection
-                pipe.execute_command("WAIT", self.min_replicas, milliseconds(self.ttl / 10))
-            replies = await heard(pipe.execute())
-        answer, confirmed = replies[-2:] if self.min_replicas else (replies[-1], 0)
-        if not isinstance(answer, list) and confirmed < self.min_replicas:
-            raise LockNotAcquired(
-                f"{self.name!r}: {confirmed} of min_replicas={self.min_replicas} replicas confirmed the grant",
-                name=self.name,
-                confirmed=confirmed,
-            )
+            pipe.blpop([f"{self._key}:wake:{owner}"], timeout=block)
+            pipe.eval(_ACQUIRE_OR_ENQUEUE.text, 1, self._key, *args)
+            _, answer = await heard(pipe.execute())
         return answer
 
-    def _slots(self) -> asyncio.Semaphore:
-        """At most half of the pool's connections wait at the server, so that a holder finds one to release with."""
+    def _block_permits(self) -> asyncio.Semaphore:
+        """Return the permits to block at the server: half of the pool's connections, so that a holder can release."""
         pool, loop = getattr(self.redis, "connection_pool", self.redis), asyncio.get_running_loop()
-        known = _waiting_slots.get(pool)
+        known = _permits_of.get(pool)
         if known is None or known[0] is not loop:
             size = getattr(pool, "max_connections", 100)
             if size < 2 or getattr(self.redis, "single_connection_client", False):
                 raise ValueError(
                     "a client with one connection can't wait: a waiter occupies one, a holder needs another"
                 )
-            known = _waiting_slots[pool] = loop, asyncio.Semaphore(size // 2)
+            known = _permits_of[pool] = loop, asyncio.Semaphore(size // 2)
         return known[1]
 
     def _refused(self, attempt: _Attempt, waited: float) -> LockNotAcquired:
@@ -317,12 +310,10 @@ class RedisLock(LeasedLock):
         message = f"{self.name!r} was not obtained in {waited:g} s{by}"
         return LockNotAcquired(message, name=self.name, waited=waited, holder=attempt.holder)
 
-    # ---- what is said to the server
+    # ---- what is sent to the server
 
-    async def _leave(self, lease: Lease, stamp: int) -> bool:
-        answer = await self._run(_LEAVE, lease.owner, stamp)
-        # 2 inside the lease's own time: the client retried a release whose reply was lost. Nobody came between.
-        return answer == 1 or (answer == 2 and lease.covered)
+    def _release(self, lease: Lease, server_token: int) -> Awaitable[bool]:
+        return self._run(_RELEASE_OR_DEQUEUE, lease.owner, server_token if lease.within_ttl else "", "")
 
     def _run(self, script: Script, *args: Any) -> Awaitable[Any]:
         return script.run(self.redis, [self._key], *args)

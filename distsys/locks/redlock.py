@@ -2,10 +2,9 @@
 
 Promise  one holder per name while a majority of the nodes keeps its data and clocks run at about the same rate;
          a minority that is dead, hung or refusing delays nobody by more than `node_timeout`.
-Not      a source of fencing tokens: owners are random, and no order of grants exists that a majority has agreed on (a
-         counter on each node would need consensus). Not safe when a node restarts empty inside a lease: keep such a
-         node down for one TTL, or fsync every grant. Not safe when the clocks of a majority leap forward. Not fair:
-         after a split vote, chance decides.
+Not      a source of fencing tokens: a majority agrees on no order of the grants (a counter on each node would need
+         consensus). Not safe when a node restarts empty inside a lease: keep such a node down for one TTL, or fsync
+         every grant. Not safe when the clocks of a majority leap forward. Not fair: after a split vote, chance decides.
 Units    seconds, float.
 Errors   LockNotAcquired (granted, needed, errors) after `timeout`; LockLost when the lease ended under the body.
 Source   redis.io "The Redlock algorithm"; Kleppmann 2016 "How to do distributed locking"; antirez 2016 "Is Redlock
@@ -26,24 +25,28 @@ from distsys._support.clock import Clock, elapsed
 from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
 from distsys.locks.hold import EXAMPLE
-from distsys.locks.lease import UNDO_WAIT, Lease, LeasedLock, OnLost, local_deadline
+from distsys.locks.lease import UNDO_SECONDS, Lease, LeasedLock, OnLost, local_deadline
 from distsys.locks.redis_lock import EXTEND
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-# KEYS[1] - the lock's key on one node      ARGV[1] - owner
-# ARGV[2] - ttl in ms; of _FREE "1" when a grant may still be on its way, which is then refused when it arrives
-# Each returns 1 for yes and 0 for no. To ask again is safe: the owner decides.
+_Question = Callable[..., Coroutine[Any, Any, bool]]  # asked of one node
+
+# KEYS[1] - the lock's key on one node      ARGV[1] - owner      ARGV[2] - ttl in ms
+# Returns 1 if the node grants it, also to an owner that holds it already: asking again is safe; else 0.
 _GRANT = Script("""
-if redis.call('EXISTS', KEYS[1] .. ':gone:' .. ARGV[1]) == 1 then return 0 end
+if redis.call('EXISTS', KEYS[1] .. ':tombstone:' .. ARGV[1]) == 1 then return 0 end
 local holder = redis.call('GET', KEYS[1])
 if holder then return holder == ARGV[1] and 1 or 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)
-_FREE = Script("""
-if ARGV[2] == '1' then redis.call('SET', KEYS[1] .. ':gone:' .. ARGV[1], 1, 'PX', 60000) end
+
+# KEYS and ARGV[1] as above      ARGV[2] - "1" when a grant may still be on its way: it is refused when it arrives
+# Returns 1 if the lock was ours on this node, else 0.
+_RELEASE = Script("""
+if ARGV[2] == '1' then redis.call('SET', KEYS[1] .. ':tombstone:' .. ARGV[1], 1, 'PX', 60000) end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """)
@@ -53,9 +56,9 @@ class Redlock(LeasedLock):
     """`async with Redlock([node1, node2, node3], "report:daily", ttl=10) as lease: ...`
 
     clients       at least 3 clients of independent nodes (no replicas of each other); an odd number is best
-    node_timeout  how long one node may take, far below the ttl; default ttl/50, at least 0.05 s and at most 0.5 s
-    timeout       how long to try: None for ever, 0 one round
-    retry_delay   mean pause after a lost round, drawn at random so that rivals fall out of step
+    node_timeout  seconds that one node may take, far below the ttl; default ttl/50, at least 0.05 s and at most 0.5 s
+    timeout       seconds to try: None tries for ever, 0 is one round
+    retry_delay   mean seconds of the pause after a failed round, drawn at random so that rivals fall out of step
     renew, on_lost  as in RedisLock
     """
 
@@ -76,63 +79,67 @@ class Redlock(LeasedLock):
         self.clients = tuple(async_client(client) for client in clients)
         if len(self.clients) < 3:
             raise ValueError(f"{len(self.clients)} client(s): a majority that survives a loss needs at least 3 nodes")
-        if len({_node(client) for client in self.clients}) < len(self.clients):
-            raise ValueError("the same node stands twice in clients: its vote would count twice")
+        if len({_address(client) for client in self.clients}) < len(self.clients):
+            raise ValueError("clients names the same node twice: its vote would count twice")
         key = f"distsys:redlock:{{{hash_tag(check_text('name', name, EXAMPLE))}}}"
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
         self.node_timeout = min(0.5, max(0.05, ttl / 50)) if node_timeout is None else node_timeout
         if not 0 < self.node_timeout < ttl / 2:
             raise ValueError(
-                f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, else a dead node eats the lease"
+                f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, or a dead node uses up the lease"
             )
-        self.quorum, self._nodes = len(self.clients) // 2 + 1, range(len(self.clients))
         if not retry_delay >= 0:
             raise ValueError(f"retry_delay={retry_delay}: a pause is not negative")
-        self.retry_delay, self.rng = retry_delay, rng or random.Random()
+        self.quorum = len(self.clients) // 2 + 1
+        self.retry_delay = retry_delay
+        self.rng = rng or random.Random()
 
     async def _acquire(self, timeout: float | None, *, body: bool) -> Lease:
         self._refuse_reentry()
         give_up = None if timeout is None else self.clock() + timeout
         while True:
             owner, asked_at = os.urandom(16).hex(), self.clock()
-            votes = self._ask(self._run, _GRANT, owner, milliseconds(self.ttl))
+            grants = self._ask_all(self._run, _GRANT, owner, milliseconds(self.ttl))
             try:
-                await votes.decided
+                await grants.decided
             except BaseException:
-                await self._take_back(owner, votes)
+                await self._release_all(owner, grants)
                 raise
             too_late = self.clock() >= local_deadline(asked_at, self.ttl)
-            if votes.yes >= self.quorum and not too_late:
-                return self._keep(self._lease(owner, votes, asked_at, body=body))
-            await self._take_back(owner, votes)
+            if grants.yes >= self.quorum and not too_late:
+                return self._add_hold(self._lease(owner, grants, asked_at, body=body))
+            await self._release_all(owner, grants)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
                 raise LockNotAcquired(
-                    f"{self.name!r}: {votes.yes} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
+                    f"{self.name!r}: {grants.yes} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
                     + (f", and too late for ttl={self.ttl:g}" if too_late else "")
-                    + (f"; {votes.errors[0]!r}" if votes.errors else ""),
+                    + (f"; {grants.errors[0]!r}" if grants.errors else ""),
                     name=self.name,
-                    granted=votes.yes,
+                    granted=grants.yes,
                     needed=self.quorum,
-                    errors=votes.errors,
+                    errors=grants.errors,
                 )
             await asyncio.sleep(pause)
 
-    async def _take_back(self, owner: str, grants: _Votes) -> None:
-        """Nothing of a lost round may stand in the way of others; slow nodes are left to the background."""
-        undo = asyncio.gather(*(self._undo(node, owner, grants) for node in self._nodes), return_exceptions=True)
+    async def _release_all(self, owner: str, grants: _Votes) -> None:
+        """Release every grant of a failed round; slow nodes are left to the background."""
+        nodes = range(len(self.clients))
+        released = asyncio.gather(
+            *(self._release_after_round(node, owner, grants) for node in nodes), return_exceptions=True
+        )
         # A node that can't be reached keeps what it granted until its TTL; its error is among the votes.
-        await asyncio.wait({in_background(undo, f"taking back {self.name!r}")}, timeout=self.node_timeout)
+        await asyncio.wait({in_background(released, f"releasing {self.name!r}")}, timeout=self.node_timeout)
 
-    async def _undo(self, node: int, owner: str, grants: _Votes) -> None:
+    async def _release_after_round(self, node: int, owner: str, grants: _Votes) -> None:
         await grants.answered(node)
         if grants.answers[node] is not False:
-            async with asyncio.timeout(UNDO_WAIT):
-                await self._free(node, owner, grants)
+            async with asyncio.timeout(UNDO_SECONDS):
+                await self._release_on(node, owner, grants)
 
-    async def _free(self, node: int, owner: str, grants: _Votes) -> bool:
+    async def _release_on(self, node: int, owner: str, grants: _Votes) -> bool:
         await grants.answered(node)  # or the grant might come after its release
-        return await self._run(node, _FREE, owner, "" if isinstance(grants.answers[node], bool) else "1")
+        return await self._run(node, _RELEASE, owner, "" if isinstance(grants.answers[node], bool) else "1")
 
     def _lease(self, owner: str, grants: _Votes, asked_at: float, *, body: bool) -> Lease:
         return Lease(
@@ -140,34 +147,36 @@ class Redlock(LeasedLock):
             owner=owner,
             token=None,
             asked_at=asked_at,
-            extend=lambda _, ttl: self._ours(self._run, EXTEND, owner, milliseconds(ttl)),
-            release=lambda _: self._ours(self._free, owner, grants),
+            extend=lambda _, ttl: self._majority_confirms(self._run, EXTEND, owner, milliseconds(ttl)),
+            release=lambda _: self._majority_confirms(self._release_on, owner, grants),
             body=body,
         )
 
-    async def _ours(self, *question: Any) -> bool:
-        """Whether a majority held it for us. Silent nodes may: then it is an error, and the lease's time decides."""
-        votes = self._ask(*question)
+    async def _majority_confirms(self, ask: _Question, *args: Any) -> bool:
+        """Ask all nodes whether the lock was ours. Raise a silent node's error if the silent ones could decide it."""
+        votes = self._ask_all(ask, *args)
         await votes.decided
         if votes.yes < self.quorum and votes.no <= len(self.clients) - self.quorum:
             raise votes.errors[0]
         return votes.yes >= self.quorum
 
-    def _ask(self, ask: Callable[..., Coroutine[Any, Any, bool]], *args: Any) -> _Votes:
-        return _Votes((ask(node, *args) for node in self._nodes), quorum=self.quorum, timeout=self.node_timeout)
+    def _ask_all(self, ask: _Question, *args: Any) -> _Votes:
+        asked = (ask(node, *args) for node in range(len(self.clients)))
+        return _Votes(asked, quorum=self.quorum, timeout=self.node_timeout)
 
     async def _run(self, node: int, script: Script, *args: Any) -> bool:
         return bool(await script.run(self.clients[node], [self._key], *args))
 
 
 class _Votes:
-    """What all nodes, asked at once, answer. `decided` by a majority for it, or as soon as there can be none."""
+    """Answers of all nodes, asked at once. `decided` is done with a majority of yes, or when there can be none."""
 
     def __init__(self, asked: Iterable[Coroutine[Any, Any, bool]], *, quorum: int, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         self.decided: asyncio.Future[None] = loop.create_future()
-        self._quorum, self._timeout = quorum, timeout
-        self._tasks = [loop.create_task(one) for one in asked]
+        self._quorum = quorum
+        self._timeout = timeout
+        self._tasks = [loop.create_task(question) for question in asked]
         self.answers: list[bool | BaseException | None] = [None] * len(self._tasks)
         self._timer = loop.call_later(timeout, self._time_out)
         for task in self._tasks:
@@ -186,7 +195,7 @@ class _Votes:
         return [answer for answer in self.answers if isinstance(answer, BaseException)]
 
     async def answered(self, node: int) -> None:
-        """Waits for one node's answer, at most until the node timeout."""
+        """Wait for one node's answer, at most until the node timeout."""
         if self.answers[node] is None:
             await asyncio.wait({self._tasks[node]}, timeout=self._timeout)
 
@@ -210,7 +219,7 @@ class _Votes:
             self.decided.set_result(None)
 
 
-def _node(client: Redis) -> object:
-    """Where a client's node is, as far as the client tells."""
-    where = tuple(map(options(client).get, ("path", "host", "port")))
-    return where if any(where) else id(client)
+def _address(client: Redis) -> object:
+    """Return where a client's node is, as far as the client tells."""
+    address = tuple(map(options(client).get, ("path", "host", "port")))
+    return address if any(address) else id(client)
