@@ -26,7 +26,7 @@ from distsys.errors import Indeterminate, LockDeadlock, LockLost, LockNotAcquire
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server, Servers, ServerUnavailable
 from distsys.locks.advisory_keys import held_advisory_locks, lock_id, lock_key
-from distsys.locks.advisory_lock import AdvisoryLock, Hold, advisory_locks
+from distsys.locks.advisory_lock import AdvisoryLock, ConnectionHold, advisory_locks
 
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
 INT4, INT8 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
@@ -1222,11 +1222,11 @@ async def test_a_busy_connection_works_as_ever_under_the_watch(connect: Connect)
         assert [await cursor.fetchone() for cursor in cursors] == [(n,) for n in range(50)]
 
 
-def spy(monkeypatch: pytest.MonkeyPatch) -> list[Hold]:
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[ConnectionHold]:
     """Counts how often the watch is woken."""
-    reads: list[Hold] = []
-    real = Hold._readable
-    monkeypatch.setattr(Hold, "_readable", lambda hold: (reads.append(hold), real(hold)))
+    reads: list[ConnectionHold] = []
+    real = ConnectionHold._on_readable
+    monkeypatch.setattr(ConnectionHold, "_on_readable", lambda hold: (reads.append(hold), real(hold)))
     return reads
 
 

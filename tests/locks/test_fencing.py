@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -24,6 +25,7 @@ from redis.exceptions import ResponseError
 from distsys.errors import LockLost, Rejected, StaleToken
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server
+from distsys.locks import fencing
 from distsys.locks.fencing import (
     check_token,
     current_token,
@@ -37,12 +39,15 @@ from distsys.locks.fencing import (
 )
 from distsys.locks.redis_lock import RedisLock
 from distsys.schema import ensure_schema
+from tests.bugs import edited, kills, replaced
+from tests.locks.broken import outermost_token, token_without_check
 
 Redis = redis.asyncio.Redis
 Connect = Callable[..., Awaitable[AsyncConnection[Any]]]
 TOKENS = st.lists(st.integers(1, 9) | st.integers(2**53 - 3, 2**53 - 1), min_size=1, max_size=12)
 many = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 _numbers = itertools.count()
+THIS_MODULE = sys.modules[__name__]
 
 
 @pytest.fixture
@@ -83,6 +88,17 @@ async def blocked(conn: AsyncConnection[Any]) -> None:
 # ---- Redis
 
 
+@kills("the token is not remembered", edited(fencing, "_SET", "redis.call('SET', KEYS[2], ARGV[2])", ""))
+@kills(
+    "written, and then refused",
+    edited(
+        fencing,
+        "_SET",
+        "if newest > tonumber(ARGV[2]) then return newest end",
+        "redis.call('SET', KEYS[1], ARGV[1])if newest > tonumber(ARGV[2]) then return newest end",
+    ),
+)
+@kills("nothing is refused", edited(fencing, "_SET", "if newest > tonumber(ARGV[2]) then return newest end", ""))
 async def test_an_older_token_is_refused_and_nothing_is_written(redis: Redis) -> None:
     """StaleToken says what was expected and what came; the value and the guard are as before."""
     await fenced_set(redis, "balance", 90, token=34)
@@ -94,6 +110,15 @@ async def test_an_older_token_is_refused_and_nothing_is_written(redis: Redis) ->
     assert await redis.get(guard_key("balance")) == b"34"
 
 
+@kills(
+    "an equal token is refused",
+    edited(
+        fencing,
+        "_SET",
+        "if newest > tonumber(ARGV[2]) then return newest end",
+        "if newest >= tonumber(ARGV[2]) then return newest end",
+    ),
+)
 async def test_an_equal_token_is_the_same_holder_writing_again(redis: Redis) -> None:
     """As often as it likes; a newer one takes over at once."""
     for value in (1, 2, 3):
@@ -118,6 +143,15 @@ async def test_for_any_order_of_writes_accepted_tokens_never_decrease(redis: Red
         assert await redis.get(key) == str(newest).encode()
 
 
+@kills(
+    "tokens compared as text",
+    edited(
+        fencing,
+        "_SET",
+        "if newest > tonumber(ARGV[2]) then return newest end",
+        "if tostring(redis.call('GET', KEYS[2]) or '') > ARGV[2] then return newest end",
+    ),
+)
 async def test_of_writers_at_once_the_newest_remains(redis: Redis) -> None:
     """Fifty writers in any order: the value and the guard are the newest one's."""
     tokens = random.Random(1).sample(range(1, 51), 50)
@@ -129,6 +163,7 @@ async def test_of_writers_at_once_the_newest_remains(redis: Redis) -> None:
     assert await redis.mget("crowd", guard_key("crowd")) == [b"50", b"50"]
 
 
+@kills("a read shows no token", edited(fencing, "_GET", "redis.call('SET', KEYS[2], ARGV[1])", ""))
 async def test_a_read_that_shows_its_token_shuts_out_older_writes(redis: Redis) -> None:
     """The predecessor's late write can't come between the successor's read and its write."""
     await fenced_set(redis, "read", "first", token=1)
@@ -139,6 +174,9 @@ async def test_a_read_that_shows_its_token_shuts_out_older_writes(redis: Redis) 
     await fenced_set(redis, "read", "second", token=2)
 
 
+@kills(
+    "any token may read", edited(fencing, "_GET", "if newest > tonumber(ARGV[1]) then return {newest, false} end", "")
+)
 async def test_an_older_token_may_not_read(redis: Redis) -> None:
     """What it computed from the answer would be refused anyway; a key that is not there is None, and fenced as well."""
     assert await fenced_get(redis, "nothing", token=5) is None
@@ -162,6 +200,12 @@ async def test_a_holder_forgotten_by_the_server_can_t_overwrite_its_successor(re
     await second.release()
 
 
+@kills(
+    "the guard expires with the value",
+    edited(
+        fencing, "_SET", "redis.call('SET', KEYS[2], ARGV[2])", "redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])"
+    ),
+)
 async def test_a_ttl_ends_the_value_and_not_its_guard(redis: Redis) -> None:
     """What has expired is still fenced; a later write without a ttl stays for good."""
     await fenced_set(redis, "session", "x", token=5, ttl=60)
@@ -214,6 +258,7 @@ async def test_a_blocking_client_is_refused_before_it_writes(redis: Redis, redis
 # ---- the guard's key
 
 
+@kills("the guard in any slot", replaced(THIS_MODULE, "guard_key", lambda key: f"{key}:fence"))
 @given(st.text(max_size=20) | st.text("{}ab", max_size=8))
 def test_the_guard_shares_the_cluster_slot_of_its_key(key: str) -> None:
     """Whatever the braces; where no key could, it is an error that says so."""
@@ -228,6 +273,10 @@ def test_the_guard_shares_the_cluster_slot_of_its_key(key: str) -> None:
 
 
 @example(["a", "{a}"])
+@kills(
+    "two keys, one guard",
+    replaced(THIS_MODULE, "guard_key", lambda key: f"{key}:fence" if "{" in key else f"{{{key}}}:fence"),
+)
 @given(st.lists(st.text("{}a:f=", min_size=1, max_size=6), min_size=2, max_size=2, unique=True))
 def test_no_two_keys_share_a_guard(keys: list[str]) -> None:
     """`a` and `{a}` are two resources, whose tokens don't compare."""
@@ -279,6 +328,13 @@ async def test_any_other_text_is_a_key(redis: Redis) -> None:
 # ---- PostgreSQL: the guard table
 
 
+@kills(
+    "the guard keeps its first token", edited(fencing, "fence", "SET token = excluded.token", "SET token = guard.token")
+)
+@kills("the guard admits every token", edited(fencing, "fence", " WHERE guard.token <= excluded.token", ""))
+@kills(
+    "the guard refuses an equal token", edited(fencing, "fence", "guard.token <= excluded", "guard.token < excluded")
+)
 async def test_the_guard_table_admits_newer_tokens_and_refuses_older_ones(conn: AsyncConnection[Any]) -> None:
     """Equal ones too; StaleToken carries both, and each resource has its own."""
     for token in (5, 5, 8):
@@ -418,6 +474,11 @@ async def test_the_guard_answers_in_a_pipeline_too(connect: Connect) -> None:
 # ---- PostgreSQL: the token in the row
 
 
+@kills("an update leaves the token as it was", edited(fencing, "fenced_update", ", {column} = {token}", ""))
+@kills(
+    "an update does not look at the token",
+    edited(fencing, "fenced_update", " AND {token} >= (SELECT token FROM newest)", ""),
+)
 async def test_an_update_writes_the_token_beside_the_values(conn: AsyncConnection[Any]) -> None:
     """A row that has none yet accepts any; an older one is refused and changes nothing."""
     assert await fenced_update(conn, "accounts", {"balance": 90}, where={"name": "a"}, token=34) == 1
@@ -429,6 +490,10 @@ async def test_an_update_writes_the_token_beside_the_values(conn: AsyncConnectio
     assert await rows(conn, "SELECT * FROM accounts ORDER BY 1") == [("a", 80, 34), ("b", 0, None)]
 
 
+@kills("the oldest of several rows decides", edited(fencing, "fenced_update", "max(token)", "min(token)"))
+@kills(
+    "an update is refused an equal token", edited(fencing, "fenced_update", "{token} >= (SELECT", "{token} > (SELECT")
+)
 async def test_several_rows_are_all_written_or_none(conn: AsyncConnection[Any]) -> None:
     """One row with a newer token holds back the others."""
     await fenced_update(conn, "accounts", {"balance": 1}, where={"name": "a"}, token=9)
@@ -478,6 +543,9 @@ async def test_for_any_order_of_updates_accepted_tokens_never_decrease(
         assert found == [(newest % 100, newest)]
 
 
+@kills(
+    "the token is read without a lock on its row", edited(fencing, "fenced_update", "FOR UPDATE", ""), first=2, second=1
+)
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 2)])
 async def test_updates_that_race_for_a_row_are_decided_by_its_newest_version(
     connect: Connect, first: int, second: int
@@ -511,6 +579,15 @@ async def test_a_row_that_is_gone_when_the_wait_ends_is_a_missing_row(connect: C
         await task
 
 
+@kills(
+    "rows are found again by their place",
+    edited(
+        fencing,
+        "fenced_update",
+        "WHERE {rows} AND {token}",
+        "WHERE ctid IN (SELECT ctid FROM {table} WHERE {rows}) AND {token}",
+    ),
+)
 async def test_a_partitioned_table_is_updated_where_the_condition_holds_and_nowhere_else(
     conn: AsyncConnection[Any],
 ) -> None:
@@ -653,6 +730,7 @@ async def test_without_the_schema_the_error_names_what_is_missing(pg_pool: Async
 # ---- the token of the lease around
 
 
+@kills("the outermost token", replaced(THIS_MODULE, "current_token", outermost_token))
 async def test_nested_code_finds_the_token_of_the_lease_around_it(redis: Redis) -> None:
     """The innermost, or by the lock's name; in child tasks too; not outside, and not another lock's."""
     async with RedisLock(redis, "outer") as outer, RedisLock(redis, "inner") as inner:
@@ -670,6 +748,7 @@ async def test_nested_code_finds_the_token_of_the_lease_around_it(redis: Redis) 
         current_token()
 
 
+@kills("the token of a released lease", replaced(THIS_MODULE, "current_token", token_without_check))
 async def test_a_task_that_outlives_the_lease_gets_no_token(redis: Redis) -> None:
     """It inherited the lease, which has been released since: its writes are no longer guarded."""
     released = asyncio.Event()
@@ -686,11 +765,12 @@ async def test_a_task_that_outlives_the_lease_gets_no_token(redis: Redis) -> Non
         await task
 
 
+@kills("the token of a lost lease", replaced(THIS_MODULE, "current_token", token_without_check))
 async def test_a_lost_lease_gives_no_token(redis: Redis) -> None:
     """Not even the one of a lock around it, whose tokens don't compare with its own."""
     async with RedisLock(redis, "around"):
         lease = await RedisLock(redis, "lost").acquire()
-        lease.lose("was lost")
+        lease.mark_lost("was lost")
         with pytest.raises(LockLost, match="was lost"):
             current_token()
         assert current_token("around") > 0

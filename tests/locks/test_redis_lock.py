@@ -14,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
+from distsys._support.redis import Script
 from distsys.errors import LockLost, LockNotAcquired
 from distsys.lab.testbed.proxy import TcpProxy
-from distsys.lab.testbed.servers import Server, Servers
+from distsys.lab.testbed.servers import Server
+from distsys.locks import redis_lock
 from distsys.locks.fencing import current_token
 from distsys.locks.lease import Lease
-from distsys.locks.redis_lock import _LEAVE, CLAIM_MS, RedisLock
+from distsys.locks.redis_lock import _ACQUIRE_OR_ENQUEUE, _RELEASE_OR_DEQUEUE, EXTEND, RESERVATION_MS, RedisLock
+from tests.bugs import in_script, kills, replaced
+from tests.locks.broken import exit_without_error, never, released_at_once, run_without_look
 
 Redis = redis.asyncio.Redis
 
@@ -101,6 +105,7 @@ async def test_a_free_lock_costs_one_round_trip_each_way(redis: Redis) -> None:
     assert await calls(redis, "blpop") == 0
 
 
+@kills("the token a bare counter", in_script(_ACQUIRE_OR_ENQUEUE, "local token = now()", "local token = 1"))
 async def test_each_token_is_larger_than_every_earlier_one(redis: Redis) -> None:
     """Strictly, within one microsecond too, and also after the server lost all its data."""
     tokens = []
@@ -112,6 +117,11 @@ async def test_each_token_is_larger_than_every_earlier_one(redis: Redis) -> None
     assert tokens == sorted(set(tokens))
 
 
+@kills(
+    "the token not drawn anew",
+    in_script(_ACQUIRE_OR_ENQUEUE, "token = tonumber(newest) + 1", "token = tonumber(newest)"),
+)
+@kills("the token not remembered", in_script(_ACQUIRE_OR_ENQUEUE, "if newest and", "if false and"))
 async def test_a_token_never_decreases_when_the_servers_clock_stepped_back(redis: Redis) -> None:
     """The newest token is remembered: it counts on from there until the clock has caught up."""
     async with RedisLock(redis, "clock") as first:
@@ -122,6 +132,8 @@ async def test_a_token_never_decreases_when_the_servers_clock_stepped_back(redis
         assert later.token == ahead + 1
 
 
+@kills("granted to any owner", in_script(_ACQUIRE_OR_ENQUEUE, "if holder == me then", "if true then"))
+@kills("released before the body ran", replaced(RedisLock, "__aenter__", released_at_once))
 async def test_only_one_of_many_holds_it(redis: Redis) -> None:
     """Forty tasks, each reading and writing while the server names it the owner: no increment is lost."""
     await redis.set("counter", 0)
@@ -163,6 +175,10 @@ async def test_a_restarted_server_grants_again_with_a_larger_token(own_redis: Se
 # ---- waiting
 
 
+@kills(
+    "last come, first served",
+    in_script(_ACQUIRE_OR_ENQUEUE, "redis.call('RPUSH', queue, me)", "redis.call('LPUSH', queue, me)"),
+)
 async def test_waiters_are_served_first_come_first_served(redis: Redis) -> None:
     """Eight waiters queue one after the other and enter in that order."""
     lock, order = RedisLock(redis, "fifo"), []
@@ -189,6 +205,7 @@ async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
     assert (await lock.explain()).owner == "host|1|waiter"
 
 
+@kills("newcomers overtake the queue", in_script(_ACQUIRE_OR_ENQUEUE, "holder = next_waiter() or me", "holder = me"))
 async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -> None:
     """Nobody released it, so nobody was woken: whoever asks next hands it to the first in the queue."""
     lock = RedisLock(redis, "ran-out")
@@ -200,6 +217,14 @@ async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -
         await redis.delete("distsys:lock:{ran-out}")
 
 
+@kills(
+    "nobody is woken",
+    in_script(
+        _RELEASE_OR_DEQUEUE,
+        "if waiter then reserve(waiter) else redis.call('DEL', lock) end",
+        "redis.call('DEL', lock)",
+    ),
+)
 async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
     """A release wakes the first in the queue; the others sleep on, without asking the server."""
     lock = RedisLock(redis, "one", ttl=60)
@@ -209,12 +234,16 @@ async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
     assert await redis.keys("distsys:lock:{one}:wake:*") == [b"distsys:lock:{one}:wake:host|1|0"]
 
 
+@kills(
+    "the dead are served too",
+    in_script(_RELEASE_OR_DEQUEUE, "if alive_until and tonumber(alive_until) > now() then", "if true then"),
+)
 async def test_a_dead_waiter_is_skipped(redis: Redis) -> None:
     """A waiter that gave no sign of life in time is dropped at the next hand-over."""
     lock = RedisLock(redis, "dead")
     async with hold_in_another_task(lock):
         await lock._ask("host|1|dead", queue=True)
-        await redis.hset("distsys:lock:{dead}:seen", "host|1|dead", 1)
+        await redis.hset("distsys:lock:{dead}:heartbeats", "host|1|dead", 1)
         await lock._ask("host|1|alive", queue=True)
     assert (await lock.explain()).owner == "host|1|alive"
 
@@ -226,10 +255,11 @@ async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_claim_only
         await lock._ask("host|1|dead", queue=True)
         next_one = asyncio.create_task(RedisLock(redis, "just-died", ttl=3600).acquire())
         await waiting(lock, 2)
-    assert 0 < await redis.pttl("distsys:lock:{just-died}") <= CLAIM_MS
+    assert 0 < await redis.pttl("distsys:lock:{just-died}") <= RESERVATION_MS
     assert await (await next_one).release()
 
 
+@kills("the queue never cleaned", in_script(_RELEASE_OR_DEQUEUE, "redis.call('LREM', queue, 1, me)", ""))
 async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
     """It is not handed a lock that nobody would take up."""
     lock = RedisLock(redis, "leave")
@@ -243,6 +273,7 @@ async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
     assert (await lock.explain()).owner is None
 
 
+@kills("a swallowed cancellation is forgotten", replaced(redis_lock, "heard", lambda work: work))
 async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redis) -> None:
     """Python 3.11's asyncio.wait_for, which redis-py uses, can return a result instead of the CancelledError."""
 
@@ -271,6 +302,8 @@ async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redi
         assert (await lock.explain()).waiting == 0
 
 
+@kills("a cancellation swallowed by release is forgotten", replaced(Script, "run", run_without_look), call="release")
+@kills("a cancellation swallowed by extend is forgotten", replaced(Script, "run", run_without_look), call="extend")
 @pytest.mark.parametrize("call", ["release", "extend"])
 async def test_a_cancellation_that_the_client_swallowed_still_counts_for_a_lease(redis: Redis, call: str) -> None:
     """The work is done, and the task is cancelled all the same."""
@@ -300,7 +333,7 @@ async def test_a_lease_that_was_waited_for_counts_from_before_the_wait(
     redis_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server grants it at some time during the wait; only the time before is certainly not too late."""
-    monkeypatch.setattr("distsys.locks.redis_lock.SLICE", 60)
+    monkeypatch.setattr("distsys.locks.redis_lock.MAX_BLOCK_SECONDS", 60)
     now = 1000.0
     async with Redis.from_url(redis_server.url, socket_timeout=None) as redis:
         lock = RedisLock(redis, "waited-for", ttl=300)
@@ -363,6 +396,7 @@ async def test_timeout_zero_is_one_try(redis: Redis) -> None:
 # ---- keeping the lease, and losing it
 
 
+@kills("no renewal", replaced(Lease, "_renew_in_time", never))
 async def test_a_lease_is_renewed_while_the_body_runs(redis: Redis) -> None:
     """A body three times longer than the ttl keeps the lock."""
     await redis.config_resetstat()
@@ -376,6 +410,7 @@ async def test_a_lease_is_renewed_while_the_body_runs(redis: Redis) -> None:
         assert (await RedisLock(redis, "renewed").explain()).owner == lease.owner
 
 
+@kills("a loss is not told", replaced(Lease, "mark_lost", lambda *_: None))
 async def test_a_lease_taken_away_ends_the_body_with_lock_lost(redis: Redis) -> None:
     """The next renewal notices; the body is cancelled at its await, and LockLost comes out."""
     ended = []
@@ -423,6 +458,7 @@ async def test_a_hung_server_ends_the_lease_before_the_server_could(own_redis: S
             pass
 
 
+@kills("a lost lease masks the error of the body", replaced(Lease, "exit_body", exit_without_error))
 async def test_the_bodys_own_error_is_never_masked(redis: Redis) -> None:
     """It passes through; that the lock was lost as well is a note on it."""
     with pytest.raises(ZeroDivisionError) as raised:
@@ -462,7 +498,7 @@ async def test_a_cancellation_from_outside_stays_a_cancellation(redis: Redis) ->
             try:
                 await asyncio.Event().wait()
             finally:
-                lease.lose("in the same moment")
+                lease.mark_lost("in the same moment")
 
     task = asyncio.create_task(body())
     await entered.wait()
@@ -481,6 +517,7 @@ async def test_extend_starts_the_ttl_anew(redis: Redis) -> None:
         await lease.extend()
 
 
+@kills("no owner check on renewal", in_script(EXTEND, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", ""))
 async def test_a_lock_that_somebody_else_holds_by_now_is_not_extended(redis: Redis) -> None:
     """It would prolong the other's lease; it raises LockLost instead."""
     lease = await RedisLock(redis, "others").acquire()
@@ -549,10 +586,14 @@ async def test_a_release_cancelled_at_any_await_still_releases(redis: Redis, ste
     assert await lease.release()
 
 
+@kills(
+    "a request is granted after its owner gave up",
+    in_script(_ACQUIRE_OR_ENQUEUE, "if tombstone then return {0, 0, ''} end", ""),
+)
 async def test_a_request_that_arrives_after_its_cancellation_is_refused(redis: Redis) -> None:
     """The undoing leaves a mark: an acquire still on its way to the server is not granted to nobody."""
     lock = RedisLock(redis, "tomb")
-    await lock._run(_LEAVE, "host|1|late", "", "1")
+    await lock._run(_RELEASE_OR_DEQUEUE, "host|1|late", "", "1")
     token, _, _ = await lock._ask("host|1|late", queue=False)
     assert token == 0
     assert (await lock.explain()).owner is None
@@ -597,6 +638,7 @@ async def test_two_tasks_may_share_one_lock_object(redis: Redis) -> None:
     assert len({lease.owner for lease in leases}) == len({lease.token for lease in leases}) == 6
 
 
+@kills("a task waits for itself", replaced(RedisLock, "_refuse_reentry", lambda _: None))
 async def test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking(redis: Redis) -> None:
     """By another object of the same name too; another task may wait."""
     async with RedisLock(redis, "again"):
@@ -620,6 +662,16 @@ async def test_nested_code_finds_the_token_of_the_lease_it_runs_under(redis: Red
 # ---- looking at it
 
 
+@kills(
+    "granted without a TTL",
+    in_script(_ACQUIRE_OR_ENQUEUE, "redis.call('SET', lock, me, 'PX', ARGV[2])", "redis.call('SET', lock, me)"),
+)
+@kills(
+    "the ttl taken for seconds",
+    in_script(
+        _ACQUIRE_OR_ENQUEUE, "redis.call('SET', lock, me, 'PX', ARGV[2])", "redis.call('SET', lock, me, 'EX', ARGV[2])"
+    ),
+)
 async def test_explain_says_who_holds_the_lock_and_how_many_wait(redis: Redis) -> None:
     """Owner, host, pid, how long, how much longer, and the queue; nothing when it is free."""
     import os
@@ -645,6 +697,7 @@ async def test_explain_shows_an_owner_that_another_program_wrote(redis: Redis) -
     assert await RedisLock(redis, "foreign").force_release() == "somebody else's"
 
 
+@kills("no owner check on release", in_script(_RELEASE_OR_DEQUEUE, "if holder == me then", "if holder then"))
 async def test_force_release_hands_the_lock_on_and_the_holder_learns_of_it(redis: Redis) -> None:
     """Released from outside, the lock goes to the first waiter; a free lock answers None."""
     lock = RedisLock(redis, "force")
@@ -659,22 +712,6 @@ async def test_force_release_hands_the_lock_on_and_the_holder_learns_of_it(redis
 
 
 # ---- options
-
-
-async def test_min_replicas_gives_back_a_grant_that_no_replica_confirmed(redis: Redis) -> None:
-    """This server has no replica: nobody gets the lock, and nothing stays behind."""
-    with pytest.raises(LockNotAcquired, match="0 of min_replicas=1"):
-        await RedisLock(redis, "replicas", ttl=0.5, min_replicas=1).acquire()
-    assert (await RedisLock(redis, "replicas").explain()).owner is None
-
-
-async def test_min_replicas_grants_when_a_replica_confirmed(servers: Servers) -> None:
-    """With a live replica the lock is granted and stands on the replica too."""
-    primary = await servers.redis("primary")
-    replica = await servers.redis("replica", replica_of=primary)
-    async with Redis.from_url(primary.url) as client, Redis.from_url(replica.url) as copy:
-        async with RedisLock(client, "replicated", min_replicas=1) as lease:
-            assert await copy.get("distsys:lock:{replicated}") == lease.owner.encode()
 
 
 async def test_a_token_from_elsewhere_is_drawn_under_a_lease_that_still_stands(redis: Redis) -> None:
@@ -708,7 +745,7 @@ async def test_it_runs_on_a_cluster(redis_cluster: redis.asyncio.RedisCluster) -
 def test_all_keys_of_any_name_share_one_slot(name: str) -> None:
     """Braces, spaces and unicode included; two names never share keys."""
     key = RedisLock(Redis(), name)._key
-    named_after_it = [f"{key}:{part}" for part in ("fence", "queue", "seen", "wake:owner", "gone:owner")]
+    named_after_it = [f"{key}:{part}" for part in ("fence", "queue", "heartbeats", "wake:owner", "tombstone:owner")]
     assert len({key_slot(each.encode()) for each in (key, *named_after_it)}) == 1
     assert RedisLock(Redis(), name + "}")._key != key
 
@@ -726,7 +763,7 @@ async def test_any_text_is_a_name(redis: Redis, name: str) -> None:
         ({"name": ""}, ValueError, "is empty"),
         ({"name": b"bytes"}, TypeError, "is a bytes"),
         ({"name": None}, TypeError, "is a NoneType; give a str: 'payment:order-123'"),
-        ({"ttl": 0}, ValueError, "ttl=0: a lease lasts longer than 0 s"),
+        ({"ttl": 0}, ValueError, "ttl=0: a lease must last longer than the 2 ms"),
         ({"ttl": -1}, ValueError, "ttl=-1"),
         ({"ttl": float("nan")}, ValueError, "ttl=nan"),
         ({"ttl": 90_000}, ValueError, "longer than a day; it is in seconds"),
@@ -736,7 +773,6 @@ async def test_any_text_is_a_name(redis: Redis, name: str) -> None:
         ({"timeout": -1}, ValueError, "0 is one try, None waits for ever"),
         ({"timeout": "5"}, TypeError, "timeout='5'"),
         ({"on_lost": "ignore"}, ValueError, "'cancel' ends the body"),
-        ({"min_replicas": -1}, ValueError, "min_replicas=-1"),
         ({"redis": sync_redis.Redis()}, TypeError, "not an asyncio client"),
         ({"redis": None}, TypeError, "pass redis.asyncio.Redis"),
     ],

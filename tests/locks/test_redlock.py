@@ -20,8 +20,11 @@ from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server, Servers
 from distsys.locks import redlock as module
 from distsys.locks.fencing import current_token
+from distsys.locks.lease import Lease
 from distsys.locks.redis_lock import RedisLock
-from distsys.locks.redlock import _FREE, _GRANT, Redlock
+from distsys.locks.redlock import _GRANT, _RELEASE, EXTEND, Redlock, _Votes
+from tests.bugs import in_script, kills, replaced
+from tests.locks.broken import decide_when_all_have_answered, init_with_quorum_1, never, silence_is_a_no
 
 Redis = redis.asyncio.Redis
 KEY = "distsys:redlock:{%s}"
@@ -99,7 +102,7 @@ async def answers(node: Redis) -> bool:
 
 async def marks(node: Redis) -> list[bytes]:
     """What refuses grants that are still on their way."""
-    return [key async for key in node.scan_iter("*:gone:*")]
+    return [key async for key in node.scan_iter("*:tombstone:*")]
 
 
 async def occupy(nodes: list[Redis], name: str) -> None:
@@ -128,6 +131,18 @@ class Rounds(random.Random):
 # ---- granting
 
 
+@kills(
+    "the ttl taken for seconds",
+    in_script(
+        _GRANT,
+        "redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])",
+        "redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])",
+    ),
+)
+@kills(
+    "granted without a TTL",
+    in_script(_GRANT, "redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])", "redis.call('SET', KEYS[1], ARGV[1])"),
+)
 async def test_a_grant_stands_on_every_node_with_a_ttl_until_it_is_released(three: list[Redis]) -> None:
     """The same random owner everywhere; leaving frees all of them."""
     async with redlock(three, "everywhere", ttl=10, node_timeout=4) as lease:
@@ -156,6 +171,9 @@ async def test_only_one_of_many_holds_it(three: list[Redis]) -> None:
     assert int(await three[0].get("counter")) == 10
 
 
+@kills(
+    "no owner check on release", in_script(_RELEASE, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", "")
+)
 async def test_a_minority_in_other_hands_does_not_matter(nodes: list[Redis]) -> None:
     """Two of five nodes hold somebody else's grant: three votes are enough, and the others stay as they are."""
     await occupy(nodes[:2], "minority")
@@ -164,6 +182,9 @@ async def test_a_minority_in_other_hands_does_not_matter(nodes: list[Redis]) -> 
     assert await owners(nodes[:2], "minority") == ["somebody-else"] * 2
 
 
+@kills("a failed round keeps its grants", replaced(Redlock, "_release_all", never))
+@kills("one vote is enough", replaced(Redlock, "__init__", init_with_quorum_1))
+@kills("granted to any owner", in_script(_GRANT, "if holder then return holder == ARGV[1] and 1 or 0 end", ""))
 async def test_a_minority_of_grants_is_given_back_and_the_error_counts_them(three: list[Redis]) -> None:
     """LockNotAcquired carries granted, needed and errors; only the others' grants are left."""
     await occupy(three[:2], "lost-round")
@@ -183,6 +204,12 @@ async def test_who_refused_leaves_no_trace_on_the_nodes(three: list[Redis]) -> N
     assert [await node.dbsize() for node in three] == [1, 1, 1]
 
 
+@kills(
+    "the time it took does not count",
+    replaced(module, "local_deadline", lambda *_: float("inf")),
+    took=20.0,
+    granted=False,
+)
 @pytest.mark.parametrize(("took", "granted"), [(0.0, True), (9.89, True), (9.9, False), (20.0, False)])
 async def test_a_grant_with_too_little_validity_left_is_none(three: list[Redis], took: float, granted: bool) -> None:
     """Validity is ttl - elapsed - 1 % - 2 ms: of 10 s, 9.898 may pass. What came too late is taken back."""
@@ -240,6 +267,14 @@ async def test_scripts_that_the_nodes_forgot_are_brought_along(three: list[Redis
     await free(three, "scripts")
 
 
+@kills(
+    "a retry gains time",
+    in_script(
+        _GRANT,
+        "if holder then return holder == ARGV[1] and 1 or 0 end",
+        "if holder and holder ~= ARGV[1] then return 0 end",
+    ),
+)
 async def test_to_ask_again_is_the_same_grant(three: list[Redis]) -> None:
     """A client that retries after a lost reply is still the one that was granted, and gains no time by it."""
     lock, node = redlock(three, "again"), three[0]
@@ -283,6 +318,7 @@ async def failing(fault: str, servers: list[Server]) -> AsyncIterator[list[Redis
         await all_well(servers)
 
 
+@kills("all nodes are waited for", replaced(_Votes, "_decide", decide_when_all_have_answered), fault="hung", count=3)
 @pytest.mark.parametrize("fault", ["dead", "hung", "refusing"])
 @pytest.mark.parametrize("count", [3, 5])
 async def test_a_failing_minority_changes_nothing(
@@ -298,6 +334,7 @@ async def test_a_failing_minority_changes_nothing(
         await free(well, "ill")
 
 
+@kills("no node timeout", replaced(_Votes, "_time_out", lambda _: None), fault="hung")
 @pytest.mark.parametrize("fault", ["dead", "hung", "refusing"])
 async def test_a_failing_majority_is_an_error_that_names_the_cause(
     servers_5: list[Server], nodes: list[Redis], fault: str
@@ -317,7 +354,7 @@ async def test_grants_of_nodes_that_hung_are_taken_back_when_they_wake_up(
     servers_5: list[Server], three: list[Redis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The requests lay in their sockets; without the taking back nobody would get the lock for an hour."""
-    monkeypatch.setattr(module, "UNDO_WAIT", 30)
+    monkeypatch.setattr(module, "UNDO_SECONDS", 30)
     for node in three:
         await node.ping()
     for server in servers_5[:2]:
@@ -335,7 +372,7 @@ async def test_grants_that_arrive_late_are_released(
     servers_5: list[Server], three: list[Redis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round is lost because two nodes answer after the node timeout: their grants don't stand for an hour."""
-    monkeypatch.setattr(module, "UNDO_WAIT", 30)
+    monkeypatch.setattr(module, "UNDO_SECONDS", 30)
     async with linked(servers_5[:2]) as (proxies, slow):
         for proxy in proxies:
             proxy.delay(0.04)
@@ -349,10 +386,12 @@ async def test_grants_that_arrive_late_are_released(
         await free(three, "late")
 
 
+@kills("every release leaves a tombstone", in_script(_RELEASE, "if ARGV[2] == '1' then", "if true then"))
+@kills("a grant is accepted after its release", in_script(_RELEASE, "if ARGV[2] == '1' then", "if false then"))
 async def test_a_grant_that_arrives_after_its_release_is_refused(three: list[Redis]) -> None:
     """Taking back leaves a mark for what may still be on its way; an ordinary release leaves nothing."""
     lock = redlock(three, "mark")
-    await lock._run(0, _FREE, "late", "1")
+    await lock._run(0, _RELEASE, "late", "1")
     assert not await lock._run(0, _GRANT, "late", 10_000)
     async with lock:
         pass
@@ -360,6 +399,7 @@ async def test_a_grant_that_arrives_after_its_release_is_refused(three: list[Red
     assert [await node.dbsize() for node in three] == [1, 0, 0]
 
 
+@kills("a straggler is released before it is granted", replaced(_Votes, "answered", never))
 async def test_a_straggler_is_released_with_the_rest(servers_5: list[Server], three: list[Redis]) -> None:
     """The third node's grant arrives when the lock has been released already, by two votes of three."""
     async with linked(servers_5[:1]) as (proxies, slow):
@@ -372,6 +412,11 @@ async def test_a_straggler_is_released_with_the_rest(servers_5: list[Server], th
         assert [await node.dbsize() for node in three] == [0, 0, 0]
 
 
+@kills(
+    "a retry after a lost reply is refused",
+    in_script(_GRANT, "if holder then return holder == ARGV[1] and 1 or 0 end", "if holder then return 0 end"),
+    cut=3,
+)
 @pytest.mark.parametrize("cut", [1, 2, 3])
 async def test_a_lost_reply_is_not_a_lost_vote(servers_5: list[Server], nodes: list[Redis], cut: int) -> None:
     """The client's retry finds the owner granted already; on so many of the three nodes at once."""
@@ -422,6 +467,9 @@ async def test_a_majority_that_forgets_grants_twice_and_the_holder_learns_of_it(
 # ---- keeping the lease, and losing it
 
 
+@kills(
+    "no owner check on extension", in_script(EXTEND, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", "")
+)
 async def test_extension_takes_a_majority(three: list[Redis]) -> None:
     """One node has forgotten: the other two extend. Two have: the lease is lost."""
     lease = await redlock(three, "extend", ttl=10, node_timeout=4).acquire()
@@ -438,6 +486,10 @@ async def test_extension_takes_a_majority(three: list[Redis]) -> None:
     await free(three, "extend")
 
 
+@kills(
+    "a slow extension shortens a longer one",
+    in_script(EXTEND, "if redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then", "if true then"),
+)
 async def test_an_extension_never_shortens_what_a_node_has_promised(three: list[Redis]) -> None:
     """A slow renewal that arrives after a longer extension takes nothing away from it."""
     lease = await redlock(three, "longer", ttl=60, node_timeout=20).acquire()
@@ -448,6 +500,7 @@ async def test_an_extension_never_shortens_what_a_node_has_promised(three: list[
     assert await lease.release()
 
 
+@kills("silence is a no", replaced(Redlock, "_majority_confirms", silence_is_a_no))
 async def test_silent_nodes_are_an_error_of_the_extension_and_no_loss(
     servers_5: list[Server], three: list[Redis]
 ) -> None:
@@ -548,6 +601,10 @@ async def test_release_is_false_when_a_majority_had_forgotten(three: list[Redis]
 # ---- no fencing token
 
 
+@kills(
+    "a token nobody agreed on",
+    replaced(module, "Lease", lambda *args, **options: Lease(*args, **{**options, "token": 1})),
+)
 async def test_it_hands_out_no_fencing_token(three: list[Redis]) -> None:
     """The lease's token is None; nested code is told to write under a lock that has one."""
     async with redlock(three, "no-token") as lease:
@@ -567,6 +624,7 @@ async def test_nested_code_finds_the_token_of_the_lock_around_it(redis: Redis, t
 # ---- cancellation
 
 
+@kills("a cancelled acquire keeps its grants", replaced(Redlock, "_release_all", never), turns=6)
 @pytest.mark.parametrize("turns", [*range(24), 30, 40, 60])
 async def test_an_acquire_cancelled_at_any_await_leaves_no_grant_behind(three: list[Redis], turns: int) -> None:
     """After so many turns of the event loop; whatever each node has granted, the next one enters at once."""
@@ -671,6 +729,7 @@ async def test_two_tasks_may_share_one_lock_object(three: list[Redis]) -> None:
     assert len({lease.owner for lease in leases}) == 4
 
 
+@kills("a task waits for itself", replaced(Redlock, "_refuse_reentry", lambda _: None))
 async def test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking(three: list[Redis]) -> None:
     """By another object of the same name too; another task may wait."""
     async with redlock(three, "reentry"):
@@ -759,13 +818,13 @@ SAME = Redis()
     [
         ({"clients": []}, ValueError, "0 client.*needs at least 3 nodes"),
         ({"clients": [Redis(port=1), Redis(port=2)]}, ValueError, "2 client.*needs at least 3 nodes"),
-        ({"clients": [SAME, Redis(port=1), SAME]}, ValueError, "stands twice"),
+        ({"clients": [SAME, Redis(port=1), SAME]}, ValueError, "names the same node twice"),
         ({"clients": [Redis(port=1), Redis(port=2), Redis(port=1)]}, ValueError, "its vote would count twice"),
         ({"clients": [sync_redis.Redis(port=p) for p in (1, 2, 3)]}, TypeError, "not an asyncio client"),
         ({"name": ""}, ValueError, "is empty"),
         ({"name": b"bytes"}, TypeError, "is a bytes"),
-        ({"ttl": 0}, ValueError, "ttl=0: a lease lasts longer than 0 s"),
-        ({"ttl": 0.002}, ValueError, "after 2 ms for drift"),
+        ({"ttl": 0}, ValueError, "ttl=0: a lease must last longer than the 2 ms"),
+        ({"ttl": 0.002}, ValueError, "longer than the 2 ms allowed for drift"),
         ({"ttl": -1}, ValueError, "ttl=-1"),
         ({"ttl": float("nan")}, ValueError, "ttl=nan"),
         ({"ttl": 90_000}, ValueError, "longer than a day"),
@@ -773,7 +832,7 @@ SAME = Redis()
         ({"timeout": -1}, ValueError, "0 is one try, None waits for ever"),
         ({"timeout": "5"}, TypeError, "timeout='5'"),
         ({"node_timeout": 0}, ValueError, "node_timeout=0: above 0"),
-        ({"node_timeout": 5}, ValueError, "far below ttl=10, else a dead node eats the lease"),
+        ({"node_timeout": 5}, ValueError, "far below ttl=10, or a dead node uses up the lease"),
         ({"node_timeout": float("nan")}, ValueError, "node_timeout=nan"),
         ({"ttl": 0.1}, ValueError, r"node_timeout=0\.05: .* far below ttl=0\.1"),
         ({"retry_delay": -1}, ValueError, "retry_delay=-1"),

@@ -8,9 +8,11 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from distsys.errors import LockNotAcquired
 from distsys.lab.run.worker import checkpoint
 from distsys.locks.advisory_keys import lock_id
 from distsys.locks.advisory_lock import AdvisoryLock
+from distsys.locks.redis_lock import RedisLock
 
 OWNED_DEL = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 MANY = range(3000)  # tries, 10 ms apart: longer than any run
@@ -99,6 +101,19 @@ def redis_py_lock(redis: Any, name: str, ttl: float) -> Any:
 def redis_py_lock_without_timeout(redis: Any, name: str) -> Any:
     """The Lock that redis-py ships, with its default: no TTL."""
     return redis.lock(name, sleep=0.01)
+
+
+@contextlib.asynccontextmanager
+async def confirmed_by_a_replica(redis: Any, name: str, ttl: float) -> AsyncIterator[Any]:
+    """RedisLock whose grant counts only if a replica confirms it: this narrows the window of a failover."""
+    async with RedisLock(redis, name, ttl=ttl) as lease:
+        async with redis.pipeline(transaction=False) as pipe:
+            pipe.set(f"{{{name}}}:confirmed", lease.token)  # WAIT speaks for earlier writes of its own connection
+            pipe.wait(1, int(ttl * 100))
+            _, replicas = await pipe.execute()
+        if not replicas:
+            raise LockNotAcquired(f"{name!r}: no replica confirmed the grant", name=name)
+        yield lease
 
 
 class PooledSessionLock:

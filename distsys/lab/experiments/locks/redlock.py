@@ -7,7 +7,7 @@ from functools import partial
 from distsys.lab.check.combine import all_of, or_refused
 from distsys.lab.check.locks import mutual_exclusion, progress
 from distsys.lab.check.updates import no_lost_update
-from distsys.lab.experiments.locks.candidates import IncrToken
+from distsys.lab.experiments.locks.candidates import IncrToken, confirmed_by_a_replica
 from distsys.lab.experiments.locks.scripts import FENCED, locking, overlap, turn
 from distsys.lab.experiments.servers import on_postgres, on_redis, on_three_nodes, own_redis
 from distsys.lab.run.experiment import Run, expect_held, expect_violated
@@ -148,7 +148,7 @@ fail_over = locking(
         expect_violated("fence, token by INCR", IncrToken, params=FENCED),
         expect_held("fence, RedisLock's token", RedisLock, params=FENCED),
         expect_held("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
-        expect_held("RedisLock, min_replicas=1", partial(RedisLock, min_replicas=1)),
+        expect_held("RedisLock, confirmed by a replica", confirmed_by_a_replica),
     ),
     script=failover,
     check=or_refused(no_lost_update),
