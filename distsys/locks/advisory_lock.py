@@ -100,15 +100,12 @@ class ConnectionHold(Hold):
     def _unwatch(self) -> None:
         if self._pending_read is not None:
             self._pending_read.cancel()
-        elif self._fd >= 0:
-            self._loop.remove_reader(self._fd)
         if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
             os.close(self._fd)
-        self._pending_read = None
-        self._fd = -1
+            self._fd = -1
 
     def _add_reader(self) -> None:
-        self._pending_read = None
         self._loop.add_reader(self._fd, self._on_readable)
 
     def _on_readable(self) -> None:
@@ -315,18 +312,17 @@ class AdvisoryLock(Lock[ConnectionHold]):
 
         Each key has at most one hold on a connection, so a lock of ours in pg_locks can only be that grant.
         """
-        mode, undone = "ShareLock" if self.shared else "ExclusiveLock", False
+        mode = "ShareLock" if self.shared else "ExclusiveLock"
         try:
             if conn.pgconn.status == ConnStatus.OK:
                 ours = f"pid = pg_backend_pid() AND granted AND locktype = 'advisory' AND mode = '{mode}'"
                 granted = f"EXISTS (SELECT FROM pg_locks WHERE {ours} AND (classid, objid, objsubid) = ($1, $2, $3))"
                 await self._query(conn, "advisory_unlock", granted, *oids(self.keys[0]))
-            undone = True
-        except psycopg.Error as failure:
+        except BaseException as failure:
+            conn.pgconn.finish()
+            if not isinstance(failure, psycopg.Error):
+                raise
             error.add_note(f"the connection is closed: it could not say whether {self} was granted ({failure})")
-        finally:
-            if not undone:
-                conn.pgconn.finish()
 
     async def _lock_transaction(self, hold: ConnectionHold, timeout: float | None) -> bool:
         """Lock in one round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""

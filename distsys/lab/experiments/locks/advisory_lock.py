@@ -1,4 +1,4 @@
-"""PostgreSQL's locks: where the session is the owner, whoever shares the session shares the lock."""
+"""PostgreSQL's locks: a session owns its session locks, so all clients that share the session share the locks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ for_update = locking(
 
 
 async def two_tasks(run: Run) -> None:
-    """Two tasks of one process and one pool: b comes while a is between its read and its write."""
+    """Start task b while task a of the same process, with the same pool, is between its read and its write."""
     (w1,) = await run.start(1)
     for point in ("start-b", "a-before-write"):
         w1.send(do="arm", point=point, action="hold")
@@ -53,7 +53,7 @@ async def two_tasks(run: Run) -> None:
 
 pooled = locking(
     name="session-lock-in-pool",
-    claim="A session lock belongs to the connection: returned to a pool while locked, it is the next borrower's too.",
+    claim="A session lock belongs to its connection: returned to a pool while locked, the next borrower holds it too.",
     arms=(
         expect_violated("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
         expect_held("AdvisoryLock, session scope", SESSION),
@@ -67,7 +67,7 @@ pooled = locking(
 
 
 async def behind_pgbouncer(run: Run) -> None:
-    """One PostgreSQL behind pgbouncer in transaction mode; the bank is in Redis."""
+    """Start a PostgreSQL behind pgbouncer in transaction mode; the bank is in Redis."""
     await on_redis(run)
     postgres = await run.testbed.servers.postgres()
     run.urls["dsn"] = (await run.testbed.servers.pgbouncer(postgres, pool_size=1)).url
@@ -88,6 +88,7 @@ pgbouncer = locking(
 
 @contextlib.asynccontextmanager
 async def in_argument_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    """Hold both locks, taken in the order of the arguments."""
     async with conn.transaction(), AdvisoryLock(conn, f"{name}:{first}"):
         await checkpoint("between-locks")
         async with AdvisoryLock(conn, f"{name}:{second}"):
@@ -96,13 +97,14 @@ async def in_argument_order(conn: Any, name: str, first: str, second: str) -> As
 
 @contextlib.asynccontextmanager
 async def in_sorted_order(conn: Any, name: str, first: str, second: str) -> AsyncIterator[None]:
+    """Hold both locks, taken in one order."""
     async with conn.transaction(), advisory_locks(conn, f"{name}:{first}", f"{name}:{second}"):
         await checkpoint("between-locks")
         yield
 
 
 async def transfer(worker: Worker, candidate: Any) -> None:
-    """w1 transfers from a to b, w2 from b to a: each needs both locks."""
+    """Transfer from a to b as w1, from b to a as w2: each needs both locks."""
     order = ("a", "b") if worker.name == "w1" else ("b", "a")
     lock = await worker.build(candidate, first=order[0], second=order[1])
     try:
@@ -115,7 +117,7 @@ async def transfer(worker: Worker, candidate: Any) -> None:
 
 
 async def crossing(run: Run) -> None:
-    """Each has its first lock, and asks for the other's."""
+    """Let each worker hold its first lock and request the other's."""
     w1, w2 = await run.start(2)
     w1.go(hold="between-locks")
     await w1.reached("between-locks")
@@ -126,7 +128,7 @@ async def crossing(run: Run) -> None:
 
 
 def everybody_enters(history: History) -> Finding:
-    """Nobody is ended by the deadlock detector."""
+    """Check that the deadlock detector ended no worker's wait."""
     asked = history.where("acquire")
     failed = [op for op in asked if op.status != "ok"]
     if failed:
@@ -138,7 +140,7 @@ def everybody_enters(history: History) -> Finding:
 
 lock_order = Experiment(
     name="lock-order",
-    claim="Two locks taken in opposite orders wait for each other; taken in one order they never do.",
+    claim="Two locks taken in opposite orders can deadlock; taken in one order they never do.",
     arms=(
         expect_violated("in the order of the arguments", in_argument_order),
         expect_held("advisory_locks, sorted", in_sorted_order),

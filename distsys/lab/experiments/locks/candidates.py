@@ -1,4 +1,4 @@
-"""Candidates for the experiments: the textbook locks, each with the one mistake it is known for, and two right ones."""
+"""Candidates of the lock experiments: textbook locks, each with the one mistake it is known for, and correct ones."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from distsys.locks.advisory_lock import AdvisoryLock
 from distsys.locks.redis_lock import RedisLock
 
 OWNED_DEL = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-MANY = range(3000)  # tries, 10 ms apart: longer than any run
+TRIES = range(3000)  # 10 ms apart: longer than any run
 
 
 class NoLock:
-    """Hope."""
+    """No lock at all."""
 
     async def __aenter__(self) -> None: ...
     async def __aexit__(self, *_: object) -> None: ...
 
 
 class Textbook:
-    """SET NX with a TTL, polled; released by owner. The mistakes below are made on top of it."""
+    """SET NX with a TTL, polled, and released by its owner only. The candidates below add mistakes to it."""
 
     def __init__(self, redis: Any, name: str, ttl: float) -> None:
         self.redis, self.name, self.ttl, self.owner = redis, name, ttl, uuid.uuid4().hex
 
     async def take(self) -> Any:
+        """Try once; return a true value if the lock was free."""
         return await self.redis.set(self.name, self.owner, nx=True, px=int(self.ttl * 1000))
 
     async def __aenter__(self) -> Any:
-        for _ in MANY:
+        for _ in TRIES:
             if await self.take():
                 return self
             await asyncio.sleep(0.01)
@@ -46,13 +47,14 @@ class Textbook:
 
 
 class TtlNoRenewal(Textbook):
-    """Right in every detail but one: nobody extends the lease of a slow holder."""
+    """Correct except for one detail: the lease of a slow holder is not extended."""
 
 
 class SetWithoutNx(Textbook):
-    """GET, and when there is nothing, SET: two askers see nothing."""
+    """GET, and if there is no key, SET: two workers can both see that there is none."""
 
     async def take(self) -> Any:
+        """Look, and take the lock a moment later."""
         if await self.redis.get(self.name):
             return False
         await checkpoint("between-get-and-set")
@@ -60,21 +62,22 @@ class SetWithoutNx(Textbook):
 
 
 class SetNxWithoutTtl(Textbook):
-    """SET NX that only its holder can ever remove."""
+    """SET NX without a TTL: only its holder can ever remove it."""
 
     async def take(self) -> Any:
+        """Take the lock for ever."""
         return await self.redis.set(self.name, self.owner, nx=True)
 
 
 class PlainDel(Textbook):
-    """Released with DEL, whoever holds the lock by now."""
+    """Release by DEL, though another worker may hold the lock by now."""
 
     async def __aexit__(self, *_: object) -> None:
         await self.redis.delete(self.name)
 
 
 class GetThenDel(Textbook):
-    """Looks whether the lock is its own, and deletes it a moment later."""
+    """Release by GET and then DEL: the owner may change in between."""
 
     async def __aexit__(self, *_: object) -> None:
         if await self.redis.get(self.name) == self.owner.encode():
@@ -83,7 +86,7 @@ class GetThenDel(Textbook):
 
 
 class IncrToken(Textbook):
-    """Draws its fencing token with INCR: a failover to a replica that lags turns the counter back."""
+    """Fencing token by INCR: a failover to a replica that lags turns the counter back."""
 
     token: int
 
@@ -94,18 +97,18 @@ class IncrToken(Textbook):
 
 
 def redis_py_lock(redis: Any, name: str, ttl: float) -> Any:
-    """The Lock that redis-py ships."""
+    """Return the Lock that redis-py ships."""
     return redis.lock(name, timeout=ttl, sleep=0.01)
 
 
 def redis_py_lock_without_timeout(redis: Any, name: str) -> Any:
-    """The Lock that redis-py ships, with its default: no TTL."""
+    """Return the Lock that redis-py ships, with its default: no TTL."""
     return redis.lock(name, sleep=0.01)
 
 
 @contextlib.asynccontextmanager
 async def confirmed_by_a_replica(redis: Any, name: str, ttl: float) -> AsyncIterator[Any]:
-    """RedisLock whose grant counts only if a replica confirms it: this narrows the window of a failover."""
+    """Hold a RedisLock whose grant counts only if a replica confirms it, which narrows the window of a failover."""
     async with RedisLock(redis, name, ttl=ttl) as lease:
         async with redis.pipeline(transaction=False) as pipe:
             pipe.set(f"{{{name}}}:confirmed", lease.token)  # WAIT speaks for earlier writes of its own connection
@@ -117,7 +120,7 @@ async def confirmed_by_a_replica(redis: Any, name: str, ttl: float) -> AsyncIter
 
 
 class PooledSessionLock:
-    """A session lock on a pooled connection that goes back to the pool while the session still holds the lock."""
+    """Session lock on a connection that returns to its pool while the session still holds the lock."""
 
     def __init__(self, pool: Any, name: str) -> None:
         self.pool, self.id = pool, lock_id(name)
@@ -132,7 +135,7 @@ class PooledSessionLock:
 
 
 class RawSessionLock:
-    """pg_advisory_lock on a connection of its own: right, unless a pooler gives its session to another client too."""
+    """Session lock on a connection of its own: correct, unless a pooler gives the session to other clients too."""
 
     def __init__(self, conn: Any, name: str) -> None:
         self.conn, self.id = conn, lock_id(name)
@@ -146,7 +149,7 @@ class RawSessionLock:
 
 @contextlib.asynccontextmanager
 async def select_for_update(conn: Any, name: str) -> AsyncIterator[None]:
-    """The row itself as the lock, for as long as the transaction lasts."""
+    """Lock the row itself, as long as the transaction lasts."""
     async with conn.transaction():
         await conn.execute("SELECT 1 FROM accounts WHERE name = %s FOR UPDATE", (name,))
         yield
@@ -154,6 +157,6 @@ async def select_for_update(conn: Any, name: str) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def transaction_lock(conn: Any, name: str) -> AsyncIterator[Any]:
-    """AdvisoryLock in the caller's transaction: it ends with the transaction, whatever happens."""
+    """Hold an AdvisoryLock in a transaction: the lock always ends with it."""
     async with conn.transaction(), AdvisoryLock(conn, name) as held:
         yield held

@@ -1,4 +1,4 @@
-"""What no lock can prevent, and a fence can: the write of a holder that does not know it is one no longer."""
+"""Late writes of a holder that does not know it has lost the lock: a fence can refuse them, no lock can."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from distsys.lab.run.experiment import expect_held, expect_violated
 from distsys.locks.redis_lock import RedisLock
 
 fencing = partial(locking, patience_ttls=4)
-# on_lost="cancel" ends the body too late as well, on the answer to its write; "flag" waits for it, and so shows it.
+# on_lost="cancel" would end the body too late as well, at the answer to its write; "flag" lets the write be recorded.
 PERSISTENT = partial(RedisLock, on_lost="flag")
 
 
 paused = fencing(
     name="paused-holder",
-    claim="A process that stands still past its lease writes when it wakes up. Only the resource can refuse it.",
+    claim="A process that is paused past its lease writes when it wakes up. Only the resource can refuse the write.",
     arms=(
         expect_violated("RedisLock, no fence", PERSISTENT),
         expect_held("RedisLock, fence in Redis", PERSISTENT, params=FENCED),
@@ -24,7 +24,7 @@ paused = fencing(
             "RedisLock, fence in PostgreSQL", PERSISTENT, params={"account": "postgres, fenced"}, prepare=on_both
         ),
     ),
-    script=partial(overlap, how="stop"),
+    script=partial(overlap, fault="stop"),
 )
 
 blocked = fencing(
@@ -34,17 +34,17 @@ blocked = fencing(
         expect_violated("RedisLock, no fence", PERSISTENT),
         expect_held("RedisLock, fence in Redis", PERSISTENT, params=FENCED),
     ),
-    script=partial(overlap, how="block"),
+    script=partial(overlap, fault="block"),
 )
 
 overtaken = fencing(
     name="overtaken-reader",
-    claim="A fence refuses what is older than it has seen: a successor must show its token when it reads, too.",
+    claim="A fence refuses tokens older than it has seen: a successor must present its token when it reads, too.",
     arms=(
         expect_violated("fence on writes", PERSISTENT, params=FENCED),
         expect_held("fence on reads and writes", PERSISTENT, params={"account": "redis, reads fenced too"}),
     ),
-    script=partial(overlap, how="stop", hold="before-write"),
+    script=partial(overlap, fault="stop", hold="before-write"),
 )
 
 EXPERIMENTS = (paused, blocked, overtaken)

@@ -1,4 +1,4 @@
-"""What a lock on one Redis must withstand, and the well-known locks that do not."""
+"""Faults that a lock on one Redis must withstand, and well-known locks that do not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ no_lock = locking(
 
 check_then_set = locking(
     name="set-without-nx",
-    claim="Looking and taking must be one step: two workers can both look before either takes.",
+    claim="Check and set must be one step: two workers can both check before either sets.",
     arms=(
         expect_violated("GET, then SET without NX", candidates.SetWithoutNx, point="between-get-and-set"),
         RULE,
@@ -57,7 +57,7 @@ check_then_set = locking(
 
 killed = locking(
     name="killed-holder",
-    claim="A lock without a TTL outlives a holder that was killed: nobody ever enters again.",
+    claim="A lock without a TTL outlives a holder that was killed: no worker ever enters again.",
     arms=(expect_violated("SET NX without a TTL", candidates.SetNxWithoutTtl), RULE),
     script=killed_holder,
     check=progress,
@@ -67,7 +67,7 @@ killed = locking(
 
 late = locking(
     name="late-release",
-    claim="A holder that comes back late must not release what somebody else holds by now.",
+    claim="A holder that comes back late must not release a lock that another worker holds by now.",
     arms=(
         expect_violated("release by plain DEL", candidates.PlainDel),
         expect_violated("release by GET, then DEL", candidates.GetThenDel, point="between-get-and-del"),
@@ -87,7 +87,7 @@ slow = locking(
 
 
 async def shared_by_two_tasks(run: Run) -> None:
-    """Task a of w1 outlives its lease; task b takes the same object; a releases; w2 comes while b is inside."""
+    """Let task a of w1 outlive its lease; task b uses the same object; a releases; w2 comes while b is inside."""
     w1, w2 = await run.start(2)
     for point in ("start-b", "a-before-release", "b-before-write"):
         w1.send(do="arm", point=point, action="hold")
@@ -118,7 +118,7 @@ shared_object = locking(
 
 
 async def cancelled_in_flight(run: Run) -> None:
-    """w1's request reaches the server, its answer never reaches w1, and w1 is cancelled; w2 needs the lock."""
+    """Cancel w1 after its request reached the server and before the answer reached w1; w2 needs the lock."""
     import redis.asyncio
 
     server = await run.testbed.servers.redis()
@@ -134,7 +134,7 @@ async def cancelled_in_flight(run: Run) -> None:
     await run.until(w1.at("cancelled"))
     link.heal()
     if await run.until(w1.broke("acquire", "w1.a"), w1.waiting("acquire", "w1.a")) != w1.broke("acquire", "w1.a"):
-        w1.kill()  # Python 3.11's wait_for, inside the client, swallowed the cancellation: it asks on, for ever
+        w1.kill()  # Python 3.11's wait_for, inside the client, swallowed the cancellation: it asks for ever
     w2.go()
     if await run.until(w2.did("write", "w2.a"), w2.waiting("acquire", "w2.a")) == w2.waiting("acquire", "w2.a"):
         w2.kill()
@@ -142,7 +142,7 @@ async def cancelled_in_flight(run: Run) -> None:
 
 cancelled = locking(
     name="cancelled-in-flight",
-    claim="An acquire that is cancelled after the server granted it must be taken back, or nobody enters again.",
+    claim="An acquire that is cancelled after the server granted it must be undone, or no worker enters again.",
     arms=(
         expect_violated("redis-py's Lock, no timeout", candidates.redis_py_lock_without_timeout),
         RULE,

@@ -1,4 +1,4 @@
-"""What a majority of independent nodes withstands and what it does not; what one node, or a failover, does instead."""
+"""Faults that a majority of independent nodes withstands, and those that break it, one node, or a failover."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from distsys.locks.redis_lock import RedisLock
 from distsys.locks.redlock import Redlock
 from distsys.schema import ensure_schema
 
-nodes = partial(locking, prepare=on_three_nodes, patience=1.0)  # a lost round, and a second one
+nodes = partial(locking, prepare=on_three_nodes, patience=1.0)  # for a failed round, and a second one
 
 
 async def node_restarts_empty(run: Run) -> None:
-    """The first node is killed and comes back without its data."""
+    """Restart the first node, without its data."""
     await run.nodes[0].restart()
     run.record("server", "node1", "restarted empty")
 
@@ -41,7 +41,7 @@ one_restart = nodes(
 
 
 async def first_node_fails(run: Run) -> None:
-    """One node hangs (SIGSTOP) or is killed before anybody asks; both workers need the lock, one after the other."""
+    """Hang (SIGSTOP) or kill one node before the first request; both workers need the lock, one after the other."""
     w1, w2 = await run.start(2)
     await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
     run.record("server", "node1", run.arm.point)
@@ -65,7 +65,7 @@ node_fails = nodes(
 
 
 async def majority_forgets(run: Run) -> None:
-    """w1, cut off from node 3, is granted by 1 and 2; node 2 restarts empty, and w2 is granted by 2 and 3."""
+    """Let nodes 1 and 2 grant w1, which is cut off from node 3; restart node 2 empty, so that 2 and 3 grant w2."""
     node1, node2, node3 = run.nodes
     link = await run.cleanup.enter_async_context(TcpProxy(node3.host, node3.port))
     link.drop()
@@ -87,7 +87,7 @@ async def majority_forgets(run: Run) -> None:
 
 forgetful_majority = nodes(
     name="majority-forgets",
-    claim="Redlock counts on nodes that remember: one that restarts empty can be the deciding vote for two.",
+    claim="Redlock needs nodes that remember: one that restarts empty can be the deciding vote for two holders.",
     arms=(
         # A TTL long enough for w1 not to find out before w2 has written: its next renewal would miss the majority.
         expect_violated("Redlock, restarted at once", Redlock, params={"ttl": 10.0}),
@@ -98,11 +98,11 @@ forgetful_majority = nodes(
 )
 
 
-# ---- failover: a primary that dies before its replica has heard of the lock
+# ---- failover: a primary that dies before its replica has received the grant
 
 
 async def lagging_replica(run: Run) -> None:
-    """A primary with a replica behind a link that can fall silent; the bank stands elsewhere and survives."""
+    """Start a primary, and a replica behind a link that can fall silent; the bank is on a server that survives."""
     await on_redis(run)
     if run.arm.params.get("account", "").startswith("postgres"):
         import psycopg
@@ -118,7 +118,7 @@ async def lagging_replica(run: Run) -> None:
 
 
 async def failover(run: Run) -> None:
-    """The link falls silent, w1 is granted the lock, the primary dies, the replica takes over, w2 comes."""
+    """Silence the link, let w1 be granted the lock, kill the primary and promote the replica; then w2 comes."""
     primary, replica = run.nodes
     w1, w2 = await run.start(2, redis=[primary.url, replica.url])
     assert run.link is not None
@@ -132,11 +132,11 @@ async def failover(run: Run) -> None:
     await turn(w2)
     w1.release("before-write")
     await run.until(w1.did("write"), w1.failed("write"), w1.ended)
-    w1.kill()  # what is left is its release, which the dead primary can't answer
+    w1.kill()  # only its release is left, which the dead primary can't answer
 
 
 def lock_with_postgres_tokens(redis, name, ttl, pool):  # type: ignore[no-untyped-def]  # injected by name
-    """RedisLock whose tokens come from a sequence that no failover of Redis turns back."""
+    """Return a RedisLock whose tokens come from a sequence, which a failover of Redis can't turn back."""
     return RedisLock(redis, name, ttl=ttl, tokens=postgres_tokens(pool))
 
 

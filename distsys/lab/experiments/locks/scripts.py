@@ -1,4 +1,4 @@
-"""The interleavings that break locks, and the servers they run on. w1 is the unlucky holder, w2 comes after."""
+"""Interleavings that break locks. w1 is the unlucky holder, w2 comes after it."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ RULE = expect_held("RedisLock", RedisLock)
 
 
 async def turn(actor: Actor, *, hold: str = "") -> bool:
-    """Lets it go until it has written or is at the point, or waits for the lock, or has ended. Whether it waits."""
+    """Let a worker run until it has written, is at `hold`, waits for the lock or has ended. Return whether it waits."""
     actor.go(hold=hold)
     there = actor.at(hold) if hold else actor.did("write")
     return await actor.run.until(there, actor.waiting("acquire"), actor.ended) == actor.waiting("acquire")
 
 
 async def crowd(run: Run) -> None:
-    """No faults: all workers at once."""
+    """Start all workers at once, without faults."""
     for actor in await run.start(run.workers):
         actor.go()
 
 
 async def overlap(
-    run: Run, *, how: str = "hold", meanwhile: Callable[[Run], Awaitable[None]] | None = None, hold: str = ""
+    run: Run, *, fault: str = "hold", meanwhile: Callable[[Run], Awaitable[None]] | None = None, hold: str = ""
 ) -> None:
-    """w2 comes while w1 is between its read and its write; w1 goes on when w2 has written, or waits as it should.
+    """Start w2 while w1 is between its read and its write; let w1 go on when w2 has written, or waits as it should.
 
-    how        w1 is only held there; or it is to "stop", its process standing still; or to "block" its event loop: no
-               timer can renew its lease, nothing can tell it
-    meanwhile  what befalls the servers, before w2 comes
-    hold       where w2 is held in its turn until w1 has written, or tried to
+    fault      "hold" only holds w1 there; "stop" pauses its process; "block" blocks its event loop, so that no timer
+               can renew its lease or cancel its body
+    meanwhile  what happens to the servers before w2 comes
+    hold       the point where w2 is held until w1 has written, or tried to
     """
     w1, w2 = await run.start(2)
-    w1.go(**{how: "before-write"})
+    w1.go(**{fault: "before-write"})
     await w1.reached("before-write")
     if meanwhile is not None:
         await meanwhile(run)
     await turn(w2, hold=hold)
-    w1.resume() if how == "stop" else w1.release("before-write")
+    w1.resume() if fault == "stop" else w1.release("before-write")
     if hold:
         await run.until(w1.did("write"), w1.failed("write"), w1.broke("write"), w1.ended)
         w2.release(hold)
 
 
 async def both_between_get_and_set(run: Run) -> None:
-    """Both workers have seen that the lock is free before either takes it."""
+    """Let both workers see that the lock is free before either takes it."""
     point = run.arm.point or "acquiring"
     w1, w2 = await run.start(2)
     for actor in (w1, w2):
@@ -69,7 +69,7 @@ async def both_between_get_and_set(run: Run) -> None:
 
 
 async def killed_holder(run: Run) -> None:
-    """w1 dies with kill -9 inside; w2 needs the lock."""
+    """Kill w1 with kill -9 while it holds the lock; w2 needs the lock."""
     w1, w2 = await run.start(2)
     w1.go(kill="before-write")
     await w1.reached("before-write")
@@ -78,7 +78,7 @@ async def killed_holder(run: Run) -> None:
 
 
 async def late_release(run: Run) -> None:
-    """w1 has written and is stopped on its way out, past its lease; w2 is inside when w1 releases; w3 comes."""
+    """Stop w1 before its release, past its lease; w2 is inside when w1 releases; then w3 comes."""
     point = run.arm.point or "before-release"
     w1, w2, w3 = await run.start(3)
     w1.go(stop=point)
@@ -94,7 +94,7 @@ async def late_release(run: Run) -> None:
 
 
 async def balance(run: Run) -> dict[str, Any]:
-    """What the account holds in the end, wherever the arm keeps it."""
+    """Return the final balance, from the store in which the arm keeps the account."""
     import psycopg
     import redis.asyncio
 
@@ -112,5 +112,3 @@ async def balance(run: Run) -> dict[str, Any]:
 locking = partial(
     Experiment, workload=increments, script=overlap, check=no_lost_update, prepare=on_redis, final=balance
 )
-
-# ---- checks

@@ -1,8 +1,7 @@
-"""What workers do: the guarded work of the lock experiments, and the requests that a limiter has to decide.
+"""Guarded work of the lock experiments: read a balance, think, write it back with an amount added.
 
-Guarded is this: read a balance, think, write it back with something added. It is the smallest work that a broken lock
-damages visibly: when two workers are inside at once, one increment is lost.
-Each worker adds an amount of its own (w1 adds 1, w2 adds 10, ...), so that the balance tells whose.
+It is the smallest work that a broken lock damages visibly: when two workers are inside at once, one increment is lost.
+Each worker adds an amount of its own (w1 adds 1, w2 adds 10, ...), so the final balance tells whose increment was lost.
 """
 
 from __future__ import annotations
@@ -17,13 +16,23 @@ from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
 class Account:
-    """A balance. Behind a fence a token older than the newest seen is refused; without one nobody looks at tokens."""
+    """Balance in a store. With a `fence`, writes of a token older than the newest seen are refused."""
 
     def __init__(self, client: Any, name: str, fence: str) -> None:
-        self.client, self.name, self.fence = client, name, fence
+        self.client = client
+        self.name = name
+        self.fence = fence
 
-    def needed(self, token: int | None) -> int | None:
-        """The token that has to pass the fence; None where there is no fence, or only one for locks with tokens."""
+    async def read(self, token: int | None) -> int:
+        """Return the balance; a fence on reads gets the token."""
+        raise NotImplementedError
+
+    async def write(self, balance: int, token: int | None) -> None:
+        """Set the balance. Raises StaleToken if the fence refuses the token."""
+        raise NotImplementedError
+
+    def token_for_fence(self, token: int | None) -> int | None:
+        """Return the token that has to pass the fence; None without a fence, or with one that is optional."""
         if not self.fence or (token is None and self.fence == IF_ANY):
             return None
         if token is None:
@@ -32,29 +41,31 @@ class Account:
 
 
 class RedisAccount(Account):
+    """Balance in a Redis key."""
+
     async def read(self, token: int | None) -> int:
         key = f"{{{self.name}}}:balance"
-        if self.fence == READS and (passed := self.needed(token)) is not None:
+        if self.fence == READS and (passed := self.token_for_fence(token)) is not None:
             return int(await fenced_get(self.client, key, token=passed) or 0)
         return int(await self.client.get(key) or 0)
 
     async def write(self, balance: int, token: int | None) -> None:
         key = f"{{{self.name}}}:balance"
-        if (passed := self.needed(token)) is None:
+        if (passed := self.token_for_fence(token)) is None:
             await self.client.set(key, balance)
         else:
             await fenced_set(self.client, key, balance, token=passed)
 
 
 class PostgresAccount(Account):
-    """In a table: `accounts(name, balance, fence_token)` of the lab's own schema."""
+    """Balance in a table of the lab's own: `accounts(name, balance, fence_token)`."""
 
     async def read(self, token: int | None) -> int:
         cursor = await self.client.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
         return int((await cursor.fetchone())[0])
 
     async def write(self, balance: int, token: int | None) -> None:
-        if (passed := self.needed(token)) is None:
+        if (passed := self.token_for_fence(token)) is None:
             await self.client.execute("UPDATE accounts SET balance = %s WHERE name = %s", (balance, self.name))
         else:
             where, values = {"name": self.name}, {"balance": balance}
@@ -62,10 +73,10 @@ class PostgresAccount(Account):
 
 
 WRITES = "writes"
-READS = "writes and reads"  # from a holder's read on, nobody older writes
-IF_ANY = "writes, with a token if there is one"  # what the ladder asks of your lock
-# By the name an experiment gives them: their class, the client they need, their fence.
-ACCOUNTS: dict[str, tuple[type[RedisAccount | PostgresAccount], str, str]] = {
+READS = "writes and reads"  # after a holder's read, an older token can't write
+IF_ANY = "writes, if the lock has tokens"  # used by the ladder, for any lock of the reader
+# Class, client and fence of each account, by the name that an experiment gives it.
+ACCOUNTS: dict[str, tuple[type[Account], str, str]] = {
     "redis": (RedisAccount, "bank", ""),
     "redis, fenced": (RedisAccount, "bank", WRITES),
     "redis, reads fenced too": (RedisAccount, "bank", READS),
@@ -75,38 +86,37 @@ ACCOUNTS: dict[str, tuple[type[RedisAccount | PostgresAccount], str, str]] = {
 }
 
 
-async def opened(account: str, worker: Worker) -> RedisAccount | PostgresAccount:
-    of, client, fence = ACCOUNTS[account]
-    return of(await worker.client(client), worker.resource, fence)
+async def open_account(account: str, worker: Worker) -> Account:
+    """Return the account of this run, with a client of the worker's."""
+    kind, client, fence = ACCOUNTS[account]
+    return kind(await worker.client(client), worker.resource, fence)
 
 
 async def increments(worker: Worker, candidate: Any, *, rounds: int = 1, account: str = "redis") -> None:
-    """`rounds` times: build the lock anew, enter, read, write it with this worker's amount added, leave."""
-    ledger = await opened(account, worker)
+    """Increment the balance `rounds` times, each time under a lock built anew."""
+    ledger = await open_account(account, worker)
     base = 10 ** len(str(rounds))  # no sum of one worker's amounts reaches the next one's
     for _ in range(rounds):
         await increment(worker, await worker.build(candidate), ledger, base ** (int(worker.name[1:]) - 1))
 
 
 async def increments_by_tasks(worker: Worker, candidate: Any, *, tasks: str, account: str = "redis") -> None:
-    """One lock object (or pool) shared by several tasks of one process, each started at its own checkpoint."""
-    ledger = await opened(account, worker)
+    """Share one lock object (or pool) between several tasks of one process, each started at its own checkpoint."""
+    ledger = await open_account(account, worker)
     lock = await worker.build(candidate)
 
-    async def one(name: str) -> None:
+    async def increment_once(name: str) -> None:
         task_name.set(f"{worker.name}.{name}")
         await worker.checkpoint(f"start-{name}")
         await increment(worker, lock, ledger, 10 ** (2 * int(worker.name[1:]) - 2 + tasks.index(name)), f"{name}-")
 
     for name in tasks:
-        worker.tasks[name] = asyncio.create_task(one(name))
+        worker.tasks[name] = asyncio.create_task(increment_once(name))
     await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
 
 
-async def increment(
-    worker: Worker, lock: Any, ledger: RedisAccount | PostgresAccount, amount: int, prefix: str = ""
-) -> None:
-    """One critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
+async def increment(worker: Worker, lock: Any, ledger: Account, amount: int, prefix: str = "") -> None:
+    """Run one critical section, with the points "acquiring", "before-write" and "before-release" for faults."""
     guard, failure = Guard(lock), None
     await worker.checkpoint(f"{prefix}acquiring")
     try:
@@ -123,7 +133,7 @@ async def increment(
         async with worker.op("write", balance, token=token):
             await ledger.write(balance, token)
         await worker.checkpoint(f"{prefix}before-release")
-    except BaseException as error:  # noqa: BLE001  the lock decides what becomes of it, as in `async with`
+    except BaseException as error:  # noqa: BLE001  the lock gets it, as in `async with`
         failure = error
     try:
         async with worker.op("release"):
@@ -135,6 +145,6 @@ async def increment(
 
 
 def token_of(lease: Any, lock: Any) -> int | None:
-    """The fencing token, from wherever a lock keeps one: the lease, the lock, or what acquire() returned."""
+    """Return the fencing token, wherever it is: in the lease, in the lock, or as what acquire() returned."""
     places = [getattr(source, "token", getattr(source, "fencing_token", None)) for source in (lease, lock)]
     return next((token for token in (*places, lease) if isinstance(token, int) and not isinstance(token, bool)), None)
