@@ -149,6 +149,8 @@ class ConnectionHold(Hold):
     async def _give_back(self, error: BaseException | None) -> bool:
         """Give the connection back to its owner. Return True if that settles `error`, as with psycopg.Rollback."""
         self._unwatch()
+        if self.lock.scope == "session":
+            _session_keys.get(self.connection, set()).discard(self.lock.keys[0])
         details = (type(error), error, error.__traceback__) if error else (None, None, None)
         return bool(await self._borrowed.__aexit__(*details))
 
@@ -260,26 +262,24 @@ class AdvisoryLock(Lock[ConnectionHold]):
             self._add_hold(hold)
         return hold
 
-    @asynccontextmanager
-    async def _borrow_connection(self, timeout: float | None) -> AsyncIterator[AsyncConnection[Any]]:
-        """Lend the caller's connection, or one of the pool; for transaction scope with the pool's in a transaction."""
+    def _borrow_connection(self, timeout: float | None) -> AbstractAsyncContextManager[AsyncConnection[Any]]:
+        """Lend the caller's own connection, once for each key of a session lock, or one of the pool."""
         if isinstance(self.source, AsyncConnectionPool):
-            async with (
-                self.source.connection(timeout or None) as conn,
-                conn.transaction() if self.scope == "transaction" else nullcontext(),
-            ):
-                yield conn
-        elif self.scope == "transaction":
-            yield self.source
-        else:
+            return self._from_pool(self.source, timeout)
+        if self.scope == "session":
             keys, key = _session_keys.setdefault(self.source, set()), self.keys[0]
             if key in keys:
                 raise RuntimeError(f"{self} is held or awaited on this connection already: use another, or a pool")
             keys.add(key)
-            try:
-                yield self.source
-            finally:
-                keys.discard(key)
+        return nullcontext(self.source)
+
+    @asynccontextmanager
+    async def _from_pool(
+        self, pool: AsyncConnectionPool[Any], timeout: float | None
+    ) -> AsyncIterator[AsyncConnection[Any]]:
+        in_transaction = self.scope == "transaction"
+        async with pool.connection(timeout or None) as conn, conn.transaction() if in_transaction else nullcontext():
+            yield conn
 
     async def _lock_session(self, hold: ConnectionHold, timeout: float | None) -> bool:
         """Lock in one round trip, which begins no transaction."""

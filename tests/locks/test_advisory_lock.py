@@ -53,7 +53,7 @@ async def admin(connect: Connect) -> AsyncConnection[Any]:
     return await connect()
 
 
-# ---- waiting for what the server says, and doing to it what happens in production
+# ---- waiting for facts of the server, and faults of it
 
 
 async def states(conn: AsyncConnection[Any]) -> list[tuple[int | None, bool]]:
@@ -61,7 +61,7 @@ async def states(conn: AsyncConnection[Any]) -> list[tuple[int | None, bool]]:
 
 
 async def until(conn: AsyncConnection[Any], *, held: int, waiting: int) -> None:
-    """Until so many sessions hold advisory locks, and so many wait."""
+    """Wait until so many sessions hold advisory locks, and so many wait for them."""
     found: list[tuple[int | None, bool]] = []
     for _ in range(20_000):
         found = await states(conn)
@@ -75,7 +75,7 @@ async def until_true(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition did not become true")
 
 
 async def terminate(conn: AsyncConnection[Any], victim: AsyncConnection[Any]) -> None:
@@ -93,7 +93,7 @@ async def for_ever() -> None:
 
 
 async def until_cancelled(fault: Awaitable[None]) -> None:
-    """Idle while the fault happens: a body that is itself in an await of psycopg would learn it there."""
+    """Stay idle while the fault happens: a body that awaits psycopg itself would learn of it there."""
     task = asyncio.ensure_future(fault)
     try:
         await for_ever()
@@ -105,7 +105,7 @@ async def until_cancelled(fault: Awaitable[None]) -> None:
 async def asking(
     lock: AdvisoryLock, *, who: AsyncConnection[Any], held: int = 1, waiting: int = 1
 ) -> AsyncIterator[Any]:
-    """A task that waits for the lock, seen waiting by the server."""
+    """Run a task that waits for the lock; it begins once the server shows it waiting."""
     task = asyncio.create_task(lock.acquire())
     await until(who, held=held, waiting=waiting)
     yield task
@@ -113,7 +113,7 @@ async def asking(
 
 
 def trace(conn: AsyncConnection[Any], file: Path) -> Callable[[], str]:
-    """What goes over the wire from now on until the answer is asked for; each line "F ... Query" is a round trip."""
+    """Record the messages to the server until the returned function is called; a line "F ... Query" is a round trip."""
     if sys.platform != "linux":
         pytest.skip("libpq's trace is available on Linux")
     stream = file.open("w")
@@ -192,7 +192,7 @@ def test_a_number_that_does_not_fit_is_refused_with_its_bounds(name: Any) -> Non
 
 
 @pytest.mark.parametrize("name", [True, 1.5, None, b"bytes", (1,), (1, 2, 3), (1, True), ("a", 1), [1, 2]])
-def test_what_is_no_name_is_refused(name: Any) -> None:
+def test_a_value_that_is_no_name_is_refused(name: Any) -> None:
     """A bool is an int by accident only; a pair has exactly two ints."""
     with pytest.raises(TypeError, match="give a str, an int, or a tuple of two ints"):
         lock_key(name)
@@ -235,7 +235,7 @@ async def test_a_synchronous_connection_is_refused(pg: str) -> None:
 
 
 @pytest.mark.parametrize("source", [None, "postgresql://", object()])
-def test_what_is_no_connection_is_refused(source: Any) -> None:
+def test_a_source_that_is_no_connection_is_refused(source: Any) -> None:
     """The message shows what was passed."""
     with pytest.raises(TypeError, match="AsyncConnectionPool") as refused:
         AdvisoryLock(source, "x")
@@ -295,7 +295,7 @@ async def test_a_rollback_ends_a_transaction_lock_too(connect: Connect, admin: A
 
 
 async def test_in_autocommit_outside_a_transaction_it_is_refused(connect: Connect) -> None:
-    """It would be gone before the next statement. The message names both remedies."""
+    """The lock would end before the next statement. The message names both remedies."""
     conn = await connect()
     with pytest.raises(RuntimeError, match=r"conn\.transaction\(\).*scope='session'"):
         async with AdvisoryLock(conn, "x"):
@@ -520,7 +520,7 @@ async def test_with_a_pool_the_block_is_the_transaction(
 
 
 async def test_with_a_pool_a_transaction_lock_needs_a_block(pg_pool: AsyncConnectionPool) -> None:
-    """Without one, nobody could say whether to commit or to roll back."""
+    """Without one, nothing says whether to commit or to roll back."""
     for call in (AdvisoryLock(pg_pool, "x").acquire, AdvisoryLock(pg_pool, "x").try_acquire):
         with pytest.raises(RuntimeError, match="use `async with`"):
             await call()
@@ -534,7 +534,7 @@ async def test_a_refused_lock_gives_the_pool_its_connection_back(connect: Connec
             for timeout in (0, 0.01, 0, 0.01):
                 with pytest.raises(LockNotAcquired, match="'x' was not obtained"):
                     async with AdvisoryLock(pool, "x", scope=scope, timeout=timeout):
-                        pytest.fail("somebody else holds it")
+                        pytest.fail("another connection holds it")
         async with AdvisoryLock(pool, "x", scope=scope, timeout=5) as hold:
             assert hold.connection.info.transaction_status == (INTRANS if scope == "transaction" else IDLE)
 
@@ -678,7 +678,7 @@ async def test_a_session_lock_is_refused_inside_a_transaction(connect: Connect) 
 @pytest.mark.parametrize("timeout", [None, 0, 1])
 @pytest.mark.parametrize("scope", ["transaction", "session"])
 async def test_a_pipeline_is_refused(connect: Connect, scope: Any, timeout: float | None) -> None:
-    """In a pipeline nobody waits for the answer, and the answer is the lock."""
+    """A pipeline does not wait for the answer, and only the answer says whether the lock was granted."""
     conn = await connect()
     async with conn.pipeline(), conn.transaction():
         with pytest.raises(RuntimeError, match=r"acquire before `conn\.pipeline\(\)`"):
@@ -828,7 +828,7 @@ async def test_acquiring_again_in_the_same_task_raises_instead_of_deadlocking(
         pass
 
 
-async def test_a_second_hold_on_one_connection_is_refused_whoever_asks(connect: Connect) -> None:
+async def test_a_second_hold_on_one_connection_is_refused_for_any_task(connect: Connect) -> None:
     """Postgres would grant it to the same session at once: two tasks would both believe to be alone."""
     conn, other = await connect(), await connect()
     async with AdvisoryLock(conn, "x", scope="session"):
@@ -865,7 +865,7 @@ async def test_a_block_may_release_its_hold_early_and_take_another(connect: Conn
 
 
 async def test_a_lost_hold_that_its_block_releases_is_lost_at_the_end_too(connect: Connect) -> None:
-    """Whoever ignores it once is told again, and the task is as uncancelled as before."""
+    """A body that ignores the loss once is told again, and no cancellation is left over in the task."""
     conn, admin = await connect(), await connect()
     with pytest.raises(LockLost, match="its connection died") as lost:
         async with AdvisoryLock(conn, "x", scope="session") as hold:
@@ -1015,7 +1015,7 @@ async def test_a_body_that_swallows_the_cancellation_still_ends_with_lock_lost(c
                 await until_cancelled(terminate(admin, conn))
 
 
-async def test_a_death_that_nobody_noticed_before_the_end_is_lock_lost(connect: Connect) -> None:
+async def test_a_death_that_is_noticed_only_at_the_end_is_lock_lost(connect: Connect) -> None:
     """The unlock finds out: no await of the body gave the watch a chance."""
     conn, admin = await connect(), await connect()
     os_pid = conn.info.backend_pid
@@ -1026,7 +1026,7 @@ async def test_a_death_that_nobody_noticed_before_the_end_is_lock_lost(connect: 
 
 
 async def test_a_cancellation_from_outside_wins_over_the_loss(connect: Connect) -> None:
-    """Who cancels the task gets a cancelled task, even when the lock was lost in the same moment."""
+    """The task ends cancelled, even when the lock was lost in the same moment."""
     conn, admin = await connect(), await connect()
 
     async def work() -> None:
@@ -1057,7 +1057,7 @@ async def test_two_locks_on_one_connection_are_lost_together_and_once(connect: C
 async def test_unlocked_by_the_body_is_lost_and_its_connection_never_pooled(
     connect: Connect, pg_pool: AsyncConnectionPool
 ) -> None:
-    """pg_advisory_unlock's answer is checked: false means that somebody else may have been inside."""
+    """pg_advisory_unlock's answer is checked: false means that another holder may have been inside."""
     with pytest.raises(LockLost, match="did not hold it any more"):
         async with AdvisoryLock(pg_pool, "x", scope="session") as hold:
             await hold.connection.execute("SELECT pg_advisory_unlock_all()")
@@ -1081,7 +1081,7 @@ async def test_a_killed_server_cancels_the_body(servers: Servers) -> None:
     """SIGKILL to the whole server, while the body is idle."""
     victim = await servers.postgres("victim")
     if not victim.controllable:
-        pytest.skip("the server belongs to somebody else")
+        pytest.skip("the server is not ours to kill")
     conn = await AsyncConnection.connect(victim.url, autocommit=True)
     with pytest.raises(LockLost):
         async with AdvisoryLock(conn, "x", scope="session"):
@@ -1369,7 +1369,7 @@ async def test_a_cancellation_that_comes_too_late_to_stop_the_grant(connect: Con
 async def test_an_acquire_cancelled_twice_at_any_await_holds_nothing(
     connect: Connect, pg_pool: AsyncConnectionPool, scope: Any
 ) -> None:
-    """Also while it undoes itself: then the connection is closed, which ends the lock, and the pool makes another."""
+    """A cancellation can hit the undoing too: then the connection is closed, which ends the lock."""
     admin = await connect()
     for free in (True, False):
         for awaits in range(10):
@@ -1466,7 +1466,7 @@ async def test_several_locks_are_held_until_the_transaction_ends(connect: Connec
 
 @pytest.mark.parametrize("timeout", [0, 0.02])
 async def test_several_locks_are_all_or_none(connect: Connect, timeout: float) -> None:
-    """The last one is taken by somebody else: none of the others stays held, and the transaction is usable."""
+    """Another connection holds the last one: none of the others stays held, and the transaction is usable."""
     conn = await connect(autocommit=False)
     async with AdvisoryLock(await connect(), 9, scope="session"):
         with pytest.raises(LockNotAcquired, match=r"\(7, 8, 9\) was not obtained"):
@@ -1510,7 +1510,7 @@ def test_no_names_are_refused() -> None:
         advisory_locks(_NO_POOL)
 
 
-# ---- who holds, who waits
+# ---- holders and waiters
 
 
 async def test_held_advisory_locks_shows_holders_and_waiters(connect: Connect) -> None:
@@ -1611,7 +1611,7 @@ async def test_behind_a_session_pooling_proxy_session_scope_works_when_told(
 async def test_a_proxy_that_was_said_to_pool_sessions_and_does_not_is_found_out(
     connect: Connect, behind: Callable[[str], Awaitable[str]]
 ) -> None:
-    """The unlock meets another server session, which holds the lock for somebody else: LockLost, and theirs stays."""
+    """The unlock meets another server session, which holds the lock for another client: LockLost; that lock stays."""
     dsn, admin = await behind("transaction"), await connect()
     a, b, c = [await connect(dsn) for _ in range(3)]
     async with AsyncExitStack() as exits:

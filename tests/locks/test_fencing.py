@@ -220,7 +220,7 @@ async def test_a_ttl_ends_the_value_and_not_its_guard(redis: Redis) -> None:
 
 @pytest.mark.parametrize("ttl", [0, -1, 0.0, "5", float("nan"), float("inf")])
 async def test_a_bad_ttl_writes_nothing(redis: Redis, ttl: Any) -> None:
-    """Neither the value nor the guard."""
+    """Neither the value nor the guard is written."""
     with pytest.raises((ResponseError, TypeError, ValueError, OverflowError)):
         await fenced_set(redis, "ttl", "x", token=5, ttl=ttl)
     assert await redis.dbsize() == 0
@@ -695,7 +695,7 @@ async def test_no_failover_of_redis_turns_back_tokens_from_postgres(
 
 
 async def test_a_release_whose_reply_was_lost_is_no_loss_under_tokens_from_elsewhere(redis_server: Server) -> None:
-    """The server knows the lease by its own token: nobody was granted it in between."""
+    """The server knows the lease by its own token: no other grant came in between."""
     async with TcpProxy(redis_server.host, redis_server.port) as proxy:
         async with Redis(host="127.0.0.1", port=proxy.port) as client:
             async with RedisLock(client, "warm", tokens=lambda: asyncio.sleep(0, 1)):
@@ -767,7 +767,7 @@ async def test_a_task_that_outlives_the_lease_gets_no_token(redis: Redis) -> Non
 
 @kills("the token of a lost lease", replaced(THIS_MODULE, "current_token", token_without_check))
 async def test_a_lost_lease_gives_no_token(redis: Redis) -> None:
-    """Not even the one of a lock around it, whose tokens don't compare with its own."""
+    """The token of a lock around it is no substitute: tokens of two locks can't be compared."""
     async with RedisLock(redis, "around"):
         lease = await RedisLock(redis, "lost").acquire()
         lease.mark_lost("was lost")

@@ -1,6 +1,6 @@
-"""Lease: the deadline, the renewal, the news of the loss and the end of the body, for whatever grants it.
+"""Lease: its deadline, its renewal, its loss and the end of its body, whichever lock grants it.
 
-The store behind a lease is two callables, its inputs: here they answer, fail, hang and are counted as a test needs it.
+The store behind a lease is two callables. Here they answer, fail, hang and are counted as a test needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def kills_swallowed_cancellation(test: Any) -> Any:
 
 
 class Store:
-    """What a lock would ask. `extends` and `releases` are called for each answer, the last one again and again."""
+    """Store of a lock. Each `extend` takes its answer from `extends`; the last answer is repeated."""
 
     def __init__(self, *extends: Callable[[], Awaitable[bool]], release: Callable[[], Awaitable[bool]] | None = None):
         self.extends, self.release_answer = list(extends) or [yes], release or yes
@@ -98,7 +98,7 @@ async def for_ever() -> bool:
 
 
 def soon(*calls: Callable[[], Any]) -> None:
-    """All of them in the next turn of the event loop, when the body waits."""
+    """Run all calls in the next turn of the event loop, when the body waits."""
 
     def all_at_once() -> None:
         for call in calls:
@@ -114,7 +114,7 @@ def cancelling() -> int:
 
 
 class Hands:
-    """A clock that is set by hand."""
+    """Clock that is set by hand."""
 
     now = 100.0
 
@@ -127,14 +127,14 @@ class Hands:
 
 @given(asked_at=st.floats(0, 1e9), ttl=st.floats(0.01, MAX_TTL))
 def test_the_local_deadline_is_before_the_stores(asked_at: float, ttl: float) -> None:
-    """By 1 % and 2 ms; the store's ttl began after the request was sent."""
+    """It is earlier by 1 % and 2 ms; the store's TTL began after the request was sent."""
     assert local_deadline(asked_at, ttl) < asked_at + ttl
     assert local_deadline(asked_at, ttl) == pytest.approx(asked_at + 0.99 * ttl - 0.002)
 
 
 @kills("no allowance for drift", replaced(leases, "local_deadline", lambda asked_at, ttl: asked_at + ttl))
-async def test_a_lease_knows_from_the_clock_alone_that_it_is_over() -> None:
-    """After a pause or a long synchronous stretch no timer has run yet: lost, check() and extend() tell anyway."""
+async def test_a_lease_knows_from_the_clock_alone_that_it_has_ended() -> None:
+    """After a pause or a long synchronous stretch no timer has run yet: lost, check() and extend() know it anyway."""
     clock, store = Hands(), Store()
     lease = store.lease(ttl=10, clock=clock)
     assert (lease.held, lease.lost, lease.within_ttl, lease.remaining()) == (True, False, True, pytest.approx(9.898))
@@ -151,7 +151,7 @@ async def test_a_lease_knows_from_the_clock_alone_that_it_is_over() -> None:
 
 
 async def test_a_grant_whose_answer_came_too_late_is_given_back(redis: Redis) -> None:
-    """One try, and its answer took longer than the lease lasts: not acquired, and nothing stands until the ttl."""
+    """The answer to one try took longer than the lease lasts: not acquired, and no grant stays until the TTL."""
     clock = Hands()
 
     def leaping() -> float:
@@ -165,7 +165,7 @@ async def test_a_grant_whose_answer_came_too_late_is_given_back(redis: Redis) ->
 
 
 async def test_a_body_that_blocked_the_loop_past_the_deadline_is_cancelled_at_its_next_wait() -> None:
-    """The store is asked once more at the end, and what it says counts."""
+    """The store is asked once more at the end, and its answer counts."""
     clock, reached = Hands(), []
     with pytest.raises(LockLost, match="before it could be renewed"):
         async with Store(release=no).body(ttl=0.01, clock=clock) as lease:
@@ -177,7 +177,7 @@ async def test_a_body_that_blocked_the_loop_past_the_deadline_is_cancelled_at_it
 
 
 async def test_a_body_that_was_blocked_and_goes_on_with_redis_is_stopped(redis: Redis) -> None:
-    """Its first command after the deadline is the last: not even Python 3.11's wait_for swallows the news."""
+    """Its first command after the deadline is the last: not even Python 3.11's wait_for swallows the cancellation."""
     written = 0
     with pytest.raises(LockLost):
         async with RedisLock(redis, "blocked", ttl=0.05) as lease:
@@ -195,7 +195,7 @@ async def test_a_body_that_was_blocked_and_goes_on_with_redis_is_stopped(redis: 
 @pytest.mark.parametrize("work_turns", [0, 1, 2, 3])
 @pytest.mark.parametrize("turns", range(8))
 async def test_a_body_that_only_waits_for_quick_work_is_stopped(turns: int, work_turns: int) -> None:
-    """wait_for after wait_for: whenever the loss comes it gets through, also in the turn in which the work is done."""
+    """In a loop of wait_for the loss gets through whenever it comes, also in the turn in which the work is done."""
     rounds = 0
 
     async def work() -> None:
@@ -221,7 +221,7 @@ async def test_a_body_that_only_waits_for_quick_work_is_stopped(turns: int, work
 
 
 async def test_a_released_lease_is_neither_held_nor_lost() -> None:
-    """It is released once; to ask again is no error; what needs a held lease says why it is none."""
+    """It is released once; releasing it again is no error; calls that need a held lease say why it is not held."""
     store = Store()
     lease = store.lease()
     assert "3.5" in repr(lease)
@@ -237,7 +237,7 @@ async def test_a_released_lease_is_neither_held_nor_lost() -> None:
 
 
 async def test_a_release_that_failed_may_be_tried_again() -> None:
-    """Until then nobody can say that the lease holds, nor that it does not."""
+    """Until then it is unknown whether the lease holds, so it counts as lost."""
     store = Store(release=fail)
     lease = store.lease()
     with pytest.raises(ConnectionError):
@@ -251,8 +251,8 @@ async def test_a_release_that_failed_may_be_tried_again() -> None:
     assert store.released == 2
 
 
-async def test_a_body_that_gave_up_its_own_failed_release_has_it_tried_again() -> None:
-    """By the end of the body."""
+async def test_a_failed_release_in_the_body_is_tried_again_at_its_end() -> None:
+    """The body ignored the error."""
     store = Store(release=fail)
     async with store.body() as lease:
         with pytest.raises(ConnectionError):
@@ -289,14 +289,14 @@ async def test_a_cancelled_release_goes_on_in_the_background() -> None:
 
 @pytest.mark.parametrize("turns", range(24))
 async def test_a_cancellation_is_never_lost_in_a_release(redis: Redis, turns: int) -> None:
-    """Whatever the client was doing: the code after the lock is not reached, and the lock is free."""
+    """Whenever it comes, the code after the lock is not reached, and the lock is free."""
 
     async def work() -> None:
         async with RedisLock(redis, "timeout-in-release", ttl=3600):
             leaving.set()
         reached.append(turns)
         await asyncio.sleep(0)
-        raise AssertionError("nobody told this task to end")
+        raise AssertionError("this task was not told to end")
 
     reached: list[int] = []
     leaving = asyncio.Event()
@@ -429,7 +429,7 @@ async def test_two_nested_leases_lost_at_once_raise_one_lock_lost() -> None:
 
 
 async def test_the_inner_lease_is_released_when_the_outer_one_is_lost() -> None:
-    """And the other way round; LockLost names the one that was lost."""
+    """The outer lease is released too when the inner one is lost; LockLost names the one that was lost."""
     for name in ("outer", "inner"):
         stores = {"outer": Store(), "inner": Store()}
         with pytest.raises(LockLost, match=f"'{name}' was lost"):
@@ -465,8 +465,8 @@ async def test_a_body_that_swallows_the_cancellation_ends_in_lock_lost() -> None
     await asyncio.sleep(0)
 
 
-async def test_a_lease_without_a_body_cancels_nobody() -> None:
-    """Neither does on_lost="flag", whose body is told at its end."""
+async def test_a_lease_without_a_body_cancels_no_task() -> None:
+    """With on_lost="flag" the body is not cancelled either: it gets LockLost at its end."""
     lease = Store().lease()
     lease.mark_lost("was lost")
     await asyncio.sleep(0)
@@ -481,8 +481,8 @@ async def test_a_lease_without_a_body_cancels_nobody() -> None:
     assert finished == [True]
 
 
-async def test_what_is_lost_is_released_in_the_background() -> None:
-    """If the store thinks it still ours, nobody need wait for its ttl."""
+async def test_a_lost_lease_is_released_in_the_background() -> None:
+    """If the store still counts it as ours, other clients need not wait for its TTL."""
     store = Store()
     lease = store.lease()
     lease.mark_lost("was lost")
@@ -493,7 +493,7 @@ async def test_what_is_lost_is_released_in_the_background() -> None:
 
 
 async def test_a_body_entered_by_a_task_that_has_ended_can_be_lost_and_left() -> None:
-    """A fixture: set up in one task, closed in another, which is not the one to cancel."""
+    """A fixture is set up in one task and closed in another, which must not be cancelled."""
     context = Store().body()
     lease = await asyncio.create_task(context.__aenter__())
     lease.mark_lost("was lost")
@@ -649,7 +649,7 @@ async def test_an_extension_answered_after_the_release_is_no_extension() -> None
 
 
 @pytest.mark.parametrize("ttl", [0, -1, "5", 90_000, True])
-async def test_a_bad_ttl_of_an_extension_asks_nobody(ttl: Any) -> None:
+async def test_an_extension_with_a_bad_ttl_does_not_ask_the_store(ttl: Any) -> None:
     """The lease is as before."""
     store = Store()
     lease = store.lease()
@@ -717,7 +717,7 @@ async def test_a_task_whose_leases_are_released_elsewhere_does_not_collect_them(
     assert sum(ref() is not None for ref in seen) < 250
 
 
-# ---- who holds what
+# ---- several tasks with one lock
 
 
 async def test_each_task_takes_its_own_lease() -> None:
@@ -770,7 +770,7 @@ async def test_a_lost_lease_is_left_in_order_when_its_task_acquired_again(redis:
 
 
 async def test_background_work_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody is left to raise it to."""
+    """No caller is left that could get it."""
     await asyncio.wait({in_background(fail(), "giving back 'n'")})
     assert "giving back 'n' failed: ConnectionError('the store is away')" in caplog.text
     caplog.clear()
@@ -789,7 +789,7 @@ async def test_background_work_may_end_with_the_event_loop_before_it_began() -> 
 
 
 async def test_background_work_is_kept_until_it_is_done() -> None:
-    """Though nobody refers to it: asyncio keeps only weak references to tasks."""
+    """It would be collected otherwise: asyncio keeps only weak references to tasks."""
     gate: list[asyncio.Future[None]] = []
 
     async def wait() -> None:
@@ -817,7 +817,7 @@ def test_an_event_loop_may_end_with_a_lease_in_hand() -> None:
     assert lease.token == 7
 
 
-# ---- the small print
+# ---- arguments and keys
 
 
 @given(st.text(), st.text())

@@ -29,7 +29,7 @@ Redis = redis.asyncio.Redis
 
 
 async def until(fact: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for a fact about the server, asked again and again, at most a few thousand times."""
+    """Wait for a fact about the server, asked again and again."""
     async with asyncio.timeout(10):
         while not await fact():
             await asyncio.sleep(0)
@@ -43,7 +43,7 @@ async def waiting(lock: RedisLock, count: int) -> None:
 
 
 async def until_idle(redis: Redis) -> None:
-    """Waits until some client is blocked at the server."""
+    """Wait until some client is blocked at the server."""
 
     async def blocked() -> bool:
         return int((await redis.info("clients"))["blocked_clients"]) > 0
@@ -57,7 +57,7 @@ async def calls(redis: Redis, command: str) -> int:
 
 @contextlib.asynccontextmanager
 async def hold_in_another_task(lock: RedisLock) -> AsyncIterator[Lease]:
-    """A holder beside the test's own task, which ends with the block."""
+    """Hold the lock in another task, until the end of the block."""
     entered: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
     leave = asyncio.Event()
 
@@ -197,7 +197,7 @@ async def test_waiters_are_served_first_come_first_served(redis: Redis) -> None:
 
 
 async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
-    """When the lock falls free, one try by somebody new is refused as long as others wait."""
+    """When the lock is released, one try by a new owner is refused as long as others wait."""
     lock = RedisLock(redis, "barge")
     async with hold_in_another_task(lock):
         await lock._ask("host|1|waiter", queue=True)
@@ -207,7 +207,7 @@ async def test_a_newcomer_does_not_overtake_the_queue(redis: Redis) -> None:
 
 @kills("newcomers overtake the queue", in_script(_ACQUIRE_OR_ENQUEUE, "holder = next_waiter() or me", "holder = me"))
 async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -> None:
-    """Nobody released it, so nobody was woken: whoever asks next hands it to the first in the queue."""
+    """No release woke a waiter: the next request hands the lock to the first in the queue."""
     lock = RedisLock(redis, "ran-out")
     async with hold_in_another_task(lock):
         await lock._ask("host|1|waiter", queue=True)
@@ -218,7 +218,7 @@ async def test_a_newcomer_does_not_overtake_when_a_lease_ran_out(redis: Redis) -
 
 
 @kills(
-    "nobody is woken",
+    "no waiter is woken",
     in_script(
         _RELEASE_OR_DEQUEUE,
         "if waiter then reserve(waiter) else redis.call('DEL', lock) end",
@@ -239,7 +239,7 @@ async def test_exactly_one_waiter_is_woken(redis: Redis) -> None:
     in_script(_RELEASE_OR_DEQUEUE, "if alive_until and tonumber(alive_until) > now() then", "if true then"),
 )
 async def test_a_dead_waiter_is_skipped(redis: Redis) -> None:
-    """A waiter that gave no sign of life in time is dropped at the next hand-over."""
+    """A waiter without a heartbeat in time is dropped at the next hand-over."""
     lock = RedisLock(redis, "dead")
     async with hold_in_another_task(lock):
         await lock._ask("host|1|dead", queue=True)
@@ -248,8 +248,8 @@ async def test_a_dead_waiter_is_skipped(redis: Redis) -> None:
     assert (await lock.explain()).owner == "host|1|alive"
 
 
-async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_claim_only(redis: Redis) -> None:
-    """Nobody takes up the hand-over: when the claim ends, the next waiter enters, long before any TTL."""
+async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_reservation_only(redis: Redis) -> None:
+    """The reservation is not used: when it ends, the next waiter enters, long before any TTL."""
     lock = RedisLock(redis, "just-died", ttl=3600)
     async with hold_in_another_task(lock):
         await lock._ask("host|1|dead", queue=True)
@@ -261,7 +261,7 @@ async def test_a_waiter_that_died_a_moment_ago_delays_the_next_by_its_claim_only
 
 @kills("the queue never cleaned", in_script(_RELEASE_OR_DEQUEUE, "redis.call('LREM', queue, 1, me)", ""))
 async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
-    """It is not handed a lock that nobody would take up."""
+    """It is not handed a lock that it would never use."""
     lock = RedisLock(redis, "leave")
     async with hold_in_another_task(lock):
         waiter = asyncio.create_task(RedisLock(redis, "leave").acquire())
@@ -306,7 +306,7 @@ async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redi
 @kills("a cancellation swallowed by extend is forgotten", replaced(Script, "run", run_without_look), call="extend")
 @pytest.mark.parametrize("call", ["release", "extend"])
 async def test_a_cancellation_that_the_client_swallowed_still_counts_for_a_lease(redis: Redis, call: str) -> None:
-    """The work is done, and the task is cancelled all the same."""
+    """The server has done its work, and the task is cancelled all the same."""
 
     class Swallowing(Redis):
         async def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -471,7 +471,7 @@ async def test_the_bodys_own_error_is_never_masked(redis: Redis) -> None:
 
 
 async def test_a_body_that_finished_under_a_foreign_lock_raises_lock_lost(redis: Redis) -> None:
-    """Somebody else was granted in the middle: the end of the body says so."""
+    """The lock was granted again in the middle: the end of the body says so."""
     with pytest.raises(LockLost, match="no longer ours"):
         async with RedisLock(redis, "foreign"):
             await RedisLock(redis, "foreign").force_release()
@@ -489,7 +489,7 @@ async def test_a_body_that_swallows_its_cancellation_still_ends_in_lock_lost(red
 
 
 async def test_a_cancellation_from_outside_stays_a_cancellation(redis: Redis) -> None:
-    """Also when the lease is lost at the same time: whoever cancelled the task sees it cancelled."""
+    """The task ends cancelled even when the lease is lost at the same time."""
     entered = asyncio.Event()
 
     async def body() -> None:
@@ -518,8 +518,8 @@ async def test_extend_starts_the_ttl_anew(redis: Redis) -> None:
 
 
 @kills("no owner check on renewal", in_script(EXTEND, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", ""))
-async def test_a_lock_that_somebody_else_holds_by_now_is_not_extended(redis: Redis) -> None:
-    """It would prolong the other's lease; it raises LockLost instead."""
+async def test_a_lock_that_another_owner_holds_by_now_is_not_extended(redis: Redis) -> None:
+    """That would extend the other's lease; it raises LockLost instead."""
     lease = await RedisLock(redis, "others").acquire()
     await redis.set("distsys:lock:{others}", "host|1|other", px=5_000)
     with pytest.raises(LockLost, match="taken away"):
@@ -530,7 +530,7 @@ async def test_a_lock_that_somebody_else_holds_by_now_is_not_extended(redis: Red
 async def test_a_release_that_cannot_reach_the_server_is_logged_when_the_body_was_covered(
     own_redis: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The work was alone from start to end: failing it now would invite a second one."""
+    """The work was exclusive from start to end: failing it now would invite a second run."""
     async with Redis.from_url(own_redis.url, retry=None) as client:
         async with RedisLock(client, "unreachable"):
             await own_redis.kill()
@@ -591,7 +591,7 @@ async def test_a_release_cancelled_at_any_await_still_releases(redis: Redis, ste
     in_script(_ACQUIRE_OR_ENQUEUE, "if tombstone then return {0, 0, ''} end", ""),
 )
 async def test_a_request_that_arrives_after_its_cancellation_is_refused(redis: Redis) -> None:
-    """The undoing leaves a mark: an acquire still on its way to the server is not granted to nobody."""
+    """The undoing leaves a tombstone: a request still on its way is not granted to an owner that has given up."""
     lock = RedisLock(redis, "tomb")
     await lock._run(_RELEASE_OR_DEQUEUE, "host|1|late", "", "1")
     token, _, _ = await lock._ask("host|1|late", queue=False)
@@ -659,7 +659,7 @@ async def test_nested_code_finds_the_token_of_the_lease_it_runs_under(redis: Red
         current_token()
 
 
-# ---- looking at it
+# ---- inspection and force_release
 
 
 @kills(

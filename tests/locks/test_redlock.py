@@ -1,4 +1,4 @@
-"""Redlock: every promise of the rule, on real nodes that die, hang, refuse and forget."""
+"""Redlock: every promise of the rule, on real nodes that die, hang, refuse and lose their data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEY = "distsys:redlock:{%s}"
 
 @pytest.fixture
 async def servers_5(servers: Servers) -> list[Server]:
-    """Five nodes; a test may kill and pause them, the next one finds them empty and well."""
+    """Five nodes; a test may kill and pause them, the next test finds them empty and running."""
     return [await servers.redis(f"n{i}") for i in range(1, 6)]
 
 
@@ -69,28 +69,28 @@ def three(nodes: list[Redis]) -> list[Redis]:
 
 
 def redlock(nodes: Iterable[Redis], name: str, **options: Any) -> Redlock:
-    """With times that no slow machine comes near, unless a test is about them."""
+    """Build a lock with times that no slow machine comes near, unless a test is about them."""
     return Redlock(list(nodes), name, **{"ttl": 3600, "node_timeout": 100, **options})
 
 
 async def until(fact: Callable[[], Awaitable[bool]]) -> None:
-    """Waits for a fact about the servers, asked again and again."""
+    """Wait for a fact about the servers, asked again and again."""
     async with asyncio.timeout(20):
         while not await fact():
             await asyncio.sleep(0)
 
 
 async def owners(nodes: list[Redis], name: str) -> list[str | None]:
-    """Who holds the lock, by what each node says."""
+    """Return the owner of the lock on each node."""
     found = [await node.get(KEY % name) for node in nodes]
     return [owner.decode() if isinstance(owner, bytes) else owner for owner in found]
 
 
 async def free(nodes: list[Redis], name: str) -> None:
-    async def nobody_holds_it() -> bool:
+    async def is_free() -> bool:
         return not any(await owners(nodes, name))
 
-    await until(nobody_holds_it)
+    await until(is_free)
 
 
 async def answers(node: Redis) -> bool:
@@ -100,25 +100,25 @@ async def answers(node: Redis) -> bool:
         return False
 
 
-async def marks(node: Redis) -> list[bytes]:
-    """What refuses grants that are still on their way."""
+async def tombstones(node: Redis) -> list[bytes]:
+    """Return the tombstones of a node, which refuse grants that are still on their way."""
     return [key async for key in node.scan_iter("*:tombstone:*")]
 
 
 async def occupy(nodes: list[Redis], name: str) -> None:
-    """Somebody else's grants, which nobody will release."""
+    """Let another owner hold the lock on these nodes for an hour."""
     for node in nodes:
         await node.set(KEY % name, "somebody-else", px=3_600_000)
 
 
 def steps(*times: float) -> Callable[[], float]:
-    """A clock that shows these times one after the other, then stands still."""
+    """Return a clock that shows these times one after the other, then stands still."""
     shown: Iterator[float] = itertools.chain(times, itertools.repeat(times[-1]))
     return lambda: next(shown)
 
 
 class Rounds(random.Random):
-    """Draws no pause between two rounds, and counts them."""
+    """Random source that draws no pause between two rounds, and counts them."""
 
     count = 0
     asked: tuple[float, float] | None = None
@@ -144,7 +144,7 @@ class Rounds(random.Random):
     in_script(_GRANT, "redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])", "redis.call('SET', KEYS[1], ARGV[1])"),
 )
 async def test_a_grant_stands_on_every_node_with_a_ttl_until_it_is_released(three: list[Redis]) -> None:
-    """The same random owner everywhere; leaving frees all of them."""
+    """All nodes have the same random owner; the end of the body releases all of them."""
     async with redlock(three, "everywhere", ttl=10, node_timeout=4) as lease:
 
         async def on_all() -> bool:
@@ -175,7 +175,7 @@ async def test_only_one_of_many_holds_it(three: list[Redis]) -> None:
     "no owner check on release", in_script(_RELEASE, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", "")
 )
 async def test_a_minority_in_other_hands_does_not_matter(nodes: list[Redis]) -> None:
-    """Two of five nodes hold somebody else's grant: three votes are enough, and the others stay as they are."""
+    """Two of five nodes have granted another owner: three votes are enough, and those grants stay as they are."""
     await occupy(nodes[:2], "minority")
     async with redlock(nodes, "minority", timeout=0) as lease:
         assert (await owners(nodes, "minority"))[2:] == [lease.owner] * 3
@@ -185,7 +185,7 @@ async def test_a_minority_in_other_hands_does_not_matter(nodes: list[Redis]) -> 
 @kills("a failed round keeps its grants", replaced(Redlock, "_release_all", never))
 @kills("one vote is enough", replaced(Redlock, "__init__", init_with_quorum_1))
 @kills("granted to any owner", in_script(_GRANT, "if holder then return holder == ARGV[1] and 1 or 0 end", ""))
-async def test_a_minority_of_grants_is_given_back_and_the_error_counts_them(three: list[Redis]) -> None:
+async def test_a_minority_of_grants_is_released_and_the_error_counts_them(three: list[Redis]) -> None:
     """LockNotAcquired carries granted, needed and errors; only the others' grants are left."""
     await occupy(three[:2], "lost-round")
     with pytest.raises(LockNotAcquired, match="1 of 3 nodes granted it, 2 are needed") as refused:
@@ -196,8 +196,8 @@ async def test_a_minority_of_grants_is_given_back_and_the_error_counts_them(thre
     assert await redlock(three, "lost-round").try_acquire() is None
 
 
-async def test_who_refused_leaves_no_trace_on_the_nodes(three: list[Redis]) -> None:
-    """A lost round writes nothing where another holds the lock: waiting does not fill the nodes' memory."""
+async def test_a_failed_round_leaves_no_trace_on_the_nodes(three: list[Redis]) -> None:
+    """It writes nothing where another owner holds the lock: waiting does not fill the nodes' memory."""
     await occupy(three, "trace")
     with pytest.raises(LockNotAcquired):
         await redlock(three, "trace", timeout=0).acquire()
@@ -211,8 +211,10 @@ async def test_who_refused_leaves_no_trace_on_the_nodes(three: list[Redis]) -> N
     granted=False,
 )
 @pytest.mark.parametrize(("took", "granted"), [(0.0, True), (9.89, True), (9.9, False), (20.0, False)])
-async def test_a_grant_with_too_little_validity_left_is_none(three: list[Redis], took: float, granted: bool) -> None:
-    """Validity is ttl - elapsed - 1 % - 2 ms: of 10 s, 9.898 may pass. What came too late is taken back."""
+async def test_a_grant_with_too_little_validity_left_does_not_count(
+    three: list[Redis], took: float, granted: bool
+) -> None:
+    """Validity is ttl - elapsed - 1 % - 2 ms: of 10 s, 9.898 may pass. A grant that came too late is released."""
     lock = redlock(three, "validity", ttl=10, node_timeout=4, timeout=0, clock=steps(0, 100, 100 + took))
     if granted:
         lease = await lock.acquire()
@@ -275,8 +277,8 @@ async def test_scripts_that_the_nodes_forgot_are_brought_along(three: list[Redis
         "if holder and holder ~= ARGV[1] then return 0 end",
     ),
 )
-async def test_to_ask_again_is_the_same_grant(three: list[Redis]) -> None:
-    """A client that retries after a lost reply is still the one that was granted, and gains no time by it."""
+async def test_asking_again_is_the_same_grant(three: list[Redis]) -> None:
+    """A client that retries after a lost reply still holds the grant, and gains no time by it."""
     lock, node = redlock(three, "again"), three[0]
     assert await lock._run(0, _GRANT, "me", 5_000)
     assert await lock._run(0, _GRANT, "me", 60_000)
@@ -350,10 +352,10 @@ async def test_a_failing_majority_is_an_error_that_names_the_cause(
         await free(nodes[2:], "majority")
 
 
-async def test_grants_of_nodes_that_hung_are_taken_back_when_they_wake_up(
+async def test_grants_of_nodes_that_hung_are_released_when_they_wake_up(
     servers_5: list[Server], three: list[Redis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The requests lay in their sockets; without the taking back nobody would get the lock for an hour."""
+    """The requests waited in their sockets; without the release the lock would be held for an hour."""
     monkeypatch.setattr(module, "UNDO_SECONDS", 30)
     for node in three:
         await node.ping()
@@ -371,7 +373,7 @@ async def test_grants_of_nodes_that_hung_are_taken_back_when_they_wake_up(
 async def test_grants_that_arrive_late_are_released(
     servers_5: list[Server], three: list[Redis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The round is lost because two nodes answer after the node timeout: their grants don't stand for an hour."""
+    """The round fails because two nodes answer after the node timeout: their grants don't stay for an hour."""
     monkeypatch.setattr(module, "UNDO_SECONDS", 30)
     async with linked(servers_5[:2]) as (proxies, slow):
         for proxy in proxies:
@@ -379,17 +381,17 @@ async def test_grants_that_arrive_late_are_released(
         with pytest.raises(LockNotAcquired):
             await redlock([*slow, three[2]], "late", timeout=0, node_timeout=0.03).acquire()
 
-        async def taken_back() -> bool:
-            return all([await marks(node) for node in three[:2]])
+        async def all_have_tombstones() -> bool:
+            return all([await tombstones(node) for node in three[:2]])
 
-        await until(taken_back)
+        await until(all_have_tombstones)
         await free(three, "late")
 
 
 @kills("every release leaves a tombstone", in_script(_RELEASE, "if ARGV[2] == '1' then", "if true then"))
 @kills("a grant is accepted after its release", in_script(_RELEASE, "if ARGV[2] == '1' then", "if false then"))
 async def test_a_grant_that_arrives_after_its_release_is_refused(three: list[Redis]) -> None:
-    """Taking back leaves a mark for what may still be on its way; an ordinary release leaves nothing."""
+    """Undoing a round leaves a tombstone for grants that may still be on their way; a normal release leaves nothing."""
     lock = redlock(three, "mark")
     await lock._run(0, _RELEASE, "late", "1")
     assert not await lock._run(0, _GRANT, "late", 10_000)
@@ -437,7 +439,7 @@ async def test_a_lost_reply_is_not_a_lost_vote(servers_5: list[Server], nodes: l
 
 
 async def test_a_node_that_restarts_empty_is_outvoted(servers_5: list[Server], three: list[Redis]) -> None:
-    """One of three forgets: the lease goes on, and nobody else gets a majority."""
+    """One of three forgets: the lease goes on, and no rival gets a majority."""
     async with redlock(three, "restart") as lease:
         await all_well()
         await servers_5[0].restart()
@@ -450,7 +452,7 @@ async def test_a_node_that_restarts_empty_is_outvoted(servers_5: list[Server], t
 
 
 async def test_a_majority_that_forgets_grants_twice_and_the_holder_learns_of_it(three: list[Redis]) -> None:
-    """What Redlock does not promise: two nodes restarted empty inside a lease. The next extension says so."""
+    """Redlock does not survive two nodes that restart empty inside a lease. The next extension finds it out."""
     lease = await redlock(three, "forgot", renew=False).acquire()
     await all_well()
     for node in three[:2]:
@@ -564,7 +566,7 @@ async def test_a_lease_whose_majority_dies_ends_the_body_with_lock_lost(
 
 
 async def test_a_body_that_finished_under_foreign_votes_raises_lock_lost(three: list[Redis]) -> None:
-    """A majority was somebody else's at the end; with on_lost="flag" too."""
+    """Another owner had a majority at the end; on_lost="flag" makes no difference."""
     with pytest.raises(LockLost, match="no longer ours"):
         async with redlock(three, "foreign", on_lost="flag"):
             await occupy(three[:2], "foreign")
