@@ -16,33 +16,34 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from psycopg import AsyncConnection, sql
+from psycopg_pool import AsyncConnectionPool
+from redis.asyncio import Redis
+
+from distsys._support.postgres import rows
+from distsys._support.redis import Script, async_client, milliseconds
 from distsys.errors import StaleToken
 from distsys.locks.lease import held_leases
 
-if TYPE_CHECKING:
-    from psycopg import AsyncConnection
-    from psycopg_pool import AsyncConnectionPool
-    from redis.asyncio import Redis
-
 # KEYS[1] - the value    KEYS[2] - its guard: the newest token seen    ARGV - value, token, ttl in ms or ""
 # Returns 0 when written, else the newer token that forbids it. An equal token is the same holder writing again.
-_SET = """
+_SET = Script("""
 local newest = tonumber(redis.call('GET', KEYS[2]) or 0)
 if newest > tonumber(ARGV[2]) then return newest end
 if ARGV[3] == '' then redis.call('SET', KEYS[1], ARGV[1]) else redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]) end
 redis.call('SET', KEYS[2], ARGV[2])
 return 0
-"""
+""")
 
 # KEYS as above    ARGV - token    Returns {newer token or 0, value}; from now on an older token is refused.
-_GET = """
+_GET = Script("""
 local newest = tonumber(redis.call('GET', KEYS[2]) or 0)
 if newest > tonumber(ARGV[1]) then return {newest, false} end
 redis.call('SET', KEYS[2], ARGV[1])
 return {0, redis.call('GET', KEYS[1])}
-"""
+""")
 
 
 def current_token(name: str | None = None) -> int:
@@ -64,10 +65,8 @@ async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: flo
 
     ttl  of the value, in seconds
     """
-    from distsys._support.redis import async_client, milliseconds
-
-    keys, ms = (key, guard_key(key)), "" if ttl is None else milliseconds(ttl)
-    newest = await async_client(redis).eval(_SET, 2, *keys, value, check_token(token), ms)
+    ttl_ms = "" if ttl is None else milliseconds(ttl)
+    newest = await _SET.run(async_client(redis), [key, guard_key(key)], value, check_token(token), ttl_ms)
     if newest:
         raise _stale(key, newest, token)
 
@@ -77,9 +76,7 @@ async def fenced_get(redis: Redis, key: str, *, token: int) -> Any:
 
     From then on an older holder's write is refused: it can't change what was read.
     """
-    from distsys._support.redis import async_client
-
-    newest, value = await async_client(redis).eval(_GET, 2, key, guard_key(key), check_token(token))
+    newest, value = await _GET.run(async_client(redis), [key, guard_key(key)], check_token(token))
     if newest:
         raise _stale(key, newest, token)
     return value
@@ -106,8 +103,6 @@ async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
         raise ValueError(
             "fence() guards the rest of a transaction, and there is none: `async with conn.transaction():`"
         )
-    from distsys._support.postgres import rows
-
     admitted = await rows(
         conn,
         """INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
@@ -134,17 +129,15 @@ async def fenced_update(
     The token is in the row itself (`column`, a bigint), so the check and the write are one atomic statement.
     Raises LookupError if no row matches.
     """
-    from psycopg import sql
-
-    from distsys._support.postgres import rows
-
     if not values or not where:
         raise ValueError(f"fenced_update needs columns to set and a condition; got values={values!r}, where={where!r}")
-    sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in values.items())
-    condition = sql.SQL(" AND ").join(
-        sql.SQL("{} = {}").format(sql.Identifier(c), sql.Literal(v)) for c, v in where.items()
-    )
-    names = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column), "rows": condition}
+    parts = {
+        "table": sql.Identifier(*table.split(".")),
+        "column": sql.Identifier(column),
+        "token": sql.Literal(check_token(token)),
+        "sets": _equations(values, ", "),
+        "rows": _equations(where, " AND "),
+    }
     # All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
     ((found, newest, written),) = await rows(
         conn,
@@ -154,7 +147,7 @@ async def fenced_update(
                     written AS (UPDATE {table} SET {sets}, {column} = {token}
                                 WHERE {rows} AND {token} >= (SELECT token FROM newest) RETURNING 1)
                SELECT found, token, (SELECT count(*) FROM written) FROM newest"""
-        ).format(sets=sets, token=sql.Literal(check_token(token)), **names),
+        ).format(**parts),
     )
     if not found:
         raise LookupError(f"no row of {table} matches {dict(where)!r}: nothing was written")
@@ -168,8 +161,6 @@ def postgres_tokens(pool: AsyncConnectionPool[Any]) -> Callable[[], Awaitable[in
 
     They come from a sequence, which a failover of Redis can't turn back.
     """
-
-    from distsys._support.postgres import rows
 
     async def draw() -> int:
         async with pool.connection() as conn:
@@ -208,6 +199,11 @@ def check_token(token: int) -> int:
     if not 0 < token < 2**53:
         raise ValueError(f"token={token}: tokens are positive and below 2^53, the largest integer Lua compares exactly")
     return token
+
+
+def _equations(values: Mapping[str, Any], separator: str) -> sql.Composed:
+    equations = (sql.SQL("{} = {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in values.items())
+    return sql.SQL(separator).join(equations)
 
 
 def _stale(resource: str, newest: int, token: int) -> StaleToken:

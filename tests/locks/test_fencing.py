@@ -27,6 +27,8 @@ from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server
 from distsys.locks import fencing
 from distsys.locks.fencing import (
+    _GET,
+    _SET,
     check_token,
     current_token,
     fence,
@@ -39,7 +41,7 @@ from distsys.locks.fencing import (
 )
 from distsys.locks.redis_lock import RedisLock
 from distsys.schema import ensure_schema
-from tests.bugs import edited, kills, replaced
+from tests.bugs import edited, in_script, kills, replaced
 from tests.locks.broken import outermost_token, token_without_check
 
 Redis = redis.asyncio.Redis
@@ -88,17 +90,16 @@ async def blocked(conn: AsyncConnection[Any]) -> None:
 # ---- Redis
 
 
-@kills("the token is not remembered", edited(fencing, "_SET", "redis.call('SET', KEYS[2], ARGV[2])", ""))
+@kills("the token is not remembered", in_script(_SET, "redis.call('SET', KEYS[2], ARGV[2])", ""))
 @kills(
     "written, and then refused",
-    edited(
-        fencing,
-        "_SET",
+    in_script(
+        _SET,
         "if newest > tonumber(ARGV[2]) then return newest end",
         "redis.call('SET', KEYS[1], ARGV[1])if newest > tonumber(ARGV[2]) then return newest end",
     ),
 )
-@kills("nothing is refused", edited(fencing, "_SET", "if newest > tonumber(ARGV[2]) then return newest end", ""))
+@kills("nothing is refused", in_script(_SET, "if newest > tonumber(ARGV[2]) then return newest end", ""))
 async def test_an_older_token_is_refused_and_nothing_is_written(redis: Redis) -> None:
     """StaleToken says what was expected and what came; the value and the guard are as before."""
     await fenced_set(redis, "balance", 90, token=34)
@@ -112,9 +113,8 @@ async def test_an_older_token_is_refused_and_nothing_is_written(redis: Redis) ->
 
 @kills(
     "an equal token is refused",
-    edited(
-        fencing,
-        "_SET",
+    in_script(
+        _SET,
         "if newest > tonumber(ARGV[2]) then return newest end",
         "if newest >= tonumber(ARGV[2]) then return newest end",
     ),
@@ -145,9 +145,8 @@ async def test_for_any_order_of_writes_accepted_tokens_never_decrease(redis: Red
 
 @kills(
     "tokens compared as text",
-    edited(
-        fencing,
-        "_SET",
+    in_script(
+        _SET,
         "if newest > tonumber(ARGV[2]) then return newest end",
         "if tostring(redis.call('GET', KEYS[2]) or '') > ARGV[2] then return newest end",
     ),
@@ -163,7 +162,7 @@ async def test_of_writers_at_once_the_newest_remains(redis: Redis) -> None:
     assert await redis.mget("crowd", guard_key("crowd")) == [b"50", b"50"]
 
 
-@kills("a read shows no token", edited(fencing, "_GET", "redis.call('SET', KEYS[2], ARGV[1])", ""))
+@kills("a read shows no token", in_script(_GET, "redis.call('SET', KEYS[2], ARGV[1])", ""))
 async def test_a_read_that_shows_its_token_shuts_out_older_writes(redis: Redis) -> None:
     """The predecessor's late write can't come between the successor's read and its write."""
     await fenced_set(redis, "read", "first", token=1)
@@ -174,9 +173,7 @@ async def test_a_read_that_shows_its_token_shuts_out_older_writes(redis: Redis) 
     await fenced_set(redis, "read", "second", token=2)
 
 
-@kills(
-    "any token may read", edited(fencing, "_GET", "if newest > tonumber(ARGV[1]) then return {newest, false} end", "")
-)
+@kills("any token may read", in_script(_GET, "if newest > tonumber(ARGV[1]) then return {newest, false} end", ""))
 async def test_an_older_token_may_not_read(redis: Redis) -> None:
     """What it computed from the answer would be refused anyway; a key that is not there is None, and fenced as well."""
     assert await fenced_get(redis, "nothing", token=5) is None
@@ -202,9 +199,7 @@ async def test_a_holder_forgotten_by_the_server_can_t_overwrite_its_successor(re
 
 @kills(
     "the guard expires with the value",
-    edited(
-        fencing, "_SET", "redis.call('SET', KEYS[2], ARGV[2])", "redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])"
-    ),
+    in_script(_SET, "redis.call('SET', KEYS[2], ARGV[2])", "redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])"),
 )
 async def test_a_ttl_ends_the_value_and_not_its_guard(redis: Redis) -> None:
     """What has expired is still fenced; a later write without a ttl stays for good."""
