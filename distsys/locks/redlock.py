@@ -20,7 +20,6 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distsys._support.arguments import check_text
-from distsys._support.cancellation import in_background
 from distsys._support.clock import Clock, elapsed
 from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
@@ -123,23 +122,19 @@ class Redlock(LeasedLock):
             await asyncio.sleep(pause)
 
     async def _release_all(self, owner: str, grants: _Votes) -> None:
-        """Release every grant of a failed round; slow nodes are left to the background."""
-        nodes = range(len(self.clients))
-        released = asyncio.gather(
-            *(self._release_after_round(node, owner, grants) for node in nodes), return_exceptions=True
-        )
-        # A node that can't be reached keeps what it granted until its TTL; its error is among the votes.
-        await asyncio.wait({in_background(released, f"releasing {self.name!r}")}, timeout=self.node_timeout)
+        """Release every grant of a failed round. Slow nodes are left to the background.
 
-    async def _release_after_round(self, node: int, owner: str, grants: _Votes) -> None:
-        await grants.answered(node)
-        if grants.answers[node] is not False:
-            async with asyncio.timeout(UNDO_SECONDS):
-                await self._release_on(node, owner, grants)
+        A node that can't be reached keeps what it granted until its TTL; its error is among the votes.
+        """
+        released = self._ask_all(self._release_on, owner, grants, timeout=self.node_timeout + UNDO_SECONDS)
+        await asyncio.wait(released.tasks, timeout=self.node_timeout)
 
     async def _release_on(self, node: int, owner: str, grants: _Votes) -> bool:
         await grants.answered(node)  # or the grant might come after its release
-        return await self._run(node, _RELEASE, owner, "" if isinstance(grants.answers[node], bool) else "1")
+        granted = grants.answers[node]
+        if granted is False:
+            return False
+        return await self._run(node, _RELEASE, owner, "" if granted is True else "1")
 
     def _lease(self, owner: str, grants: _Votes, asked_at: float, *, body: bool) -> Lease:
         return Lease(
@@ -160,9 +155,9 @@ class Redlock(LeasedLock):
             raise votes.errors[0]
         return votes.yes >= self.quorum
 
-    def _ask_all(self, ask: _Question, *args: Any) -> _Votes:
+    def _ask_all(self, ask: _Question, *args: Any, timeout: float | None = None) -> _Votes:
         asked = (ask(node, *args) for node in range(len(self.clients)))
-        return _Votes(asked, quorum=self.quorum, timeout=self.node_timeout)
+        return _Votes(asked, quorum=self.quorum, timeout=timeout or self.node_timeout)
 
     async def _run(self, node: int, script: Script, *args: Any) -> bool:
         return bool(await script.run(self.clients[node], [self._key], *args))
@@ -176,10 +171,10 @@ class _Votes:
         self.decided: asyncio.Future[None] = loop.create_future()
         self._quorum = quorum
         self._timeout = timeout
-        self._tasks = [loop.create_task(question) for question in asked]
-        self.answers: list[bool | BaseException | None] = [None] * len(self._tasks)
+        self.tasks = [loop.create_task(question) for question in asked]
+        self.answers: list[bool | BaseException | None] = [None] * len(self.tasks)
         self._timer = loop.call_later(timeout, self._time_out)
-        for task in self._tasks:
+        for task in self.tasks:
             task.add_done_callback(self._count)
 
     @property
@@ -197,17 +192,17 @@ class _Votes:
     async def answered(self, node: int) -> None:
         """Wait for one node's answer, at most until the node timeout."""
         if self.answers[node] is None:
-            await asyncio.wait({self._tasks[node]}, timeout=self._timeout)
+            await asyncio.wait({self.tasks[node]}, timeout=self._timeout)
 
     def _count(self, task: asyncio.Task[bool]) -> None:
         if not task.cancelled():
-            self.answers[self._tasks.index(task)] = task.exception() or task.result()
+            self.answers[self.tasks.index(task)] = task.exception() or task.result()
         if None not in self.answers:
             self._timer.cancel()
         self._decide()
 
     def _time_out(self) -> None:
-        for node, task in enumerate(self._tasks):
+        for node, task in enumerate(self.tasks):
             if self.answers[node] is None:
                 self.answers[node] = TimeoutError(f"no answer in {self._timeout} s")
                 task.cancel()

@@ -171,9 +171,6 @@ async def test_only_one_of_many_holds_it(three: list[Redis]) -> None:
     assert int(await three[0].get("counter")) == 10
 
 
-@kills(
-    "no owner check on release", in_script(_RELEASE, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", "")
-)
 async def test_a_minority_in_other_hands_does_not_matter(nodes: list[Redis]) -> None:
     """Two of five nodes have granted another owner: three votes are enough, and those grants stay as they are."""
     await occupy(nodes[:2], "minority")
@@ -565,6 +562,9 @@ async def test_a_lease_whose_majority_dies_ends_the_body_with_lock_lost(
     await free(three[2:], "dying")
 
 
+@kills(
+    "no owner check on release", in_script(_RELEASE, "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end", "")
+)
 async def test_a_body_that_finished_under_foreign_votes_raises_lock_lost(three: list[Redis]) -> None:
     """Another owner had a majority at the end; on_lost="flag" makes no difference."""
     with pytest.raises(LockLost, match="no longer ours"):
