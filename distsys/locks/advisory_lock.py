@@ -90,7 +90,7 @@ class ConnectionHold(Hold):
             self._cause = cause
 
     def _loss(self) -> LockLost:
-        return LockLost(f"{self.lock} was lost, and may be another's since: {self._reason}", name=self.name)
+        return LockLost(f"{self.lock} was lost, and another holder may have it by now: {self._reason}", name=self.name)
 
     # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
 
@@ -300,9 +300,9 @@ class AdvisoryLock(Lock[ConnectionHold]):
                 raise
         if row is None:
             raise SharedSession(
-                f"{self}: scope='session' is refused, for the server's process is not the one we were told of when we "
-                "connected. A proxy in between may run our next statement in another session and give others this one, "
-                "locked. Use scope='transaction', or connect directly, or say proxy='session' if it pools sessions"
+                f"{self}: scope='session' is refused: the pid of the server's process is not the one given at connect. "
+                "A proxy in between may run our next statement in another session, and give this one, locked, to "
+                "another client. Use scope='transaction', or connect directly, or proxy='session' if it pools sessions"
             )
         hold._backend_pid = row[0]
         return bool(row[1] != b"f")

@@ -1,7 +1,7 @@
 """Redlock: one lock held by a majority of independent Redis nodes, so that no single node must survive.
 
 Promise  one holder per name while a majority of the nodes keeps its data and clocks run at about the same rate;
-         a minority that is dead, hung or refusing delays nobody by more than `node_timeout`.
+         a minority that is dead, hung or refusing delays a caller by at most `node_timeout`.
 Not      a source of fencing tokens: a majority agrees on no order of the grants (a counter on each node would need
          consensus). Not safe when a node restarts empty inside a lease: keep such a node down for one TTL, or fsync
          every grant. Not safe when the clocks of a majority leap forward. Not fair: after a split vote, chance decides.

@@ -914,7 +914,7 @@ async def test_a_dead_connection_cancels_the_body_and_raises_lock_lost(connect: 
     conn, admin = await connect(), await connect()
     hold = None
     with pytest.raises(
-        LockLost, match="advisory lock 'x' was lost, and may be another's since: its connection died"
+        LockLost, match="advisory lock 'x' was lost, and another holder may have it by now: its connection died"
     ) as lost:
         async with AdvisoryLock(conn, "x", scope="session") as hold:
             assert not hold.lost
