@@ -16,16 +16,18 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg import AsyncConnection, sql
 from psycopg_pool import AsyncConnectionPool
-from redis.asyncio import Redis
 
 from distsys._support.postgres import rows
 from distsys._support.redis import Script, async_client, milliseconds
 from distsys.errors import StaleToken
 from distsys.locks.lease import held_leases
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 # KEYS[1] - the value    KEYS[2] - its guard: the newest token seen    ARGV - value, token, ttl in ms or ""
 # Returns 0 when written, else the newer token that forbids it. An equal token is the same holder writing again.
