@@ -1,9 +1,9 @@
-"""Bulkhead: so many calls at a time and so many waiting, that one slow dependency can't take all there is.
+"""Bulkhead: so many calls at a time and so many waiting, so that one slow dependency can't take every resource.
 
-Promise  at most `max_concurrent` run and `max_waiting` wait, first come first served; a permit is never lost, whatever
-         is cancelled when. Tiers that share a capacity keep their floors and share the rest.
-Not      a limit over several processes; a timeout of the work: `timeout` bounds the wait for a permit; reentrant: who
-         holds a permit and asks for another may wait for itself until the timeout.
+Promise  at most `max_concurrent` calls run and `max_waiting` wait, first come, first served; a permit is never lost,
+         whatever is cancelled when. Tiers that share a capacity keep their floors and share the rest.
+Not      a limit over several processes; a timeout of the work: `timeout` bounds the wait for a permit; reentrant: a
+         call that holds a permit and asks for another may wait for itself until the timeout.
 Units    calls; seconds.
 Errors   BulkheadFull, with depth, expected_wait and retry_after; the call's own errors pass.
 Source   Nygard, Release It!, 5.3; java.util.concurrent.ThreadPoolExecutor (rejection policies).
@@ -31,7 +31,7 @@ SHED = "a call of a higher tier took its place"
 
 
 class Size(NamedTuple):
-    """Of a tier, unless said otherwise."""
+    """Default limits of a tier."""
 
     max_concurrent: int
     max_waiting: int
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 class Tier(Enum):
-    """What the caller can do without: Optional first, Critical last."""
+    """How badly the caller needs the call: under load Optional is refused first, Critical last."""
 
     CRITICAL = Size(5, 10, 300.0)
     STANDARD = Size(8, 12, 120.0)
@@ -47,12 +47,12 @@ class Tier(Enum):
 
 
 class OnFull(StrEnum):
-    """What becomes of a call for which there is no permit."""
+    """What happens to a call for which no permit is free."""
 
     ABORT = "abort"  # BulkheadFull at once; nothing ever waits
     QUEUE = "queue"  # it waits; BulkheadFull when the queue is full or the timeout is over
-    CALLER_RUNS = "caller_runs"  # as QUEUE, but where that refuses the call runs, beyond max_concurrent
-    DISCARD = "discard"  # as QUEUE, but where that refuses nothing is called and None is returned; a block still raises
+    CALLER_RUNS = "caller_runs"  # like QUEUE, but where that refuses, the call runs beyond max_concurrent
+    DISCARD = "discard"  # like QUEUE, but where that refuses, None is returned without a call; a block still raises
 
     @classmethod
     def _missing_(cls, value: object) -> OnFull:
@@ -60,19 +60,20 @@ class OnFull(StrEnum):
 
 
 class _Waiter:
-    """In a queue until it is granted or refused, both under the lock."""
+    """A call in a queue, until it is granted or refused; both happen under the lock."""
 
     def __init__(self, wake: Callable[[], bool]) -> None:
-        self.wake = wake  # False if its loop is gone, and with it the waiter
-        self.granted, self.refused = False, ""  # why
+        self.wake = wake  # False if its event loop is closed, and the waiter gone with it
+        self.granted = False
+        self.refused = ""  # the reason
 
 
 class SharedCapacity:
     """One capacity for several tiers: `SharedCapacity(20, {Tier.CRITICAL: 8, Tier.STANDARD: 4, Tier.OPTIONAL: 1})`.
 
-    A tier always gets its floor; what is left over goes to who asks first and, when somebody waits, to the higher tier.
-    When `max_waiting` calls of all tiers together wait, a call of a higher tier takes the place of one of the lowest
-    tier that waits: of the one that has waited longest.
+    A tier always gets its floor. What is left over goes to the first tier that asks and, when calls wait, to the
+    highest tier that waits. When `max_waiting` calls of all tiers together wait, a call of a higher tier takes the
+    place of one of the lowest tier that waits: the one that has waited longest.
     """
 
     def __init__(
@@ -90,36 +91,43 @@ class SharedCapacity:
         if sum(self.floors.values()) > capacity:
             raise ValueError(f"floors={dict(floors)!r} add up to more than capacity={capacity!r}")
         self.max_waiting = None if max_waiting is None else check_count("max_waiting", max_waiting, 0, "calls")
-        self.clock, self.lock = clock, threading.RLock()
+        self.clock = clock
+        self.lock = threading.RLock()
         self.lanes: list[Bulkhead] = []  # the highest tier first
-        self.spare = capacity - sum(self.floors.values())  # to borrow; below 0: owed by CALLER_RUNS
-        self.waiting = 0
+        self.waiting = 0  # in all queues; kept, not counted, for each release of a permit asks for it
+
+    @property
+    def spare(self) -> int:
+        """The permits that a tier may still borrow; below 0 when CALLER_RUNS has taken more than there are."""
+        return self.capacity - sum(self.floors.values()) - sum(lane.borrowed for lane in self.lanes)
 
     def add(self, lane: Bulkhead) -> None:
+        """Let the bulkhead of a tier take part."""
         with self.lock:
             self.lanes.append(lane)
-            self.lanes.sort(key=lambda each: list(Tier).index(each.tier))
+            self.lanes.sort(key=lambda lane: list(Tier).index(lane.tier))
 
-    def hand_on(self) -> None:
-        """Permits for those who wait."""
+    def grant_waiters(self) -> None:
+        """Give the free permits to the calls that wait, the highest tier first."""
         with self.lock:
             for lane in self.lanes:
                 while lane.queue and lane.take():
                     waiter = lane.next_waiter()
-                    lane._time_the_queue()
+                    lane._update_wait_estimate()
                     waiter.granted = True
                     if not waiter.wake():  # should it still end, it has nothing to give back
-                        waiter.granted, waiter.refused = False, "its event loop is closed"
+                        waiter.granted = False
+                        waiter.refused = "its event loop is closed"
                         lane.permits.append(None)
-                        lane._pay_back()
+                        lane._repay()
 
     def make_room(self, lane: Bulkhead) -> bool:
-        """Under the lock: whether one more of this lane may wait; it may take the place of a lower tier's."""
+        """Return whether one more call of this lane may wait; it may replace a lower tier's. Under the lock."""
         if len(lane.queue) >= lane.max_waiting:
             return False
         if self.max_waiting is None or self.waiting < self.max_waiting:
             return True
-        lowest = next((each for each in reversed(self.lanes) if each.queue), None)
+        lowest = next((other for other in reversed(self.lanes) if other.queue), None)
         if lowest is None or self.lanes.index(lowest) <= self.lanes.index(lane):
             return False
         waiter = lowest.next_waiter()
@@ -133,9 +141,9 @@ class Bulkhead:
     """What `bulkhead(...)` returns: a decorator; `await policy.call(fn, ...)`; `async with policy:`; `with policy:`.
 
     tier      CRITICAL 5 running, 10 waiting, for at most 300 s; STANDARD 8, 12, 120 s; OPTIONAL 4, 6, 60 s
-    policy    what becomes of a call for which there is no permit: see OnFull
+    policy    what happens to a call for which no permit is free: see OnFull
     capacity  shared with other tiers, and then with its clock; max_concurrent then bounds what is borrowed too
-    clock     by which expected_wait is reckoned
+    clock     by which expected_wait is estimated
     """
 
     def __init__(
@@ -155,38 +163,43 @@ class Bulkhead:
         if not isinstance(capacity, SharedCapacity | None):
             raise TypeError(f"capacity={capacity!r} is a {type(capacity).__name__}; give a SharedCapacity")
         size = tier.value
-        least = size.max_concurrent if capacity is None else capacity.capacity
-        self.tier, self.name, self.policy = tier, name, OnFull(policy)
-        self.max_concurrent = check_count(
-            "max_concurrent", least if max_concurrent is None else max_concurrent, 1, "calls"
-        )
-        self.max_waiting = check_count(
-            "max_waiting", size.max_waiting if max_waiting is None else max_waiting, 0, "calls"
-        )
+        default = size.max_concurrent if capacity is None else capacity.capacity
+        concurrent = default if max_concurrent is None else max_concurrent
+        waiting = size.max_waiting if max_waiting is None else max_waiting
+        self.tier = tier
+        self.name = name
+        self.policy = OnFull(policy)
+        self.max_concurrent = check_count("max_concurrent", concurrent, 1, "calls")
+        self.max_waiting = check_count("max_waiting", waiting, 0, "calls")
         self.timeout = check_timeout(size.timeout if timeout is None else timeout)
-        self.rejected = self.shed = 0
+        self.rejected = 0
+        self.shed = 0
         self.queue: deque[_Waiter] = deque()
         if capacity is None:
             capacity = SharedCapacity(self.max_concurrent, {tier: self.max_concurrent}, clock=clock)
         elif tier not in capacity.floors:
             raise ValueError(f"tier={tier!r} has no floor in this capacity; it has {list(capacity.floors)}")
-        elif any(each.tier is tier for each in capacity.lanes):
+        elif any(lane.tier is tier for lane in capacity.lanes):
             raise ValueError(f"tier={tier!r} of this capacity has a bulkhead: use that one for all its calls")
         elif self.max_concurrent < capacity.floors[tier]:
             raise ValueError(f"max_concurrent={max_concurrent!r} is below the floor, {capacity.floors[tier]!r}")
-        self._capacity, self._lock, self._floor = capacity, capacity.lock, capacity.floors[tier]
-        self.permits = deque([None] * self._floor)  # its own, that are free; pop() and append() need no lock
-        self._borrowed = 0  # what runs beyond its own; CALLER_RUNS also beyond max_concurrent
-        self._interval, self._handed_on = 0.0, 0.0  # seconds between permits handed on while calls waited
+        self._capacity = capacity
+        self._lock = capacity.lock
+        self._floor = capacity.floors[tier]
+        self.permits = deque([None] * self._floor)  # the free ones of its floor; pop() and append() need no lock
+        self.borrowed = 0  # calls that run beyond its floor; with CALLER_RUNS also beyond max_concurrent
+        self._interval = 0.0  # seconds between two grants while calls waited, a moving average
+        self._last_grant = 0.0
         capacity.add(self)
 
     @property
     def running(self) -> int:
-        return self._floor - len(self.permits) + self._borrowed
+        """How many calls run."""
+        return self._floor - len(self.permits) + self.borrowed
 
     @property
     def depth(self) -> int:
-        """How many wait."""
+        """How many calls wait."""
         return len(self.queue)
 
     @property
@@ -197,44 +210,48 @@ class Bulkhead:
     # ---- permits
 
     def try_enter(self) -> bool:
-        """Takes a permit if there is one and nobody waits for it."""
-        return not self.queue and self.take()
-
-    def take(self) -> bool:
+        """Take a permit if one is free and no call waits for it; return whether it did."""
+        if self.queue:
+            return False
         try:
             self.permits.pop()
         except IndexError:
             return self._borrow()
         return True
 
+    def take(self) -> bool:
+        """Take a permit if one is free, whoever waits; return whether it did."""
+        with suppress(IndexError):
+            self.permits.pop()
+            return True
+        return self._borrow()
+
     def leave(self) -> None:
-        """Gives the permit back, to the next who waits."""
+        """Give a permit back, to the next call that waits."""
         self.permits.append(None)
-        if self._borrowed:
-            self._pay_back()
-        if self._capacity.waiting:  # looked at after the permit is back, as who queues up looks for it afterwards
-            self._capacity.hand_on()
+        if self.borrowed:
+            self._repay()
+        if self._capacity.waiting:  # read after the permit is back: a call that queues up looks for permits afterwards
+            self._capacity.grant_waiters()
 
     def _borrow(self, anyway: bool = False) -> bool:
-        """A permit beyond its own: one that no floor needs, or `anyway`."""
+        """Take a permit beyond the floor: one that no other floor needs, or `anyway`."""
         with self._lock:
             if not anyway and (self._capacity.spare < 1 or self.running >= self.max_concurrent):
                 return False
-            self._borrowed += 1
-            self._capacity.spare -= 1
-            self._pay_back()  # one of its own may have come back since it was looked for
+            self.borrowed += 1
+            self._repay()  # a permit of the floor may have come back since it was looked for
             return True
 
-    def _pay_back(self) -> None:
-        """What runs beyond its own permits is given back first: nothing is borrowed while one of them is free."""
+    def _repay(self) -> None:
+        """Give borrowed permits back first: nothing is borrowed while a permit of the floor is free."""
         with self._lock, suppress(IndexError):
-            while self._borrowed:
+            while self.borrowed:
                 self.permits.pop()
-                self._borrowed -= 1
-                self._capacity.spare += 1
+                self.borrowed -= 1
 
     async def wait(self, discard: bool = False) -> bool:
-        """For a permit, after try_enter() had none. BulkheadFull if it gets none; with `discard`, False."""
+        """Wait for a permit, after try_enter() had none. Without one raises BulkheadFull; with `discard`, False."""
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[None] = loop.create_future()
 
@@ -255,7 +272,7 @@ class Bulkhead:
         return self._may_run(waiter, discard)
 
     def wait_sync(self, discard: bool = False) -> bool:
-        """The same, for threads."""
+        """Like `wait`, for threads: the calling thread blocks."""
         woken = threading.Event()
 
         def wake() -> bool:
@@ -269,7 +286,7 @@ class Bulkhead:
 
     @contextmanager
     def _in_queue(self, waiter: _Waiter) -> Iterator[None]:
-        """Until it is woken, times out or is cancelled. Who need not or may not wait is woken at once."""
+        """Queue the waiter until it is woken, times out or is cancelled. One that need not or may not wait is woken."""
         self._queue_up(waiter)
         try:
             yield
@@ -289,20 +306,20 @@ class Bulkhead:
                 waiter.refused = "the queue is full"
             else:
                 if not self.queue:
-                    self._handed_on = self._capacity.clock()
+                    self._last_grant = self._capacity.clock()
                 self.queue.append(waiter)
                 self._capacity.waiting += 1
-                self._capacity.hand_on()  # a permit that came back meanwhile saw nobody waiting
+                self._capacity.grant_waiters()  # whoever gave a permit back meanwhile saw no waiter
                 return
         waiter.wake()
 
     def next_waiter(self) -> _Waiter:
-        """Under the lock: out of the queue."""
+        """Take the first waiter out of the queue. Under the lock."""
         self._capacity.waiting -= 1
         return self.queue.popleft()
 
     def _withdraw(self, waiter: _Waiter, timed_out: bool = False) -> None:
-        """Out of the queue; or, if the permit came at the same moment, keeps it on a timeout, else passes it on."""
+        """Leave the queue. A permit that came at that moment is kept on a timeout, and passed on on a cancellation."""
         with self._lock:
             if waiter.granted:
                 if not timed_out:
@@ -327,20 +344,23 @@ class Bulkhead:
         text = f"{self.name or self.tier.name.lower()}: {why} ({running} running, {depth} waiting)"
         raise BulkheadFull(text, name=self.name, depth=depth, expected_wait=wait, retry_after=wait or 1.0)
 
-    def _time_the_queue(self) -> None:
+    def _update_wait_estimate(self) -> None:
         now = self._capacity.clock()
-        passed, self._handed_on = now - self._handed_on, now
+        passed, self._last_grant = now - self._last_grant, now
         self._interval = passed if not self._interval else 0.8 * self._interval + 0.2 * passed
 
     # ---- around functions and blocks
 
     def __call__(self, fn: Function) -> Function:
+        """Return `fn`, sync or async, guarded by this bulkhead."""
         return decorate("bulkhead", self, fn)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
+        """Await `fn(*args, **kwargs)` with a permit. Raises BulkheadFull without one, as the policy says."""
         return await self.for_async(fn)(*args, **kwargs)
 
     def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+        """Return the async function `fn`, guarded."""
         discard = self.policy is OnFull.DISCARD
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -354,6 +374,7 @@ class Bulkhead:
         return call
 
     def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function `fn`, guarded."""
         discard = self.policy is OnFull.DISCARD
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -367,19 +388,23 @@ class Bulkhead:
         return call
 
     def __enter__(self) -> Bulkhead:
+        """Take a permit, or block the thread until there is one. Raises BulkheadFull."""
         if not self.try_enter():
             self.wait_sync()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Give the permit back."""
         self.leave()
 
     async def __aenter__(self) -> Bulkhead:
+        """Take a permit, or wait for one. Raises BulkheadFull."""
         if not self.try_enter():
             await self.wait()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Give the permit back."""
         self.leave()
 
 

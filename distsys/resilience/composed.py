@@ -1,8 +1,8 @@
 """Resilient: bulkhead, circuit breaker, retry and timeout around one function, in the only order that makes sense.
 
-Promise  from the outside in: a permit, a ticket, the attempts, each with its timeout. Costs less than three decorators.
-Not      another order: a retry outside of the breaker knocks at an open door, and a bulkhead inside of the retry frees
-         the permit while it waits to try again.
+Promise  from the outside in: a permit, a ticket of the breaker, the attempts, each attempt with its timeout.
+Not      another order: a retry outside of the breaker would only retry refusals, and a bulkhead inside of the retry
+         would free the permit while the call waits for its next attempt.
 Units    seconds.
 Errors   those of the parts; TimeoutError from an attempt that took longer than `timeout`, which retry may try again.
 Source   as of the parts.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Resilient:
-    """What `resilient(...)` returns: a decorator; `await policy.call(fn, ...)`. `timeout`: seconds, of an attempt."""
+    """What `resilient(...)` returns: a decorator; `await policy.call(fn, ...)`. `timeout`: seconds for one attempt."""
 
     def __init__(
         self,
@@ -44,10 +44,14 @@ class Resilient:
                 raise TypeError(f"{name}={part!r}: what {name}(...) returns, or None")
         if timeout is not None:
             check_number("timeout", timeout, 1e-6, YEAR, "seconds for one attempt")
-        self.bulkhead, self.circuit_breaker, self.retry, self.timeout = bulkhead, circuit_breaker, retry, timeout
-        self._parts = [part for part in (retry, circuit_breaker, bulkhead) if part is not None]  # inside out
+        self.bulkhead = bulkhead
+        self.circuit_breaker = circuit_breaker
+        self.retry = retry
+        self.timeout = timeout
+        self._parts = [part for part in (retry, circuit_breaker, bulkhead) if part is not None]  # from the inside out
 
     def __call__(self, fn: Function) -> Function:
+        """Return `fn`, sync or async, guarded by all parts."""
         if self.timeout is not None and not is_async(fn):
             raise TypeError(f"timeout={self.timeout!r} can't end {name_of(fn)}, which is not async: use its own")
         wrapped: Function = self._timed(fn)
@@ -58,19 +62,23 @@ class Resilient:
         return wrapped
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
+        """Await `fn(*args, **kwargs)`, guarded by all parts."""
         wrapped: Callable[..., Awaitable[T]] = self._timed(fn)
         for part in self._parts:
             wrapped = part.for_async(wrapped)
         return await wrapped(*args, **kwargs)
 
     def _merged(self, breaker: CircuitBreaker, gate: Bulkhead, stacked: Any) -> Any:
-        """The usual case, closed and with permits left, as one layer instead of two; any other as they are stacked."""
+        """Return the usual case, a closed breaker and a free permit, as one layer; any other case runs as stacked.
+
+        All three then add 863 ns to a call instead of 1,066 (benchmarks/results/resilience.md; the goal is 1,000).
+        """
         inside = stacked.__wrapped__.__wrapped__
 
         @functools.wraps(stacked)
         async def call(*args: Any, **kwargs: Any) -> Any:
-            ticket = breaker.closed
-            if ticket is None or not gate.try_enter():
+            ticket = breaker.period
+            if not ticket.closed or not gate.try_enter():
                 return await stacked(*args, **kwargs)
             try:
                 result = await inside(*args, **kwargs)
@@ -78,7 +86,7 @@ class Resilient:
                 breaker.failed(ticket, error)
                 raise
             else:
-                ticket.success()
+                ticket.succeeded()
                 return result
             finally:
                 gate.leave()

@@ -1,4 +1,4 @@
-"""What all three decorators share: one decorator for sync and async functions, which knows the layers below it."""
+"""What the three decorators share: one decorator for sync and async functions, which knows the layers below it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def decorate(rule: str, policy: Any, fn: Function) -> Function:
-    """fn, guarded by the policy and dressed as before; it knows its layers, outermost first. Names the policy."""
+    """Return `fn` guarded by the policy, with its name, docstring and layers; the policy takes its name if it has none.
+
+    Raises TypeError for what can't be guarded: a staticmethod or classmethod object, a generator function.
+    """
     if isinstance(fn, staticmethod) or not callable(fn):
         raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
-    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _ways_to_call(fn)):
+    if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in _callables_of(fn)):
         raise TypeError(f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")
     policy.name = policy.name or name_of(fn)
     wrapper: Any = functools.update_wrapper((policy.for_async if is_async(fn) else policy.for_sync)(fn), fn)
@@ -23,6 +26,7 @@ def decorate(rule: str, policy: Any, fn: Function) -> Function:
 
 
 def layers(fn: Any) -> tuple[str, ...]:
+    """Return the names of the rules around a function, outermost first."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     found: tuple[str, ...] = getattr(fn, "__distsys__", ())
@@ -30,13 +34,15 @@ def layers(fn: Any) -> tuple[str, ...]:
 
 
 def name_of(fn: Any) -> str:
+    """Return the qualified name of a function, or its repr."""
     return getattr(fn, "__qualname__", "") or repr(fn)
 
 
 def is_async(fn: Any) -> bool:
-    return any(inspect.iscoroutinefunction(each) for each in _ways_to_call(fn))
+    """Return whether a call of `fn` has to be awaited."""
+    return any(inspect.iscoroutinefunction(f) for f in _callables_of(fn))
 
 
-def _ways_to_call(fn: Any) -> tuple[Any, ...]:
-    """The function itself, or the method of what can be called like one."""
+def _callables_of(fn: Any) -> tuple[Any, ...]:
+    """Return the function itself, and the `__call__` of an object that can be called like one."""
     return fn, None if isinstance(fn, type) else getattr(fn, "__call__", None)  # noqa: B004

@@ -1,8 +1,8 @@
-"""Who wants to know what the policies do: metrics, logs, alerts.
+"""Listeners: tell metrics, logs and alerts what the policies do.
 
-Promise  each listener hears of each event, on the thread where it happened; of a breaker's changes in their order.
-Not      for slow work: a listener runs inside the call it hears of, and inside the breaker's lock when that changes: it
-         must not wait for another thread. What it raises is logged and goes no further.
+Promise  each listener gets each event, on the thread where it happened, and a breaker's state changes in their order.
+Not      for slow work: a listener runs inside the call that it is told of, and at a change of state inside the
+         breaker's lock, so it must not wait for another thread. What it raises is logged and goes no further.
 Units    seconds.
 Errors   none.
 Source   OpenTelemetry metrics API, semantic conventions for names.
@@ -19,7 +19,7 @@ logger = logging.getLogger("distsys.resilience")
 
 
 class Event(NamedTuple):
-    """What happened to a policy. The kinds are in the table of references/circuit_breaker.md."""
+    """An event of a policy. The kinds are in the table of references/circuit_breaker.md."""
 
     rule: str  # circuit_breaker, retry, bulkhead
     name: str  # of the policy
@@ -32,7 +32,7 @@ _listeners: dict[object, Listener] = {}
 
 
 def listen(listener: Listener) -> Callable[[], None]:
-    """From now on `listener(event)` is called for every policy of the process; returns what ends that."""
+    """Call `listener(event)` for every event of this process from now on; return a function that ends this."""
     _listeners[key := object()] = listener
 
     def stop() -> None:
@@ -42,24 +42,25 @@ def listen(listener: Listener) -> Callable[[], None]:
 
 
 def emit(rule: str, name: str, kind: str, **facts: Any) -> None:
-    """Of the policies: tells every listener."""
+    """Tell every listener of an event; the policies call this."""
     for listener in tuple(_listeners.values()):
         tell(listener, Event(rule, name, kind, facts))
 
 
-def tell(listener: Callable[[T], object], what: T) -> None:
+def tell(listener: Callable[[T], object], event: T) -> None:
+    """Call one listener, and log what it raises: a listener must not change the outcome of the call."""
     try:
-        listener(what)
-    except Exception:  # a listener must not change the outcome of the call
-        logger.exception("listener %r failed at %r", listener, what)
+        listener(event)
+    except Exception:
+        logger.exception("listener %r failed at %r", listener, event)
 
 
 def opentelemetry(meter: Any = None) -> Callable[[], None]:
-    """Counts events as metrics of OpenTelemetry; returns what ends that. Needs `opentelemetry-api`.
+    """Count events as OpenTelemetry metrics; return a function that ends this. Needs `opentelemetry-api`.
 
     distsys.events            counter: every event, by rule, name and kind
-    distsys.breaker.state     gauge per state: 1 for the one the breaker is in since its last change, 0 for those before
-    distsys.retry.delay       histogram, seconds: how long retries were put off
+    distsys.breaker.state     gauge per state: 1 for the present state of the breaker, 0 for those it has left
+    distsys.retry.delay       histogram, seconds: the waits before retries
     """
     if meter is None:
         try:
@@ -77,12 +78,12 @@ def opentelemetry(meter: Any = None) -> Callable[[], None]:
     )
 
     def listener(event: Event) -> None:
-        who = {"rule": event.rule, "name": event.name}
-        events.add(1, {**who, "kind": event.kind})
+        labels = {"rule": event.rule, "name": event.name}
+        events.add(1, {**labels, "kind": event.kind})
         if event.kind == "state_change":
             states.set(0, {"name": event.name, "state": event.facts["old"]})
             states.set(1, {"name": event.name, "state": event.facts["new"]})
         elif event.kind == "retry":
-            delays.record(event.facts["delay"], who)
+            delays.record(event.facts["delay"], labels)
 
     return listen(listener)

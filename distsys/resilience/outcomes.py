@@ -1,7 +1,7 @@
-"""What an error says of the call that raised it: certainly not done, perhaps done, or never to be repeated.
+"""Outcomes: what an error says about the call that raised it: not done, perhaps done, or not worth repeating.
 
-Promise  NOT_DONE only where nothing can have happened; what is ambiguous is UNKNOWN; what no table names is OTHER.
-Not      a look into responses that were not raised: call raise_for_status(), or raise what you found.
+Promise  NOT_DONE only where nothing can have happened; an ambiguous error is UNKNOWN; one that no table names is OTHER.
+Not      for responses that were not raised: call raise_for_status(), or raise an error of your own.
 Units    seconds.
 Errors   none of its own.
 Source   RFC 9110 9.2.2 (idempotent methods), 15.5, 15.6; PostgreSQL appendix A (SQLSTATE); gRPC status codes.
@@ -20,12 +20,12 @@ from distsys.errors import DistsysError, Rejected
 
 
 class Outcome(Enum):
-    """Of a call that raised."""
+    """What a call that raised has done, and whether it is worth repeating."""
 
     NOT_DONE = "it certainly did not happen, and may pass later"
     UNKNOWN = "it may have happened"
     FATAL = "the same call would fail again"
-    BROKEN = "the same call would fail again, and not by the caller's fault"  # what a breaker should know
+    BROKEN = "the same call would fail again, and not by the caller's fault"  # a breaker counts it
     OTHER = "no table knows this error"
 
 
@@ -37,7 +37,7 @@ HTTP_STATUS: dict[int, Outcome] = {  # other 4xx: FATAL, other 5xx: BROKEN
     429: NOT_DONE,
     500: UNKNOWN,
     502: UNKNOWN,
-    503: UNKNOWN,  # proxies say so of a reply they lost; with Retry-After it is a refusal: NOT_DONE
+    503: UNKNOWN,  # a proxy that lost the reply answers this; with Retry-After it is a refusal: NOT_DONE
     504: UNKNOWN,
 }
 
@@ -52,7 +52,7 @@ GRPC_CODE: dict[str, Outcome] = {  # others: FATAL
     "DATA_LOSS": BROKEN,
 }
 
-SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
+SQLSTATE: dict[str, Outcome] = {  # the longest prefix that matches counts; others: FATAL
     "08": UNKNOWN,  # the connection broke
     "08001": NOT_DONE,  # it was never made
     "08004": NOT_DONE,
@@ -63,8 +63,8 @@ SQLSTATE: dict[str, Outcome] = {  # the longest beginning counts; others: FATAL
     "55P03": NOT_DONE,  # lock not available
     "57P": UNKNOWN,  # shut down or crashed, perhaps in the middle of a commit
     "57P03": NOT_DONE,  # cannot connect now: it is starting
-    "57014": UNKNOWN,  # cancelled, by a timeout of the server or by somebody
-    "58": BROKEN,  # its disk
+    "57014": UNKNOWN,  # cancelled, by a server timeout or by a request
+    "58": BROKEN,  # system error, such as a full disk
     "XX": BROKEN,  # internal errors, corrupted data
 }
 
@@ -103,7 +103,7 @@ _CLASSES: dict[str, dict[Outcome, str]] = {  # by package
     "psycopg": {NOT_DONE: "ConnectionTimeout", UNKNOWN: "OperationalError"},
     "psycopg_pool": {NOT_DONE: "PoolTimeout TooManyRequests"},
 }
-EXCEPTION = {  # package.name, of the class or of the next of its bases that is here
+EXCEPTION = {  # by package.name; a class that is not listed counts as the next of its bases that is
     f"{package}.{name}": outcome
     for package, row in _CLASSES.items()
     for outcome, names in row.items()
@@ -117,11 +117,11 @@ ERRNO: dict[int, Outcome] = {
 
 
 def classify(error: BaseException) -> Outcome:
-    """By the error's own word, its SQLSTATE, gRPC code or HTTP status, its class, its errno."""
-    return _by_class(type(error)) if _says_nothing(error) else _by_what_it_says(error)
+    """Return the outcome: by our own classes, then SQLSTATE, gRPC code, HTTP status, wrapped error, class, errno."""
+    return _by_class(type(error)) if _carries_no_attributes(error) else _classify_by_attributes(error)
 
 
-def _by_what_it_says(error: BaseException) -> Outcome:
+def _classify_by_attributes(error: BaseException) -> Outcome:
     if isinstance(error, DistsysError):
         if not isinstance(error, Rejected):
             return UNKNOWN
@@ -142,25 +142,25 @@ def _by_what_it_says(error: BaseException) -> Outcome:
     return ERRNO.get(error.errno or 0, OTHER) if found is OTHER and isinstance(error, OSError) else found
 
 
-_OF_CLASS: dict[type[BaseException], Outcome] = {}
+_KNOWN_CLASSES: dict[type[BaseException], Outcome] = {}
 
 
 def _by_class(kind: type[BaseException]) -> Outcome:
-    if (known := _OF_CLASS.get(kind)) is None:
+    if (known := _KNOWN_CLASSES.get(kind)) is None:
         names = (f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in kind.__mro__)
         known = next((EXCEPTION[name] for name in names if name in EXCEPTION), OTHER)
-        if len(_OF_CLASS) < 1_000:
-            _OF_CLASS[kind] = known
+        if len(_KNOWN_CLASSES) < 1_000:
+            _KNOWN_CLASSES[kind] = known
     return known
 
 
-def _says_nothing(error: BaseException) -> bool:
-    """Nearly every builtin error is its class and no more."""
+def _carries_no_attributes(error: BaseException) -> bool:
+    """Return whether only the class matters, as for nearly every builtin error."""
     return type(error).__module__ == "builtins" and type(error) is not OSError
 
 
 def http_status(error: BaseException) -> int | None:
-    """As httpx and requests carry it, aiohttp, Starlette, or urllib."""
+    """Return the HTTP status that an error of httpx, requests, aiohttp, Starlette or urllib carries; else None."""
     response = getattr(error, "response", None)
     found = [getattr(response, name, None) for name in ("status_code", "status")]
     found += [getattr(error, name, None) for name in ("status", "status_code", "code")]
@@ -168,8 +168,11 @@ def http_status(error: BaseException) -> int | None:
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds that the other side asks to wait: the error's own word, or Retry-After, in seconds or as a date."""
-    if _says_nothing(error):
+    """Return the seconds that the other side asks to wait: the error's `retry_after`, or a Retry-After header.
+
+    The header may hold seconds or a date. None if there is no such wish, or it can't be read.
+    """
+    if _carries_no_attributes(error):
         return None
     own = getattr(error, "retry_after", None)
     if isinstance(own, (int, float)) and not isinstance(own, bool):
@@ -177,15 +180,15 @@ def retry_after(error: BaseException) -> float | None:
     headers: Any = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
     if not isinstance(headers, Mapping) and not hasattr(headers, "get"):
         return None
-    said = headers.get("Retry-After") or headers.get("retry-after")
-    if not said:
+    value = headers.get("Retry-After") or headers.get("retry-after")
+    if not value:
         return None
     try:
-        return max(0.0, float(int(said)))
+        return max(0.0, float(int(value)))
     except (TypeError, ValueError, OverflowError):
         pass
     try:
-        now = headers.get("Date") or headers.get("date")  # its own clock, where it says so
-        return max(0.0, epoch_of(str(said)) - (epoch_of(str(now)) if now else time.time()))
+        now = headers.get("Date") or headers.get("date")  # the server's clock, if it sends it
+        return max(0.0, epoch_of(str(value)) - (epoch_of(str(now)) if now else time.time()))
     except (TypeError, ValueError, OverflowError):
         return None

@@ -1,7 +1,7 @@
-"""What a circuit breaker looks at while it is closed: the last so many calls, or those of so many seconds.
+"""What a circuit breaker counts while it is closed: the last so many calls, or the calls of the last so many seconds.
 
-A success must cost next to nothing: it is a number drawn from a counter, which threads can do at once without a lock;
-how many were drawn is looked at when a call fails. Only a window of time, which needs the time of each, takes a lock.
+A success must cost next to nothing. In a window of calls it is one append to a deque: threads may do that at the same
+time without a lock. A window of time reads the clock and takes a lock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from itertools import count
+from functools import partial
 
 from distsys._support.clock import Clock
 
@@ -17,59 +17,58 @@ BUCKETS = 10  # of a time window: calls leave it a tenth at a time
 
 
 class TimeWindow(float):
-    """A window of time, instead of a number of calls."""
+    """A window of so many seconds, where a plain number means a window of calls."""
 
 
 class LastCalls:
-    """The last `length` calls."""
+    """A window of the last `length` calls."""
 
     def __init__(self, length: int) -> None:
-        self._ring: deque[bool] = deque(maxlen=length)
-        self._drawn, counter = 0, count()
-        self.success = counter.__next__
-
-    def failure(self) -> None:
-        self._look()
-        self._ring.append(True)
+        self._failed: deque[bool] = deque(maxlen=length)
+        self.success = partial(self._failed.append, False)
+        self.failure = partial(self._failed.append, True)
 
     def counts(self) -> tuple[int, int]:
-        """Calls, and those that failed."""
-        self._look()
-        return len(self._ring), sum(self._ring)
-
-    def _look(self) -> None:
-        number = self.success()
-        fresh, self._drawn = number - self._drawn, number + 1
-        self._ring.extend([False] * min(fresh, self._ring.maxlen or 0))
+        """Return the number of calls, and how many of them failed."""
+        return len(self._failed), self._failed.count(True)
 
 
 class LastSeconds:
-    """Calls of the last `length` seconds, forgotten a tenth of the window at a time: between 0.9 and 1 of it count."""
+    """A window of the last `length` seconds.
+
+    It forgets a tenth at a time, so a call counts for 0.9 to 1 of the length.
+    """
 
     def __init__(self, length: float, clock: Clock) -> None:
-        self._width, self._clock, self._lock = length / BUCKETS, clock, threading.RLock()
+        self._width = length / BUCKETS
+        self._clock = clock
+        self._lock = threading.RLock()
         self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
-        self._ends = -math.inf  # the newest of them
+        self._newest_ends = -math.inf
 
     def success(self) -> None:
+        """Count a call that succeeded."""
         with self._lock:
             self._newest()[1] += 1
 
     def failure(self) -> None:
+        """Count a call that failed."""
         with self._lock:
             newest = self._newest()
             newest[1] += 1
             newest[2] += 1
 
     def counts(self) -> tuple[int, int]:
+        """Return the number of calls, and how many of them failed."""
         with self._lock:
             self._newest()
             return sum(bucket[1] for bucket in self._buckets), sum(bucket[2] for bucket in self._buckets)
 
     def _newest(self) -> list[int]:
-        if (now := self._clock()) >= self._ends:
+        """Return the bucket of the present moment, and forget those that are too old."""
+        if (now := self._clock()) >= self._newest_ends:
             number = int(now / self._width)
-            self._ends = (number + 1) * self._width
+            self._newest_ends = (number + 1) * self._width
             if not self._buckets or self._buckets[-1][0] != number:
                 self._buckets.append([number, 0, 0])
             while self._buckets[0][0] <= number - BUCKETS:
@@ -81,4 +80,5 @@ Window = LastCalls | LastSeconds
 
 
 def window_of(length: int | TimeWindow, clock: Clock) -> Window:
+    """Return an empty window: of seconds for a TimeWindow, else of calls."""
     return LastSeconds(length, clock) if isinstance(length, TimeWindow) else LastCalls(length)

@@ -17,6 +17,8 @@ import pytest
 from distsys import OnFull, SharedCapacity, Tier, bulkhead
 from distsys.errors import BulkheadFull
 from distsys.resilience.bulkhead import Bulkhead
+from tests.bugs import edited, kills, replaced
+from tests.resilience import broken
 from tests.resilience.threads import in_threads
 from tests.resilience.virtual import Clock, Loop, at_every_await, run
 
@@ -64,6 +66,8 @@ def test_a_tier_says_how_many_run_and_wait_and_for_how_long(tier: Tier, runs: in
     untouched(gate)
 
 
+@kills("last come, first served", replaced(Bulkhead, "_queue_up", broken.last_come_first_served))
+@kills("a later call overtakes", replaced(Bulkhead, "try_enter", Bulkhead.take))
 def test_those_who_wait_are_served_in_order_and_nobody_overtakes() -> None:
     """Who comes when somebody waits, waits as well; even between the two steps of leave(), as a thread may."""
     gate, order = bulkhead(max_concurrent=1, max_waiting=99), []
@@ -86,6 +90,9 @@ def test_those_who_wait_are_served_in_order_and_nobody_overtakes() -> None:
     assert gate.running == 0
 
 
+@kills(
+    "the wait is the age of the process", replaced(Bulkhead, "_update_wait_estimate", broken.since_the_process_began)
+)
 def test_a_waiter_is_told_how_long_it_will_take() -> None:
     """The time between permits handed to this queue, times its length; no idle time, and not another tier's."""
     clock = Clock()
@@ -122,6 +129,15 @@ def fill(policy: OnFull | str, **options: Any) -> Bulkhead:
     return gate
 
 
+@kills("ABORT waits", replaced(Bulkhead, "__init__", broken.always(OnFull.QUEUE)), policy="abort", waiting=1)
+@kills("DISCARD raises", replaced(Bulkhead, "__init__", broken.always(OnFull.QUEUE)), policy="discard", waiting=1)
+@kills(
+    "CALLER_RUNS is refused",
+    replaced(Bulkhead, "__init__", broken.always(OnFull.QUEUE)),
+    policy="caller_runs",
+    waiting=1,
+)
+@kills("QUEUE does not wait", replaced(Bulkhead, "__init__", broken.always(OnFull.ABORT)), policy="queue", waiting=1)
 @pytest.mark.parametrize("waiting", [0, 1])
 @pytest.mark.parametrize(
     ("policy", "expected"),
@@ -162,6 +178,10 @@ def test_a_call_without_a_permit_is_treated_by_the_policy(policy: str, expected:
     untouched(gate)
 
 
+@kills(
+    "DISCARD hides the refusal of another bulkhead",
+    replaced(Bulkhead, "for_sync", broken.discards_what_the_call_raised),
+)
 def test_discard_hides_only_its_own_refusal() -> None:
     """A BulkheadFull from further in passes."""
     gate = bulkhead(policy=OnFull.DISCARD)
@@ -174,6 +194,7 @@ def test_discard_hides_only_its_own_refusal() -> None:
         inner()
 
 
+@kills("calls beyond the limit leave permits behind", replaced(Bulkhead, "leave", broken.repays_nothing))
 def test_calls_beyond_the_limit_are_paid_back_before_anybody_else_runs() -> None:
     """CALLER_RUNS: three run in the place of one, who waits has to wait until one is left."""
     gate = bulkhead(max_concurrent=1, max_waiting=1, policy="caller_runs", timeout=1_000)
@@ -198,6 +219,8 @@ def test_calls_beyond_the_limit_are_paid_back_before_anybody_else_runs() -> None
 # ---- nothing is lost
 
 
+@kills("hyx: a cancelled holder keeps its permit", replaced(Bulkhead, "for_async", broken.keeps_it_when_cancelled))
+@kills("a cancelled waiter stays in the queue", replaced(Bulkhead, "_withdraw", broken.stays_in_the_queue))
 def test_ended_at_every_await_a_call_leaves_all_as_it_was() -> None:
     """Cancelled or closed, waiting or running, as a block or a call: permits, queue and who is behind."""
 
@@ -226,6 +249,13 @@ def test_ended_at_every_await_a_call_leaves_all_as_it_was() -> None:
         assert at_every_await(scene) == 3  # the queue, and two of the work
 
 
+@kills(
+    "granted and timed out at once, the permit is lost to the call",
+    replaced(Bulkhead, "_withdraw", broken.passed_on_when_timed_out),
+    leaves=1,
+    cancels=1,
+    cancelled=False,
+)
 @pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("leaves", [-1, 0, 1])
 @pytest.mark.parametrize("cancels", [-1, 1])
@@ -301,6 +331,8 @@ async def schedule(seed: int) -> None:
     untouched(gate)
 
 
+@kills("hyx: a permit granted to a cancelled waiter is lost", replaced(Bulkhead, "_withdraw", broken.grant_lost))
+@kills("any number may wait", replaced(SharedCapacity, "make_room", lambda self, lane: True))
 def test_ten_thousand_random_schedules_lose_no_permit() -> None:
     """And keep the limit, the bound of the queue and the order of arrival."""
 
@@ -315,6 +347,10 @@ def test_ten_thousand_random_schedules_lose_no_permit() -> None:
     run(main())
 
 
+@kills(
+    "a waiter whose loop is gone gives back what it never had",
+    replaced(SharedCapacity, "grant_waiters", broken.granted_to_nobody),
+)
 def test_permits_come_back_from_a_loop_that_is_gone_but_only_once() -> None:
     """A waiter whose loop was closed is passed over; when its coroutine is collected, it gives back nothing."""
     gate = bulkhead(max_concurrent=1)
@@ -482,6 +518,9 @@ class Model:
         return gone
 
 
+@kills("the newest is shed", replaced(SharedCapacity, "make_room", broken.sheds_the_newest))
+@kills("nothing is lent", replaced(Bulkhead, "_borrow", broken.nothing_lent))
+@kills("the lowest tier is served first", replaced(SharedCapacity, "add", broken.lowest_first))
 def test_tiers_share_one_capacity_as_the_model_does() -> None:
     """Floors kept free, the rest lent, Critical served first, Optional shed first, the longest waiting of them."""
     for seed in range(400):
@@ -519,6 +558,7 @@ async def share(chance: random.Random) -> None:
         assert (gate.running, gate.depth, shared.waiting) == (0, 0, 0)
 
 
+@kills("floors are not kept free", edited(SharedCapacity, "spare", " - sum(self.floors.values())", ""))
 def test_a_floor_is_kept_free_before_its_bulkhead_is_made() -> None:
     """Who borrows first does not take it, in whatever order the modules are imported."""
     shared = SharedCapacity(4, {Tier.CRITICAL: 3, Tier.OPTIONAL: 0})
@@ -528,6 +568,7 @@ def test_a_floor_is_kept_free_before_its_bulkhead_is_made() -> None:
     assert [critical.try_enter() for _ in range(4)] == [True, True, True, False]
 
 
+@kills("nobody is shed", replaced(SharedCapacity, "make_room", broken.sheds_nobody))
 def test_a_shed_call_says_so_and_with_caller_runs_it_runs() -> None:
     """The higher tier took its place; shed and rejected count it."""
     for policy, outcome in (("queue", BulkheadFull), ("caller_runs", "ran"), ("discard", None)):

@@ -27,8 +27,12 @@ from hypothesis.stateful import (
 
 from distsys import CircuitBreakers, RateLimited, TimeWindow, circuit_breaker, retry
 from distsys.errors import BulkheadFull, CircuitOpen
-from distsys.resilience.circuit_breaker import Change, CircuitBreaker, Snapshot
+from distsys.resilience import circuit_breaker as module
+from distsys.resilience.circuit_breaker import Change, CircuitBreaker, Closed, HalfOpen, Period, Snapshot
+from distsys.resilience.windows import LastSeconds
+from tests.bugs import kills, replaced
 from tests.ids import shown
+from tests.resilience import broken
 from tests.resilience.threads import in_threads
 from tests.resilience.virtual import Clock, at_every_await, run
 
@@ -236,6 +240,7 @@ def test_it_is_in_the_state_of_the_model_whatever_happens() -> None:
 # ---- states, one by one
 
 
+@kills("a success forgets the failures, although a window is asked for", replaced(module, "window_of", broken.InARow))
 def test_failures_in_the_window_open_it_and_successes_between_them_do_not_help() -> None:
     """Five of the last ten: a consecutive counter would never see it when every other call fails."""
     policy, clock = breaker(failure_threshold=5, recovery_timeout=30)
@@ -246,7 +251,7 @@ def test_failures_in_the_window_open_it_and_successes_between_them_do_not_help()
     fail(policy)
     assert policy.state == "open"
     assert policy.last_change == Change(
-        "closed", "open", "5 of 9 calls failed, at last: ConnectionResetError()", Snapshot(9, 5), clock.now
+        "closed", "open", "5 of 9 calls failed, the last one: ConnectionResetError()", Snapshot(9, 5), clock.now
     )
     assert policy.last_change.snapshot.failure_rate == 5 / 9
     error = refused(policy)
@@ -278,6 +283,7 @@ def test_a_rate_is_reached_when_it_is_equal(rate: float) -> None:
     assert policy.state == "open"
 
 
+@kills("nothing leaves a window of time", replaced(LastSeconds, "_newest", broken.all_time))
 def test_calls_leave_a_window_of_time_a_tenth_at_a_time() -> None:
     """Between 0.9 and 1 of it: what failed at 1,000 s counts up to 1,059.9 s, and no longer at 1,060 s."""
     for later, state in ((59.9, "open"), (60.0, "closed")):
@@ -311,6 +317,11 @@ def test_a_slow_call_counts_as_failed_though_it_returned() -> None:
     assert "a call took 2 s" in policy.last_change.reason  # type: ignore[union-attr]
 
 
+@kills(
+    "purgatory, aiobreaker, pybreaker: half open, all callers are let in",
+    replaced(CircuitBreaker, "admit", broken.stampede),
+    places=3,
+)
 @pytest.mark.parametrize("places", [1, 3])
 def test_of_fifty_callers_at_the_end_of_the_cool_down_only_the_probes_reach_the_dependency(places: int) -> None:
     """Exactly half_open_max_calls, however many come at once."""
@@ -326,6 +337,7 @@ def test_of_fifty_callers_at_the_end_of_the_cool_down_only_the_probes_reach_the_
         call.close()
 
 
+@kills("with few calls it never closes", replaced(CircuitBreaker, "admit", broken.given_up_by_the_clock))
 def test_it_closes_after_enough_probes_even_if_they_have_to_take_turns() -> None:
     """success_threshold above half_open_max_calls; and with one call in ten minutes just as well."""
     policy, clock = half_open(success_threshold=3)
@@ -335,6 +347,7 @@ def test_it_closes_after_enough_probes_even_if_they_have_to_take_turns() -> None
         clock.now += 600
 
 
+@kills("a failed probe makes the recovery no longer", replaced(CircuitBreaker, "_probe_failed", broken.never_longer))
 def test_each_failed_probe_doubles_the_recovery_time_up_to_a_bound_and_success_forgets_it() -> None:
     """30, 60, 120, 200, 200; after it has closed, 30 again."""
     policy, clock = half_open(max_recovery_timeout=200, success_threshold=1)
@@ -348,6 +361,7 @@ def test_each_failed_probe_doubles_the_recovery_time_up_to_a_bound_and_success_f
     assert refused(policy).retry_after == 30
 
 
+@kills("all processes probe at the same moment", replaced(CircuitBreaker, "__init__", broken.no_chance))
 def test_the_recovery_time_is_longer_by_up_to_a_tenth() -> None:
     """So that the processes that opened together do not probe together."""
     for chance, wait in ((0.0, 30.0), (0.5, 31.5), (0.999, 32.997)):
@@ -356,6 +370,7 @@ def test_the_recovery_time_is_longer_by_up_to_a_tenth() -> None:
         assert refused(policy).retry_after == pytest.approx(wait)
 
 
+@kills("Retry-After is ignored", replaced(CircuitBreaker, "_open", broken.no_retry_after))
 def test_a_retry_after_of_the_dependency_is_respected_up_to_the_longest_recovery() -> None:
     """Of the failure that opened it; a shorter one shortens nothing."""
     for asked, wait in ((5.0, 30.0), (50.0, 50.0), (1e9, 240.0)):
@@ -366,6 +381,11 @@ def test_a_retry_after_of_the_dependency_is_respected_up_to_the_longest_recovery
         assert refused(policy).retry_after == wait
 
 
+@kills(
+    "circuitbreaker 2.1.3: a late success closes an open breaker",
+    replaced(CircuitBreaker, "for_async", broken.late_success_closes),
+)
+@kills("a late failure counts in any state", replaced(Closed, "failed", broken.counts_in_any_state))
 def test_a_success_from_before_the_opening_closes_nothing() -> None:
     """Nor does it count as a probe, half open; nor a failure as one that failed."""
     policy, clock = breaker(failure_threshold=1, recovery_timeout=30, success_threshold=1)
@@ -383,6 +403,8 @@ def test_a_success_from_before_the_opening_closes_nothing() -> None:
     assert policy.snapshot == Snapshot(0, 0)
 
 
+@kills("a cancelled call is a failure", replaced(Period, "abandoned", broken.cancelled_fails))
+@kills("a cancelled probe is a failure", replaced(HalfOpen, "abandoned", broken.cancelled_fails))
 def test_a_cancelled_call_is_neither_success_nor_failure_and_gives_its_place_back() -> None:
     """By CancelledError and by GeneratorExit; any number of cancelled probes opens or closes nothing."""
     policy, _ = half_open(success_threshold=2)
@@ -396,6 +418,7 @@ def test_a_cancelled_call_is_neither_success_nor_failure_and_gives_its_place_bac
     assert (closed.state, closed.snapshot) == ("closed", Snapshot(0, 0))
 
 
+@kills("refused calls put the probe off", replaced(CircuitBreaker, "admit", broken.refusals_put_off))
 def test_a_refused_call_is_no_failure_and_puts_nothing_off() -> None:
     """However many are refused, the probe comes when it was said."""
     policy, clock = breaker(failure_threshold=1, recovery_timeout=30)
@@ -407,6 +430,16 @@ def test_a_refused_call_is_no_failure_and_puts_nothing_off() -> None:
     assert policy.state == "half_open"
 
 
+@kills(
+    "what another rule refused is a failure",
+    replaced(CircuitBreaker, "failed", broken.only_failures_judged),
+    error=BulkheadFull(),
+)
+@kills(
+    "a probe that another rule refused succeeds",
+    replaced(CircuitBreaker, "failed", broken.refused_probes_succeed),
+    error=CircuitOpen(),
+)
 @pytest.mark.parametrize("error", [BulkheadFull(), RateLimited("later"), CircuitOpen()], ids=repr)
 def test_what_another_rule_refused_is_neither_failure_nor_success(error: Exception) -> None:
     """It never got to the dependency: no opening when it was closed, no closing when it was half open."""
@@ -419,6 +452,7 @@ def test_what_another_rule_refused_is_neither_failure_nor_success(error: Excepti
         assert probing.state == "half_open"
 
 
+@kills("a 404 is a failure", replaced(CircuitBreaker, "failed", broken.only_failures_judged))
 def test_the_callers_own_mistakes_are_answers_of_the_dependency() -> None:
     """A 404 or a ValueError opens nothing; is_failure decides otherwise."""
     policy, _ = breaker(failure_threshold=1)
@@ -445,6 +479,7 @@ def test_an_is_failure_that_raises_keeps_no_place() -> None:
         assert isinstance(raised.value.__context__, OSError)
 
 
+@kills("a probe that hangs keeps its place for ever", replaced(CircuitBreaker, "admit", broken.hangs_for_ever))
 def test_a_probe_that_hangs_is_given_up_when_no_other_could_be_let_in() -> None:
     """After the recovery time, but not before ten seconds; what it says later does not matter."""
     for recovery, patience in ((1, 10), (30, 30)):
@@ -460,6 +495,7 @@ def test_a_probe_that_hangs_is_given_up_when_no_other_could_be_let_in() -> None:
         assert policy.state == "open"
 
 
+@kills("the wall clock decides", replaced(CircuitBreaker, "__init__", broken.wall_clock))
 def test_only_a_clock_that_never_jumps_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock, set forward a thousand years, ends no recovery time."""
     policy = circuit_breaker()
@@ -530,6 +566,7 @@ def test_a_fallback_answers_for_refused_calls_only() -> None:
     assert run(outer()) == ["async 7", "sync 7", "sync 8"]
 
 
+@kills("the error of a listener takes the place of the call's", replaced(module, "tell", broken.told_alone))
 def test_on_state_change_hears_of_each_change_once_and_can_neither_fail_nor_confuse_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -649,6 +686,7 @@ def test_the_quick_start_runs_as_written() -> None:
     assert attempts == 15
 
 
+@kills("a cancelled probe keeps its place", replaced(HalfOpen, "abandoned", Period.abandoned))
 def test_ended_at_every_await_a_probe_gives_its_place_back() -> None:
     """By the decorator, by call() and in a block: whatever ends it, the next probe is let in at once."""
 
@@ -674,6 +712,7 @@ def test_ended_at_every_await_a_probe_gives_its_place_back() -> None:
         assert at_every_await(scene) == 3
 
 
+@kills("a block settles the call of another breaker", replaced(CircuitBreaker, "__exit__", broken.oldest_entry))
 def test_blocks_that_end_in_another_order_or_context_settle_their_own_calls() -> None:
     """Two generators in one task, entered a, b and left a, b; and a coroutine that is closed in a foreign context."""
     one, _ = half_open(success_threshold=1)
@@ -698,6 +737,7 @@ def test_blocks_that_end_in_another_order_or_context_settle_their_own_calls() ->
 # ---- from many threads
 
 
+@kills("half open, all threads are let in", replaced(CircuitBreaker, "admit", broken.stampede))
 def test_of_fifty_threads_only_the_probes_reach_the_dependency() -> None:
     """They come at once and the probes return when all have been answered."""
     policy, _ = half_open(half_open_max_calls=3, success_threshold=9)

@@ -48,7 +48,7 @@ def test_a_breaker_tells_of_each_change_and_each_refusal(heard: list[Event]) -> 
     told = ("state_change", "rejected", "state_change", "state_change")
     assert kinds(heard) == [("circuit_breaker", "api", kind) for kind in told]
     assert [event.facts.get("new") for event in heard] == ["open", None, "half_open", "closed"]
-    assert heard[0].facts["reason"] == "1 of 1 calls failed, at last: ConnectionResetError()"
+    assert heard[0].facts["reason"] == "1 of 1 calls failed, the last one: ConnectionResetError()"
     assert heard[1].facts == {"state": "open", "retry_after": 30.0}
 
 

@@ -43,6 +43,7 @@ from distsys.resilience.outcomes import (
     http_status,
     retry_after,
 )
+from tests.bugs import kills, replaced
 
 # ---- HTTP clients, against a server that answers as its path says
 
@@ -116,6 +117,12 @@ STATUS = {400: FATAL, 401: FATAL, 403: FATAL, 404: FATAL, 409: FATAL, 422: FATAL
 STATUS |= {408: NOT_DONE, 425: NOT_DONE, 429: NOT_DONE, 500: UNKNOWN, 502: UNKNOWN, 503: UNKNOWN, 504: UNKNOWN}
 
 
+@kills(
+    "a 401 is tried again",
+    replaced(outcomes, "HTTP_STATUS", {**outcomes.HTTP_STATUS, 401: UNKNOWN}),
+    client=by_httpx,
+    status=401,
+)
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.__name__)
 @pytest.mark.parametrize(("status", "outcome"), STATUS.items())
 def test_a_status_decides_whichever_client_raised_it(
@@ -305,6 +312,11 @@ KINDS: list[tuple[BaseException, Outcome]] = [
 ]
 
 
+@kills(
+    "a commit that was cut off did not happen",
+    replaced(outcomes, "SQLSTATE", {"08": NOT_DONE}),
+    error=sql.ConnectionFailure(),
+)
 @pytest.mark.parametrize(("error", "outcome"), KINDS, ids=[f"{n} {type(e).__name__}" for n, (e, _) in enumerate(KINDS)])
 def test_an_error_is_what_its_code_or_class_says(error: BaseException, outcome: Outcome) -> None:
     """Twice, for the second answer comes from memory."""

@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 
 from distsys import RetryBudget, circuit_breaker, resilient, retry
 from distsys.errors import BulkheadFull, CircuitOpen, LockLost, PatternOrderError, Rejected, StaleToken
+from distsys.resilience import retry as module
 from distsys.resilience.outcomes import NOT_DONE, Outcome
-from distsys.resilience.retry import Retry, RetryAmplification, _around
+from distsys.resilience.retry import Attempts, Retry, RetryAmplification, _around
+from tests.bugs import kills, replaced
 from tests.ids import shown
+from tests.resilience import broken
 from tests.resilience.virtual import Clock, at_every_await, run
 
 
@@ -112,6 +115,13 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 # ---- how often, how long
 
 
+@kills("max_attempts counts retries only", replaced(Retry, "__init__", broken.retries_only), way=called)
+@kills(
+    "an error of its own takes the last one's place",
+    replaced(Retry, "for_async", broken.error_of_its_own),
+    way=called_async,
+)
+@kills("no notes", replaced(Attempts, "note", lambda self, error, why: None), way=as_a_block)
 @each_way
 def test_max_attempts_counts_the_first_one(way: Callable[..., Any]) -> None:
     """Three are three; the last error passes, the very object, and its notes tell of the others."""
@@ -128,6 +138,7 @@ def test_max_attempts_counts_the_first_one(way: Callable[..., Any]) -> None:
     )
 
 
+@kills("a block ends after its first error", replaced(Attempts, "__exit__", lambda self, *_: False), way=as_a_block)
 @each_way
 def test_the_first_success_ends_it(way: Callable[..., Any]) -> None:
     """And is what is returned."""
@@ -136,6 +147,9 @@ def test_the_first_success_ends_it(way: Callable[..., Any]) -> None:
     assert way(Dependency()) == 1
 
 
+@kills("jitter is ignored", replaced(Retry, "__init__", broken.without_jitter), jitter="full", chance=0.5)
+@kills("the wait does not grow", replaced(Retry, "_backoff", broken.fixed_backoff), jitter="full", chance=0.5)
+@kills("the wait grows for ever", replaced(Retry, "_backoff", broken.without_cap), jitter="full", chance=0.5)
 @pytest.mark.parametrize(
     ("jitter", "chance", "waits"),
     [
@@ -170,6 +184,8 @@ def test_no_wait_is_longer_than_max_delay(jitter: Any, base: float, longest: flo
     assert all(0 <= wait <= longest for wait in dependency.waits)
 
 
+@kills("Retry-After is ignored", replaced(module, "retry_after", lambda error: None), way=called)
+@kills("Retry-After is not capped", replaced(module, "retry_after", broken.any_retry_after), way=called_async)
 @each_way
 def test_a_retry_after_comes_on_top_of_the_backoff_and_is_capped(way: Callable[..., Any]) -> None:
     """Nobody comes earlier than asked, nor all together; a day is not waited for."""
@@ -178,6 +194,7 @@ def test_a_retry_after_comes_on_top_of_the_backoff_and_is_capped(way: Callable[.
     assert dependency.waits == [1 + 5, 2 + 60, 4]
 
 
+@kills("a wait passes the deadline", replaced(Attempts, "__init__", broken.no_deadline), way=called)
 @each_way
 def test_a_wait_that_would_pass_the_deadline_is_not_begun(way: Callable[..., Any]) -> None:
     """The error passes at once and says so."""
@@ -264,6 +281,22 @@ SAID: list[tuple[Exception, dict[str, Any], bool]] = [
 ]
 
 
+@kills(
+    "an ambiguous outcome is tried again",
+    replaced(Retry, "_reason_not_to_retry", broken.ambiguous_too),
+    error=TimeoutError(),
+    options={"idempotent": False},
+)
+@kills(
+    "whatever raised is tried again",
+    replaced(Retry, "_reason_not_to_retry", lambda self, error: ""),
+    error=TypeError(),
+    options={},
+)
+@kills("an open breaker is knocked at", replaced(CircuitOpen, "retryable", True), error=CircuitOpen(), options={})
+@kills(
+    "a full bulkhead is not tried again", replaced(BulkheadFull, "retryable", False), error=BulkheadFull(), options={}
+)
 @pytest.mark.parametrize(("error", "options", "again"), SAID, ids=[shown(f"{e!r} {o}") for e, o, _ in SAID])
 def test_what_is_tried_again_is_what_may_pass_and_do_no_harm(
     error: Exception, options: dict[str, Any], again: bool
@@ -291,6 +324,12 @@ def test_the_note_says_why_it_was_not_tried_again() -> None:
         assert raised.value.__notes__ == [f"retry: attempt 1: not retried: {why}"]
 
 
+@kills(
+    "a cancelled call is tried again",
+    replaced(Retry, "for_async", broken.cancellation_too),
+    way=called_async,
+    error=asyncio.CancelledError,
+)
 @each_way
 @pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_what_ends_the_call_is_never_tried_again(way: Callable[..., Any], error: type[BaseException]) -> None:
@@ -316,6 +355,9 @@ def test_an_error_that_takes_no_notes_passes_as_it_is() -> None:
 # ---- the budget
 
 
+@kills("the budget is not charged", replaced(RetryBudget, "take", lambda self: True))
+@kills("calls pay nothing in", replaced(RetryBudget, "pay_in", lambda self: None))
+@kills("tenths do not add up", replaced(RetryBudget, "take", broken.exactly_one))
 def test_a_budget_suppresses_retries_and_says_so() -> None:
     """One call in ten may be tried again; the rest fail with the reason in a note."""
     budget = RetryBudget(0.1, floor=0, burst=1)
@@ -353,6 +395,7 @@ def test_retries_stay_below_their_share(ratio: float, floor: float, burst: float
         assert 0 <= budget.saved + 1e-6 <= burst + 1e-6
 
 
+@kills("the budget is each function's own", replaced(RetryBudget, "take", lambda self: True))
 def test_a_budget_is_shared_by_many_functions() -> None:
     """What one has used the others do not have."""
     budget = RetryBudget(0, floor=0, burst=3)
@@ -366,6 +409,7 @@ def test_a_budget_is_shared_by_many_functions() -> None:
 # ---- layers
 
 
+@kills("layers do not know of each other", replaced(module, "_around", broken.Alone()))
 def test_three_layers_warn_that_their_attempts_multiply() -> None:
     """3 x 3 x 3 = 27: told when the innermost is called the 9th time in vain, by decorators and blocks."""
     for way in (called, called_async, as_a_block, as_an_async_block):
@@ -403,6 +447,7 @@ def test_one_layer_and_layers_of_one_attempt_warn_of_nothing() -> None:
         retry(max_attempts=1)(innermost)()
 
 
+@kills("a coroutine closed elsewhere changes that context", replaced(Attempts, "__exit__", broken.sets_the_old))
 def test_a_coroutine_that_is_closed_elsewhere_leaves_that_context_alone() -> None:
     """And one that is closed where it ran, or cancelled, leaves its own as it was."""
 
@@ -435,6 +480,7 @@ def test_a_coroutine_that_is_closed_elsewhere_leaves_that_context_alone() -> Non
     assert seen == [(), (5,), (7,), (7, 5)]
 
 
+@kills("retry is let outside of a breaker", replaced(module, "layers", lambda fn: ()))
 def test_retry_outside_of_a_breaker_is_refused_when_it_is_decorated() -> None:
     """Through partials too, by resilient() as well; unless it is explicitly allowed."""
 
@@ -453,6 +499,9 @@ def test_retry_outside_of_a_breaker_is_refused_when_it_is_decorated() -> None:
 # ---- what it leaves behind
 
 
+@kills(
+    "the errors are kept", replaced(Retry, "_schedule_next_attempt", broken.holds_the_errors), way=called, failures=3
+)
 @each_way
 @pytest.mark.parametrize("failures", [1, 3])
 def test_no_exception_outlives_its_call(way: Callable[..., Any], failures: int) -> None:
