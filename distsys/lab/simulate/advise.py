@@ -1,8 +1,8 @@
-"""Which settings for retry and circuit breaker, for an outage and a workload of yours: tried out, in virtual time.
+"""Advice: find settings of retry and circuit breaker for your outage and workload, by trying them in virtual time.
 
-First of all the system has to come back; then what counts is how few calls fail in calm times, for these are longest;
-then in and after the outage; then how little is asked of the dependency at the worst moment. What differs by less than
-the noise does not count, and then what was tried first is taken.
+Settings are compared by four things, in this order. The system recovers. Few calls fail in calm times, which are the
+longest. Few calls fail during and after the outage. Few requests reach the dependency at the worst moment. A difference
+smaller than the noise does not count; then the settings that were tried first win.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from distsys.lab.simulate.side_by_side import Each, Job, one_by_one
 from distsys.lab.simulate.simulation import Simulation, policy
 from distsys.lab.simulate.storm import Arm, Storm, simulate_arm
 
-RATE = 100.0  # calls per second at which it is tried; more processes of the same load change the noise alone
-SEEDS = 3  # besides the first, on which the recommended settings have to hold
+RATE = 100.0  # calls per second of a trial; more processes with the same load each would only change the noise
+SEEDS = 3  # further seeds on which the recommended settings have to hold
+
+
+Trial = tuple[dict[str, Any], Arm]  # settings, and their result
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings, and the numbers that argue for them."""
+    """Recommended settings, and the numbers that argue for them."""
 
     settings: dict[str, Any]
     simulation: Simulation  # of no retries, naive retries, and the recommended
-    tried: tuple[tuple[dict[str, Any], Arm], ...]  # the best first
-    confirmed: bool  # on other seeds, too
+    tried: tuple[Trial, ...]  # the best first
+    confirmed: bool  # on other seeds as well
 
     @property
     def code(self) -> str:
-        """That says the settings."""
+        """The Python expression with these settings."""
         return _code(self.settings, self.simulation.storm)
 
     def __str__(self) -> str:
@@ -44,10 +47,10 @@ class Advice:
     __repr__ = __str__
 
     def rows(self, most: int = 8) -> list[tuple[str, ...]]:
-        """Of what was tried, the best first."""
+        """Return a table of what was tried, the best settings first; at most `most` rows."""
         return [
-            (_said(one), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
-            for one, arm in self.tried[:most]
+            (_words(settings), arm.verdict.status, f"{calm(arm):.1%}", f"{arm.goodput:.0%}", f"{arm.peak:,}")
+            for settings, arm in self.tried[:most]
         ]
 
     def _repr_html_(self) -> str:
@@ -61,35 +64,38 @@ def advise(
     *, outage_seconds: float, rate: float, clients: int, deadline_seconds: float, timeout_seconds: float | None = None,
     utilisation: float = 0.7, error_rate: float = 0.01, seed: int = 7, each: Each = one_by_one,
 ) -> Advice:  # fmt: skip
-    """Tries some thirty settings in a storm of yours; it takes seconds.
+    """Try some thirty settings in a storm like yours; this takes seconds.
 
-    outage_seconds   of the dependency; rate: calls per second of all `clients` together
+    outage_seconds   how long the dependency is gone
+    rate             calls per second of all `clients` together
     deadline_seconds after which an answer is worth nothing to a caller
-    timeout_seconds  of one request; a quarter of the deadline
-    utilisation      the rate as a share of what the dependency can do
-    error_rate       of requests, lost even in calm times: what retries are for
+    timeout_seconds  of one request; by default a quarter of the deadline
+    utilisation      the rate as a share of what the dependency can serve
+    error_rate       the share of requests that are lost even in calm times: what retries are for
+    each             how to run the trials: one_by_one, or side_by_side in processes
     """
     scale = rate / RATE
     timeout = deadline_seconds / 4 if timeout_seconds is None else timeout_seconds
     within = max(10.0, 10 * timeout)
-    storm: dict[str, Any] = {
-        "outage": outage_seconds, "rate": RATE, "clients": max(1, round(clients / scale)), "deadline": deadline_seconds,
-        "timeout": timeout, "queue": 2 * timeout, "utilisation": utilisation, "error_rate": error_rate, "calm": 10.0,
-        "recover_within": within, "after": within + max(5.0, 2 * timeout),
-    }  # fmt: skip
-    how, tried = Storm(**storm), dict[str, tuple[dict[str, Any], Arm]]()
+    storm = Storm(
+        outage=outage_seconds, rate=RATE, clients=max(1, round(clients / scale)), deadline=deadline_seconds,
+        timeout=timeout, queue=2 * timeout, utilisation=utilisation, error_rate=error_rate, calm=10.0,
+        recover_within=within, after=within + max(5.0, 2 * timeout),
+    )  # fmt: skip
+    tried: dict[str, Trial] = {}
 
     def job(settings: dict[str, Any], name: str = "recommended", seed: int = seed) -> Job:
-        return partial(simulate_arm, name, policy(**settings), how, seed)
+        return partial(simulate_arm, name, policy(**settings), storm, seed)
 
     def best(grid: Iterator[dict[str, Any]]) -> dict[str, Any]:
         new = [settings for settings in grid if str(settings) not in tried]
-        tried.update((str(one), (one, arm)) for one, arm in zip(new, each(map(job, new)), strict=True))
-        return min(tried.values(), key=_worth)[0]
+        arms = each(map(job, new))
+        tried.update((str(settings), (settings, arm)) for settings, arm in zip(new, arms, strict=True))
+        return min(tried.values(), key=_rank)[0]
 
     def holds(settings: dict[str, Any], arm: Arm) -> bool:
         others = each(job(settings, seed=seed + n) for n in range(1, SEEDS + 1))
-        return all(one.verdict.status != "VIOLATED" for one in (arm, *others))
+        return all(run.verdict.status != "VIOLATED" for run in (arm, *others))
 
     delay = deadline_seconds / 40
     start: dict[str, Any] = {"max_attempts": 1, "base_delay": delay, "jitter": "full", "budget": 0.0}
@@ -104,26 +110,27 @@ def advise(
     if chosen["breaker"]:
         chosen = best({**chosen, "recovery_timeout": factor * timeout} for factor in (1, 4, 8))
         chosen = best({**chosen, "breaker": threshold} for threshold in (3, 8))
-    order = sorted(tried.values(), key=_worth)
-    settings = next((one for one, arm in order[:5] if holds(one, arm)), None)
-    confirmed, settings = settings is not None, settings or chosen
+    ranking = sorted(tried.values(), key=_rank)
+    confirmed = next((settings for settings, arm in ranking[:5] if holds(settings, arm)), None)
+    settings = confirmed or chosen
     naive = {"max_attempts": 4, "base_delay": delay, "max_delay": delay, "jitter": "none"}
     arms = each([job({"max_attempts": 1}, "no retries"), job(naive, "naive, fixed delay"), job(settings)])
-    return Advice(settings, Simulation(how, seed, tuple(arms)), tuple(order), confirmed)
+    return Advice(settings, Simulation(storm, seed, tuple(arms)), tuple(ranking), confirmed is not None)
 
 
 def calm(arm: Arm) -> float:
-    """The share of good calls before the trigger; the last second before it is part of the storm."""
+    """Return the share of good calls before the trigger, without the last second: its calls meet the trigger."""
     return sum(arm.good[:9]) / max(1, sum(arm.calls[:9]))
 
 
-def _worth(one: tuple[dict[str, Any], Arm]) -> tuple[float, ...]:
-    settings, arm = one
+def _rank(trial: Trial) -> tuple[float, ...]:
+    """Return the sort key of the module's docstring, the best settings first."""
+    settings, arm = trial
     good, peak = round(20 * arm.goodput), round(10 * arm.peak / RATE)
     return (arm.verdict.status == "VIOLATED", -round(calm(arm), 2), -good, peak, settings["max_attempts"])
 
 
-def _said(settings: dict[str, Any]) -> str:
+def _words(settings: dict[str, Any]) -> str:
     parts = ["retry({max_attempts}, {base_delay:g}, jitter={jitter!r})"] * (settings["max_attempts"] > 1)
     parts += ["budget {budget:g}"] * bool(settings["budget"])
     parts += ["breaker({breaker}, {recovery_timeout:g})"] * bool(settings["breaker"])

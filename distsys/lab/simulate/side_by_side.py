@@ -1,4 +1,4 @@
-"""Simulated arms in processes of their own, side by side."""
+"""Simulate arms at the same time, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from queue import SimpleQueue
 from distsys.lab.simulate.storm import Arm
 
 Job = partial[Arm]  # of simulate_arm
-
-
 Each = Callable[[Iterable[Job]], Iterable[Arm]]
-"""How jobs are done: `one_by_one`, or `side_by_side` in processes."""
+"""A way to run jobs: `one_by_one`, or `side_by_side` in processes."""
 
 
 def one_by_one(jobs: Iterable[Job]) -> Iterable[Arm]:
+    """Run the jobs here, one after the other."""
     return (job() for job in jobs)
 
 
 def line_to(sock: socket.socket) -> Connection:
-    """Takes the socket over."""
+    """Return a connection that takes the socket over."""
     sock.setblocking(True)
     return Connection(sock.detach())
 
 
 def side_by_side(lines: Sequence[Connection]) -> Each:
-    """In the processes at the other ends of these `lines`, which run `serve`: a seed gives the same trace anywhere."""
+    """Return a way to run jobs in the processes at the other ends of `lines`, which run `serve`.
+
+    Its results are those of `one_by_one`, for a seed gives the same trace anywhere. Raises RuntimeError if a process
+    was killed, and what a job raised.
+    """
     from cloudpickle import dumps
 
     idle = SimpleQueue[Connection]()
@@ -51,14 +54,14 @@ def side_by_side(lines: Sequence[Connection]) -> Each:
         return answer
 
     def each(jobs: Iterable[Job]) -> list[Arm]:
-        with ThreadPoolExecutor(len(lines)) as threads:  # they wait; a line each
+        with ThreadPoolExecutor(len(lines)) as threads:  # they only wait, each for one line
             return list(threads.map(ask, jobs))
 
     return each
 
 
 def serve(_: bytes, sock: socket.socket) -> None:
-    """In a process of its own: one job after the other, until it is ended."""
+    """Run one job after the other, in a process of its own, until the line is closed."""
     with line_to(sock) as line, suppress(EOFError):
         while True:
             try:

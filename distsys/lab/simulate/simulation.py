@@ -1,4 +1,4 @@
-"""A storm simulated for several retry policies, and what each of them did to the dependency."""
+"""Simulation: one storm under several retry policies, and what each policy did to the dependency."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def policy(
     max_attempts: int = 4, base_delay: float = 0.1, *, deadline: bool = True, budget: float = 0.0, breaker: int = 0,
     recovery_timeout: float = 2.0, permits: int = 0, **retry: Any,
 ) -> Make:  # fmt: skip
-    """The three rules in the usual order; 0 leaves one out. `budget` is its ratio, `breaker` its failure threshold."""
+    """Return a policy of the three rules in the usual order; 0 leaves one out.
+
+    budget   the ratio of the RetryBudget
+    breaker  the failure threshold of the circuit breaker
+    permits  max_concurrent of the bulkhead
+    """
 
     def make(process: Process) -> Any:
         storm = process.storm
@@ -59,14 +64,16 @@ class Simulation:
     arms: tuple[Arm, ...]
 
     def __getitem__(self, name: str) -> Arm:
+        """Return the arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     @property
     def verdicts(self) -> Verdicts:
+        """The verdicts of all arms."""
         return Verdicts(arm.verdict for arm in self.arms)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """As a table, with the names of its columns first. Good calls: from the trigger on."""
+        """Return a table, the names of its columns first. The share of good calls is taken from the trigger on."""
         rows: list[tuple[str, ...]] = [("policy", "verdict", "peak/s", "good", "p99 wait", "recovered")]
         for arm in self.arms:
             back = "metastable" if arm.metastable else "never" if arm.recovery is None else f"after {arm.recovery:g} s"
@@ -85,7 +92,7 @@ class Simulation:
     __repr__ = __str__
 
     def svg(self) -> str:
-        """A panel per arm: what is asked of the dependency, and which calls are answered in time."""
+        """Return a picture with a panel for each arm: the requests that arrive, and the calls answered in time."""
         storm, out = self.storm, list[str]()
         lines, ticks = -(-len(self.arms) // 2), 5 * math.ceil(storm.end / 50)  # seconds
         right, up = WIDE / int(storm.end), HIGH / (1.05 * max(max(*arm.requests, *arm.calls) for arm in self.arms))
@@ -94,7 +101,7 @@ class Simulation:
             can = y - storm.capacity * up
             out.append(box(x + storm.calm * right, y - HIGH, storm.outage * right, HIGH, "p", 0))
             for curve, css in ((arm.calls, "x"), (arm.good, "f"), (arm.requests, "k")):
-                steps = "".join(f"V{y - each * up:.1f}h{right:.1f}" for each in curve)
+                steps = "".join(f"V{y - count * up:.1f}h{right:.1f}" for count in curve)
                 out.append(path(f"M{x} {y}{steps}" + f"V{y}Z" * (css != "k"), css))
             out += [path(f"M{x} {y}h{WIDE}", "g"), path(f"M{x} {can:.1f}h{WIDE}", "d")]
             status = arm.verdict.status
@@ -112,7 +119,7 @@ class Simulation:
         return (
             f"<div><b>{escape(str(self.storm))}</b><br>{escape(self.storm.claim)}<br>"
             f'<img width="{WIDTH}" style="max-width:100%" alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-            "<p>Black line: requests that reach the dependency, per second; dashed: what it can do. Blue: calls "
+            "<p>Black line: requests that reach the dependency, per second; dashed: its capacity. Blue: calls "
             f"answered in time; crossed out: calls that fail. Hatched: the trigger.</p>{table(head, rows)}</div>"
         )
 
@@ -120,14 +127,15 @@ class Simulation:
 def simulate(
     policies: Mapping[str, Make] | Iterable[str] = tuple(ARMS), *, seed: int = 7, each: Each = one_by_one, **storm: Any
 ) -> Simulation:
-    """Policies of yours by name, or names of ARMS, in a Storm. The same seed gives the same trace.
+    """Run policies of yours by name, or names of ARMS, in a Storm. The same seed gives the same trace.
 
     simulate(outage=10, clients=10_000)
     simulate({"mine": lambda process: process.retry(3, 0.2, budget=process.budget(0.1))})
     """
-    how = Storm(**storm)
+    settings = Storm(**storm)
     if isinstance(policies, Mapping):
-        jobs, each = [partial(simulate_arm, name, make, how, seed) for name, make in policies.items()], one_by_one
+        jobs = [partial(simulate_arm, name, make, settings, seed) for name, make in policies.items()]
+        each = one_by_one
     else:
-        jobs = [partial(simulate_arm, name, ARMS[name][0], how, seed, ARMS[name][1]) for name in policies]
-    return Simulation(how, seed, tuple(each(jobs)))
+        jobs = [partial(simulate_arm, name, ARMS[name][0], settings, seed, ARMS[name][1]) for name in policies]
+    return Simulation(settings, seed, tuple(each(jobs)))

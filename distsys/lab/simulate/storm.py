@@ -1,8 +1,8 @@
-"""A retry storm in virtual time: thousands of clients, one dependency, and the policies as production runs them.
+"""A retry storm in virtual time: thousands of clients, one dependency, and the policies as they run in production.
 
-The trigger takes servers away for some seconds (or brings more calls). Meanwhile requests pile up in the dependency's
-queue, and it goes on to serve those whose client has given up. Once the trigger is gone there is capacity for every
-call; whether it is used for them depends on the retries. A system that stays down is *metastable*.
+The trigger takes servers away for some seconds, or brings more calls. Meanwhile requests pile up in the dependency's
+queue, and the dependency also serves requests whose client has given up. Once the trigger is gone there is capacity for
+every call; whether the calls get it depends on the retries. A system that stays down is *metastable*.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from distsys.resilience.composed import Resilient
 from distsys.resilience.retry import Retry, RetryBudget
 
 SERVERS = 10  # of the dependency: failure_share counts in tenths
-WELL = 0.9  # of the calls begun in a second: from there on it counts as recovered
-Curve = list[int]
+RECOVERED_SHARE = 0.9  # good calls of those begun in a second, from which the system counts as recovered
+Curve = list[int]  # a count for each second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storm:
-    """Seconds, and calls per second of all clients together."""
+    """The settings of a storm: durations in seconds, rates in calls per second of all clients together."""
 
     outage: float = 5.0  # how long the trigger lasts
-    failure_share: float = 1.0  # of the servers, gone meanwhile; those that are busy finish first
-    spike: float = 1.0  # times as many calls meanwhile
+    failure_share: float = 1.0  # of the servers, gone during the outage; busy ones finish first
+    spike: float = 1.0  # times as many calls during the outage
     clients: int = 10_000
-    rate: float = 0.0  # 0: each client calls every twenty seconds
-    processes: int = 0  # that serve them, each with its breaker, budget and bulkhead; 0: one for 25 calls a second
+    rate: float = 0.0  # 0: each client calls every 20 seconds
+    processes: int = 0  # each with its own breaker, budget and bulkhead; 0: one for 25 calls a second
     deadline: float = 4.0  # of a call: a later answer is worth nothing
     timeout: float = 1.0  # of a request
     utilisation: float = 0.7  # rate / capacity, in calm times
-    queue: float = 2.0  # seconds of work that the dependency lets wait; it refuses the rest
+    queue: float = 2.0  # seconds of work that the dependency queues; it refuses the rest
     error_rate: float = 0.01  # of requests, lost even in calm times: what retries are for
     calm: float = 4.0  # before the trigger
     after: float = 20.0
-    recover_within: float = 10.0  # what the claim allows
+    recover_within: float = 10.0  # seconds that the claim allows
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", self.rate or self.clients / 20)
@@ -64,16 +64,17 @@ class Storm:
 
     @property
     def capacity(self) -> float:
-        """Requests per second."""
+        """Requests per second that the dependency can serve."""
         return self.rate / self.utilisation
 
     @property
     def over(self) -> float:
-        """When the trigger is gone."""
+        """The second at which the trigger is gone."""
         return self.calm + self.outage
 
     @property
     def end(self) -> float:
+        """The second at which the storm ends."""
         return self.over + self.after
 
     def __str__(self) -> str:
@@ -84,21 +85,24 @@ class Storm:
 
     @property
     def claim(self) -> str:
+        """The sentence that an arm holds or violates."""
         return (
-            f"within {self.recover_within:g} s after the trigger is gone at least {WELL:.0%} of the calls succeed "
-            "again, and it stays so"
+            f"within {self.recover_within:g} s after the trigger is gone at least {RECOVERED_SHARE:.0%} of the calls "
+            "succeed again, and it stays so"
         )
 
 
 class Process:
-    """One of the processes that serve the clients. A policy is made in each, by `make(process)`.
+    """A process that serves some of the clients. Each process makes its own policy, by `make(process)`.
 
     `process.retry(...)`, `.budget(...)`, `.breaker(...)`, `.bulkhead(...)` and `.resilient(...)` are those of
-    distsys.resilience, with the clock and the generator of random numbers of the simulation.
+    distsys.resilience, with the clock and the random numbers of the simulation.
     """
 
     def __init__(self, storm: Storm, clock: Callable[[], float], rng: random.Random) -> None:
-        self.storm, self.clock, self.rng = storm, clock, rng
+        self.storm = storm
+        self.clock = clock
+        self.rng = rng
         self.retry = partial(Retry, rng=rng.random)
         self.budget = partial(RetryBudget, clock=clock)
         self.breaker = partial(CircuitBreaker, clock=clock, rng=rng.random)
@@ -107,23 +111,28 @@ class Process:
 
 
 Make = Callable[[Process], Callable[[Any], Any]]
-"""A policy: what it returns decorates `async def request()`."""
+"""A policy: it returns a decorator for `async def request()`."""
 
 
 class Dependency:
-    """SERVERS behind one queue, first come first served. A request whose client has left is served all the same."""
+    """SERVERS behind one FIFO queue. A request whose client has left is served all the same."""
 
     def __init__(self, storm: Storm, loop: Any, rng: random.Random) -> None:
-        self.storm, self.loop, self.rng = storm, loop, rng
-        self.idle, self.queue = SERVERS, deque[asyncio.Future[None]]()
-        self.room, self.speed = round(storm.queue * storm.capacity), storm.capacity / SERVERS
-        self.requests, self.wasted = array("d"), array("d")
+        self.storm = storm
+        self.loop = loop
+        self.rng = rng
+        self.idle = SERVERS  # below 0 while servers that are gone still finish a request
+        self.queue = deque[asyncio.Future[None]]()
+        self.max_queued = round(storm.queue * storm.capacity)
+        self.speed = storm.capacity / SERVERS  # requests per second of one server
+        self.requests = array("d")  # when each arrived
+        self.wasted = array("d")  # when a request was served whose client had left
         lost = round(storm.failure_share * SERVERS)
-        loop.call_at(storm.calm, self._add, -lost)
-        loop.call_at(storm.over, self._add, lost)
+        loop.call_at(storm.calm, self._add_servers, -lost)
+        loop.call_at(storm.over, self._add_servers, lost)
 
     async def request(self) -> None:
-        """One request as a client's library makes it, with its timeout."""
+        """Make one request as a client library does, with its timeout. Raises an OSError if it fails."""
         loop = self.loop
         self.requests.append(loop.now)
         if self.rng.random() < self.storm.error_rate:
@@ -131,7 +140,7 @@ class Dependency:
         answer, took = loop.create_future(), math.inf
         if self.idle > 0:
             took = self._serve(answer)
-        elif len(self.queue) < self.room:
+        elif len(self.queue) < self.max_queued:
             self.queue.append(answer)
         else:
             raise ConnectionRefusedError("the queue is full")
@@ -140,7 +149,7 @@ class Dependency:
         await answer
 
     def _serve(self, answer: asyncio.Future[None]) -> float:
-        """The seconds it takes."""
+        """Begin to serve a request, and return the seconds that it will take."""
         self.idle -= 1
         took = self.rng.expovariate(self.speed)
         self.loop.call_later(took, self._served, answer)
@@ -151,9 +160,9 @@ class Dependency:
             self.wasted.append(self.loop.now)
         else:
             answer.set_result(None)
-        self._add(1)
+        self._add_servers(1)
 
-    def _add(self, servers: int) -> None:
+    def _add_servers(self, servers: int) -> None:
         self.idle += servers
         while self.idle > 0 and self.queue:
             self._serve(self.queue.popleft())
@@ -166,17 +175,17 @@ def _too_late(answer: asyncio.Future[None]) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """What one policy made of the storm. Curves are per second; calls count in the second in which they began."""
+    """The result of one policy. Curves are per second; a call counts in the second in which it began."""
 
     name: str
     verdict: Verdict
     requests: Curve  # that reached the dependency
     calls: Curve
     good: Curve  # calls answered within their deadline
-    wasted: Curve  # requests served although their client had left
+    wasted: Curve  # requests served after their client had left
     peak: int  # requests per second
     goodput: float  # the share of good calls, from the trigger to the end
-    p99: float  # seconds that callers waited
+    p99: float  # of the seconds that callers waited
     recovery: float | None  # seconds after the trigger; None: not before the end
     metastable: bool
     digest: str  # of the whole trace
@@ -186,7 +195,7 @@ class Arm:
 
 
 def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any = None) -> Arm:
-    """One policy. The demand depends on the seed alone: every policy meets the same calls."""
+    """Simulate one policy. The demand depends on the seed alone, so every policy meets the same calls."""
     demand, at = random.Random(seed), 0.0
     times: dict[int, list[float]] = {}
     while at < storm.end:
@@ -199,8 +208,8 @@ def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any =
     async def main() -> Dependency:
         loop: Any = asyncio.get_running_loop()
         dependency = Dependency(storm, loop, random.Random(f"{seed}/dependency"))
-        each = [Process(storm, loop.time, random.Random(f"{seed}/{n}")) for n in range(storm.processes)]
-        wrapped = [make(process)(dependency.request) for process in each]
+        processes = [Process(storm, loop.time, random.Random(f"{seed}/{n}")) for n in range(storm.processes)]
+        wrapped = [make(process)(dependency.request) for process in processes]
 
         async def client(times: list[float], call: Any) -> None:
             for at in times:
@@ -210,9 +219,12 @@ def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any =
                 try:
                     await call()
                     good = loop.now - begun <= storm.deadline
-                except (OSError, DistsysError):  # TimeoutError is an OSError; any other is a mistake in the policy
+                except (
+                    OSError,
+                    DistsysError,
+                ):  # TimeoutError is an OSError; any other error is a mistake in the policy
                     pass
-                finally:  # also of a call that hangs to the end and is cancelled
+                finally:  # also for a call that hangs until it is cancelled at the end
                     calls.append((begun, loop.now, good))
 
         clients = [loop.create_task(client(times[n], wrapped[n % storm.processes])) for n in sorted(times)]
@@ -230,7 +242,7 @@ def _judge(
 ) -> Arm:
     began, good = _curve(storm, [call[0] for call in calls]), _curve(storm, [call[0] for call in calls if call[2]])
     requests, wasted = _curve(storm, dependency.requests), _curve(storm, dependency.wasted)
-    bad = [second for second in range(len(began)) if good[second] < WELL * began[second]]
+    bad = [second for second in range(len(began)) if good[second] < RECOVERED_SHARE * began[second]]
     first, recovery = int(storm.calm), max(0.0, bad[-1] + 1 - storm.over) if bad else 0.0
     recovered = None if recovery > storm.after - 2 else recovery
     tail, lost = requests[-5:], 1 - sum(good[-5:]) / max(1, sum(began[-5:]))
@@ -248,7 +260,9 @@ def _judge(
     else:
         status, summary = "HELD", f"recovered {recovered:g} s after the trigger was gone"
     waited = sorted(call[1] - call[0] for call in calls)
-    trace = array("d", [number for call in sorted(calls) for number in call])  # those cut off at the end, in any order
+    trace = array(
+        "d", [number for call in sorted(calls) for number in call]
+    )  # sorted: calls that were cut off at the end come in any order
     digest = blake2b(trace.tobytes() + dependency.requests.tobytes() + dependency.wasted.tobytes(), digest_size=8)
     peak, goodput = max(requests), sum(good[first:]) / max(1, sum(began[first:]))
     p99 = waited[int(0.99 * len(waited))]
@@ -260,7 +274,7 @@ def _judge(
 
 
 def _curve(storm: Storm, times: Any) -> Curve:
-    """How many in each second."""
+    """Return how many of the times lie in each second."""
     counts = [0] * int(storm.end)
     for at in times:
         if at < len(counts):

@@ -1,11 +1,11 @@
-"""An event loop whose time is a number: asyncio code runs unchanged, and nobody waits.
+"""Virtual event loop: its time is a number, so asyncio code runs unchanged and never waits in real time.
 
-Promise  callbacks run in asyncio's order, timers of one moment in the order of their making; time passes only when
-         nothing else is left to do. Nothing of the machine gets in, so the same code and seed run the same way twice.
+Promise  callbacks run in asyncio's order, timers of one moment in the order in which they were set; time passes only
+         when nothing else is left to do. Nothing depends on the machine: the same code and seed run the same way twice.
 Not      sockets, threads, subprocesses, executors: NotImplementedError.
 Units    seconds, from 0.
-Errors   Stuck, when the main task waits for what can't come, or callbacks go on without end; what a callback or
-         a forgotten task raised comes out of `run`.
+Errors   Stuck, when the main task waits for what can't come, or callbacks go on without end; `run` raises what a
+         callback or a task that nobody awaited has raised.
 """
 
 from __future__ import annotations
@@ -23,43 +23,51 @@ from threading import Lock
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Loop: Any = asyncio.AbstractEventLoop  # whose methods that are not here raise NotImplementedError
+_Loop: Any = asyncio.AbstractEventLoop  # methods that are not defined here raise NotImplementedError
 
 
 class Stuck(RuntimeError):
-    """The run would never end."""
+    """An error of a run that would never end."""
 
 
 class _Handle(asyncio.TimerHandle):
     __slots__ = ()
 
     def __init__(self, when: float, callback: Callable[..., Any], args: Any, context: Context | None) -> None:
-        self._when, self._callback, self._args, self._cancelled = when, callback, args, False
+        self._when = when
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
         self._context = copy_context() if context is None else context
 
     def cancel(self) -> None:
-        self._cancelled, self._args = True, ()
-        self._callback = self._context = None  # type: ignore[assignment]  # frees now what they hold
+        self._cancelled = True
+        self._args = ()
+        self._callback = self._context = None  # type: ignore[assignment]  # free now what they hold
 
     def __repr__(self) -> str:
         return f"<at {self._when:g} s: {self._callback}>"
 
 
-class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
-    """`limit`: callbacks in one virtual second; `until`: virtual seconds. Beyond, the run is given up."""
+class VirtualLoop(_Loop):  # type: ignore[misc]  # typeshed wants the 33 other methods, too
+    """An event loop in virtual time. It raises Stuck beyond `limit` callbacks in a second, or after `until` seconds."""
 
     def __init__(self, limit: int = 1_000_000, until: float = math.inf) -> None:
-        self.now, self.limit, self.until = 0.0, limit, until
+        self.now = 0.0
+        self.limit = limit
+        self.until = until
         self._ready: deque[_Handle] = deque()
-        self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the number keeps the order of one moment
-        self._made = 0
+        self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the number keeps the order within a moment
+        self._timers_set = 0
         self._running = self._closed = False
         self._unhandled: list[BaseException] = []
 
     def time(self) -> float:
+        """Return the virtual seconds since the start."""
         return self.now
 
     def call_soon(self, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> _Handle:
+        """Run the callback after those that are ready."""
         handle = _Handle(self.now, callback, args, context)
         self._ready.append(handle)
         return handle
@@ -67,27 +75,35 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
     call_soon_threadsafe = call_soon  # there is one thread
 
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> _Handle:
+        """Run the callback when the virtual time is `when`."""
         handle = _Handle(when, callback, args, context)
-        self._made += 1
-        heappush(self._timers, (when, self._made, handle))
+        self._timers_set += 1
+        heappush(self._timers, (when, self._timers_set, handle))
         return handle
 
     def call_later(
         self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> _Handle:
+        """Run the callback after `delay` virtual seconds."""
         return self.call_at(self.now + delay, callback, *args, context=context)
 
     def create_future(self) -> asyncio.Future[Any]:
+        """Return a future of this loop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        """Return a task of this loop."""
         return asyncio.Task(coro, loop=self, **options)
 
     def run_until_complete(self, future: Any) -> Any:
+        """Run until the future is done and return its result. Raises Stuck if that would never happen."""
         main = asyncio.ensure_future(future, loop=self)
-        ready, timers, left, mark = self._ready, self._timers, self.limit, self.now + 1
-        outer, self._running = asyncio._get_running_loop(), True
-        if outer is not None:
+        ready = self._ready
+        timers = self._timers
+        left = self.limit  # callbacks that may still run in this virtual second
+        next_second = self.now + 1
+        self._running = True
+        if asyncio._get_running_loop() is not None:
             raise RuntimeError("another loop runs in this thread: use distsys.lab.virtual_loop.run")
         asyncio._set_running_loop(self)
         try:
@@ -97,8 +113,8 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
                         raise Stuck(f"at {self.now:g} s nothing is left that could happen, but {main!r} waits")
                     if timers[0][0] > self.now:
                         self.now = timers[0][0]
-                        if self.now >= mark:
-                            left, mark = self.limit, self.now + 1
+                        if self.now >= next_second:
+                            left, next_second = self.limit, self.now + 1
                 while timers and timers[0][0] <= self.now:
                     if not (handle := heappop(timers)[2])._cancelled:
                         ready.append(handle)
@@ -106,7 +122,7 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
                 if left < 0 or self.now > self.until:
                     why = f"{self.limit:,} callbacks in a second, something spins" if left < 0 else "it does not end"
                     raise Stuck(f"given up at {self.now:g} s: {why}")
-                for _ in range(len(ready)):  # what these call soon has its turn after them, and after timers now due
+                for _ in range(len(ready)):  # what these callbacks schedule runs after them, and after timers now due
                     handle = ready.popleft()
                     if not handle._cancelled:
                         handle._context.run(handle._callback, *handle._args)
@@ -119,32 +135,38 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # types insist on all 33 others
         return result
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Of tasks that ended with an error nobody looked at."""
+        """Keep the error of a callback, or of a task that nobody awaited, for `run_until_complete` to raise."""
         self._unhandled.append(context.get("exception") or RuntimeError(context["message"]))
 
-    # ---- what asyncio asks of a loop besides
+    # ---- what else asyncio needs of a loop
 
     def get_debug(self) -> bool:
+        """Return False."""
         return False
 
     def is_running(self) -> bool:
+        """Return whether callbacks run."""
         return self._running
 
     def is_closed(self) -> bool:
+        """Return whether the loop was closed."""
         return self._closed
 
     def stop(self) -> None:
-        """From any thread: ends the run at its next turn, with Stuck."""
+        """End the run at its next turn, with Stuck; may be called from any thread."""
         self.until = -1.0
 
     def close(self) -> None:
+        """Drop all callbacks and timers."""
         self._closed = True
         self._ready.clear()
         self._timers.clear()
 
-    async def shutdown_asyncgens(self) -> None: ...
+    async def shutdown_asyncgens(self) -> None:
+        """Do nothing: asyncio.Runner calls this at the end."""
 
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None: ...
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Do nothing: there is no executor."""
 
 
 _rarely = Lock()
@@ -152,8 +174,8 @@ _rarely = Lock()
 
 @contextmanager
 def _collecting_rarely() -> Iterator[None]:
-    """Else a third of the time goes into looking through thousands of tasks that live to the end."""
-    if not _rarely.acquire(blocking=False):  # another run has seen to it
+    """Collect garbage rarely: else a third of a run goes into scanning thousands of tasks that live to its end."""
+    if not _rarely.acquire(blocking=False):  # another run has set it
         yield
         return
     before = gc.get_threshold()
@@ -166,7 +188,10 @@ def _collecting_rarely() -> Iterator[None]:
 
 
 def run(main: Coroutine[Any, Any, T], *, limit: int = 1_000_000, until: float = math.inf) -> T:
-    """Runs a coroutine on a loop of its own; where a loop runs already, as in a notebook, in a thread meanwhile."""
+    """Run a coroutine on a virtual loop of its own; where a loop runs already, as in a notebook, in a thread.
+
+    Raises Stuck beyond `limit` callbacks in one virtual second, or after `until` virtual seconds.
+    """
     loop = VirtualLoop(limit, until)
 
     def work() -> T:

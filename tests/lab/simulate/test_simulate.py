@@ -1,4 +1,4 @@
-"""The virtual loop against asyncio's own; storms, their verdicts and what breaks them."""
+"""The virtual loop against asyncio's own; storms, their verdicts, and policies that break them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"clients": 2_000, "recover_within": 8, "after": 11}
 
 
 async def _turns(log: list[Any]) -> None:
-    """Callbacks, tasks, a queue and an event take turns; a cancelled handle has none."""
+    """Callbacks, tasks, a queue and an event take turns; a cancelled handle never runs."""
     loop, queue, event = asyncio.get_running_loop(), asyncio.Queue[int](1), asyncio.Event()
 
     async def put() -> None:
@@ -54,7 +54,7 @@ async def _turns(log: list[Any]) -> None:
 
 
 async def _timers(log: list[Any]) -> None:
-    """Timers go off by their time, not by the order of their making; a moment in the past is now."""
+    """Timers go off by their time, not in the order in which they were set; a moment in the past is now."""
     loop = asyncio.get_running_loop()
     start = loop.time()
     for at in (0.03, 0.01, 0.02, -5):
@@ -120,7 +120,7 @@ def test_a_program_goes_as_on_asyncios_own_loop(program: Program) -> None:
     real, virtual = list[Any](), list[Any]()
     asyncio.run(program(real))
     run(program(virtual))
-    assert [str(one) for one in virtual] == [str(one) for one in real]
+    assert [str(entry) for entry in virtual] == [str(entry) for entry in real]
 
 
 def test_a_year_passes_at_once_and_timers_of_one_moment_keep_their_order() -> None:
@@ -136,15 +136,15 @@ def test_a_year_passes_at_once_and_timers_of_one_moment_keep_their_order() -> No
     assert run(main()) == (366 * 86_400.0, list(range(100)))
 
 
-async def test_it_runs_where_a_loop_runs_already_and_leaves_that_alone() -> None:
-    """As in a cell of a notebook: in a thread of its own."""
+async def test_it_runs_where_a_loop_runs_already_and_leaves_that_loop_alone() -> None:
+    """As in a notebook cell: in a thread of its own."""
     mine = asyncio.get_running_loop()
     assert run(asyncio.sleep(1e6, "done")) == "done"
     assert asyncio.get_running_loop() is mine
 
 
-def test_what_can_never_end_is_said() -> None:
-    """The main task waits for nothing that could come; or something spins and time does not pass."""
+def test_a_run_that_can_never_end_raises_stuck() -> None:
+    """The main task waits for what can't come; or something spins and time does not pass."""
 
     async def forgotten() -> None:
         await asyncio.get_running_loop().create_future()
@@ -160,7 +160,7 @@ def test_what_can_never_end_is_said() -> None:
 
 
 def test_no_error_is_lost() -> None:
-    """Of the main task, of a callback, of a task that nobody awaits."""
+    """The error of the main task, of a callback, of a task that nobody awaits."""
 
     async def raises() -> None:
         raise LookupError("main")
@@ -182,7 +182,7 @@ def test_no_error_is_lost() -> None:
         run(forgets())
 
 
-def test_nothing_of_the_machine_gets_in() -> None:
+def test_what_depends_on_the_machine_is_refused() -> None:
     """Sockets and threads would bring real time with them."""
 
     async def connects() -> None:
@@ -203,7 +203,7 @@ def storm() -> Simulation:
 
 
 def test_every_arm_is_as_expected_and_some_stay_down_for_ever(storm: Simulation) -> None:
-    """Retries alone keep the dependency busy with requests whose clients have left; jitter changes nothing in that."""
+    """Retries alone keep the dependency busy with requests whose clients have left; jitter does not change that."""
     storm.verdicts.assert_expected()
     down = {arm.name for arm in storm.arms if arm.metastable}
     assert down == {"fixed retries", "exponential, no jitter", "full jitter"}
@@ -224,7 +224,7 @@ def test_every_arm_is_as_expected_and_some_stay_down_for_ever(storm: Simulation)
 
 
 def test_the_seed_changes_the_trace_and_no_verdict(storm: Simulation) -> None:
-    """By construction, not by luck: the trigger is far from what decides."""
+    """By construction, not by luck: the settings are far from the point where a verdict would change."""
     other = simulate(seed=8, **SMALL)
     other.verdicts.assert_expected()
     assert not {arm.digest for arm in other.arms} & {arm.digest for arm in storm.arms}
@@ -238,7 +238,7 @@ async def test_the_same_seed_gives_the_same_trace(storm: Simulation) -> None:
 
 
 def test_a_spike_of_load_is_a_trigger_too() -> None:
-    """Nothing breaks, and yet the naive policy never gets out of it again."""
+    """No server is lost, and yet the naive policy never recovers."""
     spike = simulate(["fixed retries", "all of them"], failure_share=0, spike=4, **SMALL)
     spike.verdicts.assert_expected()
     assert spike["fixed retries"].metastable
@@ -252,7 +252,7 @@ def test_a_trigger_that_does_no_harm_proves_nothing() -> None:
 
 
 def _forever(process: Process) -> Any:
-    """A loop by hand, as one finds it."""
+    """A retry loop written by hand, of the usual kind."""
 
     def decorate(request: Any) -> Any:
         async def call() -> None:
@@ -273,7 +273,7 @@ def _never_closes(process: Process) -> Any:
 
 
 def _loses_permits(process: Process) -> Any:
-    """A bulkhead that gives its permit back only when all went well."""
+    """A bulkhead that gives its permit back only after a success."""
     gate = process.bulkhead(max_concurrent=10, timeout=1.0)
 
     def decorate(request: Any) -> Any:
@@ -299,10 +299,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_policy_is_caught(broken: str) -> None:
-    """Each of them keeps the system down after the trigger, or keeps out of it for ever."""
+    """Each of them keeps the system down after the trigger, or refuses calls for ever."""
     (arm,) = simulate({broken: BROKEN[broken]}, **SMALL).arms
     assert arm.verdict.status == "VIOLATED", str(arm)
-    assert arm.verdict.as_expected  # of a policy of the reader's nothing is expected
+    assert arm.verdict.as_expected  # for a policy of the reader's no verdict is expected
 
 
 def test_a_mistake_in_a_policy_is_not_taken_for_a_failed_call() -> None:
@@ -315,7 +315,7 @@ def test_a_mistake_in_a_policy_is_not_taken_for_a_failed_call() -> None:
         simulate({"mistaken": mistaken}, **SMALL)
 
 
-def test_a_policy_without_end_is_given_up() -> None:
+def test_a_policy_that_never_ends_is_given_up() -> None:
     """One that never waits between its attempts, so that time stands still; and one that can't be cancelled."""
 
     def spins(process: Process) -> Any:
@@ -352,7 +352,7 @@ def test_a_storm_that_makes_no_sense_is_refused(wrong: dict[str, Any], message: 
         simulate(**wrong)
 
 
-def test_what_goes_wrong_in_another_process_is_said_here() -> None:
+def test_an_error_in_another_process_is_raised_here() -> None:
     """A storm that is given up there raises here; a process that is killed answers nothing."""
     spins = policy(10**9, 0.0, deadline=False, on=lambda error: True)
     spinning = partial(simulate_arm, "spins", spins, Storm(clients=2_000), 7)
@@ -381,7 +381,7 @@ def test_it_shows_itself_in_words_numbers_and_a_picture(storm: Simulation) -> No
 
 
 def test_the_advice_is_a_setting_that_holds() -> None:
-    """Where the naive policy stays down; and retries pay, for some requests are always lost."""
+    """The naive policy stays down; and retries pay, for some requests are always lost."""
     advice = advise(outage_seconds=3, rate=400, clients=8_000, deadline_seconds=2)
     assert advice.confirmed
     none, naive, recommended = (arm.verdict.status for arm in advice.simulation.arms)
