@@ -1,4 +1,4 @@
-"""Candidates for the resilience experiments: the usual breakers and retries, each with the mistake it is known for."""
+"""Candidates for the resilience experiments: common breakers and retries, each with a well-known mistake."""
 
 from __future__ import annotations
 
@@ -17,31 +17,39 @@ Sleep = Callable[[float], Awaitable[None]]
 
 
 def nothing(call: Call) -> Call:
-    """Hope: every call is made, and waits as long as it takes."""
+    """Guard nothing: every call is made, and waits as long as it takes."""
     return call
 
 
 class Textbook:
-    """Failures in a row open it, after the recovery time it is half open, a success closes it."""
+    """A breaker that failures in a row open; after the recovery time it is half open; a success closes it."""
 
     def __init__(self, failure_threshold: int, recovery_timeout: float, clock: Callable[[], float]) -> None:
-        self.failure_threshold, self.recovery_timeout, self.clock = failure_threshold, recovery_timeout, clock
-        self.state, self.failures, self.opened = "closed", 0, 0.0
+        self.failure_threshold = failure_threshold
+        self.recovery_timeout = recovery_timeout
+        self.clock = clock
+        self.state = "closed"
+        self.failures = 0
+        self.opened_at = 0.0
 
     def admits(self) -> bool:
-        if self.state == "open" and self.clock() >= self.opened + self.recovery_timeout:
+        """Return whether a call may be made."""
+        if self.state == "open" and self.clock() >= self.opened_at + self.recovery_timeout:
             self.state = "half_open"
-        return self.state != "open"  # and so half open for everybody who comes
+        return self.state != "open"  # the mistake: half open admits every caller
 
     def failed(self) -> None:
+        """Count a failure."""
         self.failures += 1
         if self.state == "half_open" or self.failures >= self.failure_threshold:
-            self.state, self.opened = "open", self.clock()
+            self.state, self.opened_at = "open", self.clock()
 
     def succeeded(self) -> None:
-        self.state, self.failures = "closed", 0  # whenever that call began
+        """Close the breaker."""
+        self.state, self.failures = "closed", 0  # the mistake: whenever that call began
 
     async def call(self, fn: Call, *args: Any) -> Any:
+        """Await `fn(*args)`, or raise CircuitOpen."""
         if not self.admits():
             raise CircuitOpen
         try:
@@ -54,31 +62,35 @@ class Textbook:
 
 
 class CountedProbes(Textbook):
-    """Lets one probe through; a cancelled one never gives its place back."""
+    """A breaker with one probe at a time, which never gives its permit back if it is cancelled."""
 
     probing = False
 
     def admits(self) -> bool:
+        """Return whether a call may be made; half open, the permit of the probe is then taken."""
         admitted = super().admits() and not (self.state == "half_open" and self.probing)
         self.probing = self.probing or (admitted and self.state == "half_open")
         return admitted
 
     def failed(self) -> None:
+        """Count a failure, and give the permit back."""
         self.probing = False
         super().failed()
 
     def succeeded(self) -> None:
+        """Close the breaker, and give the permit back."""
         self.probing = False
         super().succeeded()
 
 
 class RetryEverything:
-    """Three attempts, whatever went wrong."""
+    """A retry with three attempts, whatever the error is."""
 
     def __init__(self, sleep: Sleep) -> None:
         self.sleep = sleep
 
     async def call(self, fn: Call, *args: Any) -> Any:
+        """Await `fn(*args)` up to three times."""
         for delay in (1, 2):
             try:
                 return await fn(*args)
@@ -88,19 +100,19 @@ class RetryEverything:
 
 
 def retry_outside(call: Call, clock: Callable[[], float], sleep: Sleep) -> Call:
-    """Retries what the breaker refuses, too."""
+    """Retry outside of the breaker: refusals are retried, too."""
     return partial(RetryEverything(sleep).call, circuit_breaker(clock=clock)(call))
 
 
 def retry_inside(call: Call, clock: Callable[[], float], sleep: Sleep) -> Call:
-    """What the breaker refuses is refused; what it admits may take three attempts."""
+    """Retry inside of the breaker: a refusal is final, an admitted call may take three attempts."""
     return circuit_breaker(clock=clock)(retry(sleep=sleep)(call))
 
 
 def layers(call: Call, sleep: Sleep, *, count: int = 3, shared: bool = False) -> Call:
-    """A client that retries, in a service that retries, behind a gateway that retries.
+    """Nest retries: a client that retries, in a service that retries, behind a gateway that retries.
 
-    `shared`: they share what may be spent on retries, one for ten calls and two saved up.
+    `shared`: all layers share one budget of a retry for ten calls, with two saved up.
     """
     budget = RetryBudget(0.1, floor=0, burst=2) if shared else None
     for _ in range(count):
@@ -109,7 +121,7 @@ def layers(call: Call, sleep: Sleep, *, count: int = 3, shared: bool = False) ->
 
 
 def one_key_per_intent(call: Call, sleep: Sleep) -> Call:
-    """The key is made where the intent is, and all attempts carry it."""
+    """Make the key once per intent, so that all attempts carry the same one."""
 
     async def charge(path: str) -> Any:
         return await retry(sleep=sleep).call(call, path, key=path)
@@ -118,7 +130,7 @@ def one_key_per_intent(call: Call, sleep: Sleep) -> Call:
 
 
 def shared_pool(call: Call) -> Call:
-    """Ten slots, for whoever comes first."""
+    """Share ten slots, first come, first served."""
     slots = asyncio.Semaphore(10)
 
     async def with_slot(path: str) -> Any:
@@ -129,13 +141,13 @@ def shared_pool(call: Call) -> Call:
 
 
 def bulkheads(call: Call) -> Call:
-    """The same ten slots: eight for the one, two for the other, and nobody waits."""
-    parts = {
+    """Split the ten slots, eight for one tenant and two for the other; no call waits."""
+    gates = {
         "/slow": Bulkhead(max_concurrent=8, policy=OnFull.ABORT),
         "/fast": Bulkhead(max_concurrent=2, policy=OnFull.ABORT),
     }
 
     async def with_permit(path: str) -> Any:
-        return await parts[path].call(call, path)
+        return await gates[path].call(call, path)
 
     return with_permit

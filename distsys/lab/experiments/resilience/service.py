@@ -1,7 +1,7 @@
-"""What the resilience experiments call: an HTTP service in a process of its own, and the callers with their guard.
+"""The workload of the resilience experiments: an HTTP service in a process of its own, and callers with a guard.
 
-Three ops tell what a guard does: "call", what was asked of it; "request", what it sent; "arrive", what reached the
-service. A "wait" is what it slept in between, which takes no time: the clock and the sleep it is given are virtual.
+Three ops show what a guard does: "call", what it was asked to do; "request", what it sent; "arrive", what reached the
+service. A "wait" is a sleep in between. It takes no time, for the clock and the sleep of a guard are virtual.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from distsys.lab.run.guard import plain
 from distsys.lab.run.worker import VirtualClock, Worker, task_name
 from distsys.lab.testbed.servers import free_port
 
-HANGS = "hangs"  # an answer that is not given until the next order
-WRONG_TRIES = 3  # then the account is locked, for the right password, too
+HANGS = "hangs"  # an answer that is held back until the next order
+MAX_WRONG_PASSWORDS = 3  # then the account is locked, for the right password, too
 
 
 class HttpError(Exception):
-    """The service answered with a status from 400 on."""
+    """An error of a response whose status is 400 or more."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"{status} {HTTPStatus(status).phrase}")
@@ -33,6 +33,7 @@ class HttpError(Exception):
 
 
 async def post(port: int, path: str, key: str = "") -> str:
+    """Send a POST request; return "done", or raise HttpError or an OSError."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with contextlib.closing(writer):
         writer.write(f"POST {path} HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n".encode())
@@ -44,24 +45,24 @@ async def post(port: int, path: str, key: str = "") -> str:
 
 
 async def dependency(run: Run) -> Actor:
-    """Starts the service; or again, on the same port. `await service.ask(answers=[503], path=...)` has it answer so."""
+    """Start the service, or restart it on its port. `await service.ask(answers=[503], path=...)` sets its answers."""
     run.urls.setdefault("dependency", free_port())
     return await run.serve("dependency", serve)
 
 
 async def serve(worker: Worker, candidate: Any, **_: Any) -> None:
-    """Answers with the next of its `answers`, over and over; 200 means that it took effect, once per key.
+    """Answer with the next of the `answers`, over and over; 200 means that the request took effect, once per key.
 
-    A path with a password in it is a login: the account is locked after some wrong ones.
+    A path with a password in it is a login: the account is locked after MAX_WRONG_PASSWORDS.
     """
     answers: dict[str, Iterator[Any]] = {"": cycle([200])}
-    ordered, keys, wrong = asyncio.Event(), set[str](), 0
+    ordered, keys, wrong_passwords = asyncio.Event(), set[str](), 0
 
     async def answer(path: str) -> int:
-        nonlocal wrong
-        wrong += "wrong" in path
+        nonlocal wrong_passwords
+        wrong_passwords += "wrong" in path
         if "password" in path:
-            return 423 if wrong >= WRONG_TRIES else 401 if "wrong" in path else 200
+            return 423 if wrong_passwords >= MAX_WRONG_PASSWORDS else 401 if "wrong" in path else 200
         while (status := next(answers.get(path, answers[""]))) == HANGS:
             await ordered.wait()
         return int(status)
@@ -88,10 +89,10 @@ async def serve(worker: Worker, candidate: Any, **_: Any) -> None:
 
 
 async def calls(worker: Worker, candidate: Any, **settings: Any) -> None:
-    """Calls the service by way of the candidate, as the script orders: so many `times`, `together` or in turn.
+    """Call the service through the candidate, as the script orders: so many `times`, `together` or in turn.
 
     A candidate names what it needs of call, clock, sleep and the settings. One that takes `call` returns the guarded
-    function; any other is a decorator, or has a method call(fn, ...).
+    function; any other candidate is a decorator, or has a method call(fn, ...).
     """
     clock, timeout = VirtualClock(), 10.0
 
@@ -107,18 +108,18 @@ async def calls(worker: Worker, candidate: Any, **settings: Any) -> None:
     if "call" not in inspect.signature(candidate).parameters:
         guarded = guarded(call) if callable(guarded) else partial(guarded.call, call)
 
-    async def one(path: str) -> None:
-        with contextlib.suppress(Exception):  # on the record
+    async def guarded_call(path: str) -> None:
+        with contextlib.suppress(Exception):  # the history holds it
             async with worker.op("call", path):
                 await plain(guarded, path)
 
     async def obey(*, times: int = 1, path: str = "/", task: str = "", together: bool = False, **more: Any) -> None:
         task_name.set(f"{worker.name}.{task}" if task else "")
         if together:
-            await asyncio.gather(*(one(path) for _ in range(times)))
+            await asyncio.gather(*(guarded_call(path) for _ in range(times)))
         else:
             for _ in range(times):
-                await one(path)
+                await guarded_call(path)
         worker.send(e="served")
 
     async with asyncio.TaskGroup() as group:
