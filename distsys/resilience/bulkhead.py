@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from distsys._support.arguments import check_count, check_timeout
 from distsys._support.clock import Clock
 from distsys.errors import BulkheadFull
-from distsys.resilience.layers import Function, decorate
+from distsys.resilience.layers import Policy
 from distsys.resilience.listeners import emit
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class SharedCapacity:
         return True
 
 
-class Bulkhead:
+class Bulkhead(Policy):
     """What `bulkhead(...)` returns: a decorator; `await policy.call(fn, ...)`; `async with policy:`; `with policy:`.
 
     tier      CRITICAL 5 running, 10 waiting, for at most 300 s; STANDARD 8, 12, 120 s; OPTIONAL 4, 6, 60 s
@@ -145,6 +145,8 @@ class Bulkhead:
     capacity  shared with other tiers, and then with its clock; max_concurrent then bounds what is borrowed too
     clock     by which expected_wait is estimated
     """
+
+    rule = "bulkhead"
 
     def __init__(
         self,
@@ -350,14 +352,6 @@ class Bulkhead:
         self._interval = passed if not self._interval else 0.8 * self._interval + 0.2 * passed
 
     # ---- around functions and blocks
-
-    def __call__(self, fn: Function) -> Function:
-        """Return `fn`, sync or async, guarded by this bulkhead."""
-        return decorate("bulkhead", self, fn)
-
-    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        """Await `fn(*args, **kwargs)` with a permit. Raises BulkheadFull without one, as the policy says."""
-        return await self.for_async(fn)(*args, **kwargs)
 
     def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         """Return the async function `fn`, guarded."""

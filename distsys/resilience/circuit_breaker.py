@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from distsys._support.arguments import YEAR, check_count, check_number
 from distsys._support.clock import Clock
 from distsys.errors import CircuitOpen, Rejected
-from distsys.resilience.layers import Function, decorate
+from distsys.resilience.layers import Policy
 from distsys.resilience.listeners import emit, tell
 from distsys.resilience.outcomes import FATAL, classify, retry_after
 from distsys.resilience.windows import TimeWindow as TimeWindow
@@ -62,10 +62,9 @@ def dependency_failed(error: Exception) -> bool:
 
 
 class Period:
-    """The time from one change of state to the next. It admits calls, and is the ticket of those it admitted.
+    """The time from one change of state to the next; it admits calls, and is the ticket of those it admitted.
 
-    So an outcome finds the period that admitted the call, and changes nothing if that period is over. This base class
-    refuses every call and ignores every outcome.
+    An outcome changes nothing if its period is over. The base class refuses calls and ignores outcomes: isolated.
     """
 
     state: ClassVar[State] = "isolated"
@@ -199,11 +198,7 @@ class HalfOpen(Period):
             self.running -= 1
 
 
-class Isolated(Period):
-    """A period that refuses every call until somebody ends it by hand."""
-
-
-class CircuitBreaker:
+class CircuitBreaker(Policy):
     """What `circuit_breaker(...)` returns: a decorator; `await policy.call(fn, ...)`; `async with policy:`, or `with`.
 
     failure_threshold    failed calls in the window that open it
@@ -220,9 +215,10 @@ class CircuitBreaker:
                          for the dependency has answered; but Rejected counts as neither: the call never got there
     fallback             called in the place of a refused call, with its arguments
     on_state_change      called with each Change, like a listener: what it raises is logged
-    metrics_only         refuses nothing, and counts in `rejected` what it would have refused: to try settings on real
-                         traffic
+    metrics_only         refuses nothing, but counts in `rejected` what it would have refused: to try out settings
     """
+
+    rule = "circuit_breaker"
 
     def __init__(
         self,
@@ -265,8 +261,8 @@ class CircuitBreaker:
         for word, given in ("is_failure", is_failure), ("fallback", fallback), ("on_state_change", on_state_change):
             if not callable(given) and (given is not None or word == "is_failure"):
                 raise TypeError(f"{word}={given!r} is a {type(given).__name__}; give a function")
-        few = min(window, 10) if isinstance(window, int) else 10
-        self.minimum_calls = few if minimum_calls is None else check_count("minimum_calls", minimum_calls, 1, "calls")
+        enough = (min(window, 10) if isinstance(window, int) else 10) if minimum_calls is None else minimum_calls
+        self.minimum_calls = check_count("minimum_calls", enough, 1, "calls")
         if isinstance(window, int) and self.minimum_calls > window:
             raise ValueError(f"minimum_calls={minimum_calls!r} never fit into window={window!r} calls")
         self.success_threshold = check_count("success_threshold", success_threshold, 1, "probes")
@@ -317,7 +313,7 @@ class CircuitBreaker:
     def isolate(self) -> None:
         """Refuse every call until reset() or force_open()."""
         with self._lock:
-            self._change(Isolated(self), "isolated by hand")
+            self._change(Period(self), "isolated by hand")
 
     # ---- admission and outcome, each in one synchronous stretch
 
@@ -333,7 +329,7 @@ class CircuitBreaker:
             why = self.last_change.reason if self.last_change else ""
         emit("circuit_breaker", self.name, "rejected", state=state, retry_after=wait)
         if self.metrics_only:
-            return Period(self)
+            return Period(self)  # a ticket whose outcome is ignored
         text = f"{self.name or 'the circuit'} is {state.replace('_', ' ')}: {why}"
         raise CircuitOpen(text, name=self.name, state=state, retry_after=wait)
 
@@ -370,8 +366,8 @@ class CircuitBreaker:
 
     def _open(self, reason: str, asked: float | None = None) -> None:
         recovery = max(self.recovery_timeout * 2.0 ** min(self._failed_probes, 64), asked or 0.0)
-        wait = min(recovery, self.max_recovery_timeout) * (1 + self._rng() / 10)
-        self._change(Open(self, self._clock() + wait), reason)
+        recovery = min(recovery, self.max_recovery_timeout) * (1 + self._rng() / 10)
+        self._change(Open(self, self._clock() + recovery), reason)
 
     def _change(self, period: Period, reason: str) -> None:
         """Begin a period. A listener may call the breaker, so nothing may follow a call of this."""
@@ -384,18 +380,9 @@ class CircuitBreaker:
 
     # ---- around functions and blocks
 
-    def __call__(self, fn: Function) -> Function:
-        """Return `fn`, sync or async, guarded by this breaker."""
-        return decorate("circuit_breaker", self, fn)
-
-    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        """Await `fn(*args, **kwargs)`, guarded. Raises CircuitOpen when it is refused."""
-        return await self.for_async(fn)(*args, **kwargs)
-
     def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         """Return the async function `fn`, guarded."""
         timed = self.slow_call_threshold is not None
-        clock = self._clock
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             ticket = self.period
@@ -407,14 +394,14 @@ class CircuitBreaker:
                         raise
                     answer = self.fallback(*args, **kwargs)
                     return await answer if hasattr(answer, "__await__") else answer
-            started = clock() if timed else 0.0
+            started = self._clock() if timed else 0.0
             try:
                 result = await fn(*args, **kwargs)
             except BaseException as error:
                 self.failed(ticket, error)
                 raise
             if timed:
-                self.succeeded(ticket, clock() - started)
+                self.succeeded(ticket, self._clock() - started)
             else:
                 ticket.succeeded()
             return result

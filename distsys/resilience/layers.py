@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar, TypeVar, cast
 
+T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def decorate(rule: str, policy: Any, fn: Function) -> Function:
+class Policy:
+    """The base of the three rules: a decorator, and `call` for a single call."""
+
+    rule: ClassVar[str]
+    name: str
+
+    def __call__(self, fn: Function) -> Function:
+        """Return `fn`, sync or async, guarded by this policy."""
+        return decorate(self.rule, self, fn)
+
+    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
+        """Await `fn(*args, **kwargs)`, guarded by this policy."""
+        return await self.for_async(fn)(*args, **kwargs)
+
+    def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+        """Return the async function `fn`, guarded."""
+        raise NotImplementedError
+
+    def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function `fn`, guarded."""
+        raise NotImplementedError
+
+
+def decorate(rule: str, policy: Policy, fn: Function) -> Function:
     """Return `fn` guarded by the policy, with its name, docstring and layers; the policy takes its name if it has none.
 
     Raises TypeError for what can't be guarded: a staticmethod or classmethod object, a generator function.

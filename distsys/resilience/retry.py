@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from distsys._support.arguments import YEAR, check_count, check_number
 from distsys._support.clock import Clock
 from distsys.errors import PatternOrderError
-from distsys.resilience.layers import Function, decorate, layers, name_of
+from distsys.resilience.layers import Function, Policy, layers, name_of
 from distsys.resilience.listeners import emit
 from distsys.resilience.outcomes import NOT_DONE, UNKNOWN, Outcome, classify, retry_after
 
@@ -88,7 +88,7 @@ class RetryBudget:
         self._refilled_at = now
 
 
-class Retry:
+class Retry(Policy):
     """What `retry(...)` returns: a decorator; `await policy.call(fn, ...)`; and for a block, which can't run twice by
     itself: `async for attempt in policy: async with attempt: ...`, or the same without async.
 
@@ -97,6 +97,8 @@ class Retry:
     timeout     seconds for all attempts together
     idempotent  False: what may have happened is not tried again; None and True: the caller vouches that it may be
     """
+
+    rule = "retry"
 
     def __init__(
         self,
@@ -141,11 +143,7 @@ class Retry:
                 f"retry outside of circuit_breaker on {name_of(fn)}: it would only retry refusals, and each attempt "
                 "would count as a call; put @circuit_breaker above @retry, or allow_outside_breaker=True"
             )
-        return decorate("retry", self, fn)
-
-    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
-        """Await `fn(*args, **kwargs)`, with retries. Raises the last attempt's error."""
-        return await self.for_async(fn)(*args, **kwargs)
+        return super().__call__(fn)
 
     def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         """Return the async function `fn`, with retries."""
