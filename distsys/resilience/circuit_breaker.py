@@ -103,7 +103,7 @@ class Closed(Period):
     def __init__(self, breaker: CircuitBreaker) -> None:
         super().__init__(breaker)
         self.window = window_of(breaker.window, breaker._clock)
-        self.succeeded = self.window.success  # type: ignore[method-assign]  # one call less for each success: 45 of 205 ns
+        self.succeeded = self.window.success  # type: ignore[method-assign]  # saves a call: 200 ns, not 225
 
     def admit(self, now: float) -> Period:
         """Return the ticket that every call gets."""
@@ -258,9 +258,9 @@ class CircuitBreaker(Policy):
         if slow_call_threshold is not None:
             check_number("slow_call_threshold", slow_call_threshold, 1e-6, YEAR, "seconds")
         given: Any  # else mypy believes the callers
-        for word, given in ("is_failure", is_failure), ("fallback", fallback), ("on_state_change", on_state_change):
-            if not callable(given) and (given is not None or word == "is_failure"):
-                raise TypeError(f"{word}={given!r} is a {type(given).__name__}; give a function")
+        for option, given in ("is_failure", is_failure), ("fallback", fallback), ("on_state_change", on_state_change):
+            if not callable(given) and (given is not None or option == "is_failure"):
+                raise TypeError(f"{option}={given!r} is a {type(given).__name__}; give a function")
         enough = (min(window, 10) if isinstance(window, int) else 10) if minimum_calls is None else minimum_calls
         self.minimum_calls = check_count("minimum_calls", enough, 1, "calls")
         if isinstance(window, int) and self.minimum_calls > window:

@@ -69,7 +69,7 @@ def test_a_tier_says_how_many_run_and_wait_and_for_how_long(tier: Tier, runs: in
 @kills("last come, first served", replaced(Bulkhead, "_queue_up", broken.last_come_first_served))
 @kills("a later call overtakes", replaced(Bulkhead, "try_enter", Bulkhead.take))
 def test_those_who_wait_are_served_in_order_and_nobody_overtakes() -> None:
-    """Who comes when somebody waits, waits as well; even between the two steps of leave(), as a thread may."""
+    """A call that comes while another waits has to wait, too; even between the two steps of leave(), as in a thread."""
     gate, order = bulkhead(max_concurrent=1, max_waiting=99), []
 
     async def work(number: int) -> None:
@@ -262,7 +262,7 @@ def test_ended_at_every_await_a_call_leaves_all_as_it_was() -> None:
 def test_a_permit_that_comes_at_the_moment_of_the_end_is_kept_or_passed_on(
     leaves: int, cancels: int, cancelled: bool
 ) -> None:
-    """In one turn of the loop, in any order: granted and timed out, it runs; granted and cancelled, the next does."""
+    """In one turn of the loop, in any order: granted and timed out, it runs; granted and cancelled, the next runs."""
     gate, ran = bulkhead(max_concurrent=1, timeout=5), []
 
     async def work(number: int) -> None:
@@ -316,10 +316,10 @@ async def schedule(seed: int) -> None:
 
     loop = asyncio.get_running_loop()
     calls = [asyncio.create_task(call(number)) for number in range(6)]
-    for each in calls:
+    for task in calls:
         if chance.random() < 0.4:
-            loop.call_later(chance.randint(0, 6), each.cancel)
-    while not all(each.done() for each in calls):
+            loop.call_later(chance.randint(0, 6), task.cancel)
+    while not all(task.done() for task in calls):
         assert gate.depth <= waiting
         assert gate.depth == 0 or gate.running >= most  # nobody waits for nothing
         await asyncio.sleep(1)
@@ -334,7 +334,7 @@ async def schedule(seed: int) -> None:
 @kills("hyx: a permit granted to a cancelled waiter is lost", replaced(Bulkhead, "_withdraw", broken.grant_lost))
 @kills("any number may wait", replaced(SharedCapacity, "make_room", lambda self, lane: True))
 def test_ten_thousand_random_schedules_lose_no_permit() -> None:
-    """And keep the limit, the bound of the queue and the order of arrival."""
+    """The limit, the bound of the queue and the order of arrival hold, too."""
 
     async def main() -> None:
         for seed in range(10_000):
@@ -416,12 +416,12 @@ def test_threads_and_loops_share_one_bulkhead_and_lose_no_permit() -> None:
         for _ in range(125):
             calls = [asyncio.create_task(gate.call(enter_async, chance)) for _ in range(10)]
             await turns(1)
-            for each in calls:
+            for running_call in calls:
                 if chance.random() < 0.3:
-                    each.cancel()
+                    running_call.cancel()
             await asyncio.wait(calls)
-            for each in calls:
-                assert each.cancelled() or isinstance(each.exception(), BulkheadFull | ConnectionResetError | None)
+            for ended in calls:
+                assert ended.cancelled() or isinstance(ended.exception(), BulkheadFull | ConnectionResetError | None)
             done.extend(calls)
 
     kinds = iter([task] * 6 + [lambda: asyncio.run(crowd())] * 2)
@@ -481,7 +481,7 @@ def test_threads_that_borrow_from_each_other_leave_all_floors_and_spares_as_they
 
 
 class Model:
-    """Of three tiers: how many run and who waits, the longest first."""
+    """A model of three tiers: the calls that run and the calls that wait, the longest waiting first."""
 
     def __init__(self, capacity: int, floors: list[int], most_waiting: int) -> None:
         self.capacity, self.floors, self.most_waiting = capacity, floors, most_waiting
@@ -501,7 +501,7 @@ class Model:
             self.refused.append(number)
             return
         if sum(map(len, self.waiting)) >= self.most_waiting:
-            lowest = max((each for each in range(3) if self.waiting[each]), default=-1)
+            lowest = max((other for other in range(3) if self.waiting[other]), default=-1)
             if lowest <= tier:
                 self.refused.append(number)
                 return
@@ -512,9 +512,9 @@ class Model:
         if not self.running[tier]:
             return None
         gone = self.running[tier].pop(0)
-        for each in range(3):
-            while self.waiting[each] and self.free(each):
-                self.running[each].append(self.waiting[each].pop(0))
+        for other in range(3):
+            while self.waiting[other] and self.free(other):
+                self.running[other].append(self.waiting[other].pop(0))
         return gone
 
 
@@ -528,7 +528,7 @@ def test_tiers_share_one_capacity_as_the_model_does() -> None:
 
 
 async def share(chance: random.Random) -> None:
-    """Thirty calls come or go, three come for one that goes."""
+    """Let thirty calls come or go; three come for one that goes."""
     capacity, most_waiting = chance.randint(3, 5), chance.randint(0, 5)
     floors = [chance.randint(0, 1) for _ in Tier]
     steps = [(chance.random() < 0.75, chance.randrange(3)) for _ in range(30)]
@@ -546,8 +546,8 @@ async def share(chance: random.Random) -> None:
         elif (gone := model.goes(tier)) is not None:
             events[gone].set()
         await turns()
-        assert [gate.running for gate in gates] == [len(each) for each in model.running]
-        assert [gate.depth for gate in gates] == [len(each) for each in model.waiting]
+        assert [gate.running for gate in gates] == list(map(len, model.running))
+        assert [gate.depth for gate in gates] == list(map(len, model.waiting))
         assert sorted(n for n, call in calls.items() if call.done() and call.exception()) == sorted(model.refused)
     for event in events.values():
         event.set()
@@ -560,7 +560,7 @@ async def share(chance: random.Random) -> None:
 
 @kills("floors are not kept free", edited(SharedCapacity, "spare", " - sum(self.floors.values())", ""))
 def test_a_floor_is_kept_free_before_its_bulkhead_is_made() -> None:
-    """Who borrows first does not take it, in whatever order the modules are imported."""
+    """The tier that borrows first does not take it, in whatever order the modules are imported."""
     shared = SharedCapacity(4, {Tier.CRITICAL: 3, Tier.OPTIONAL: 0})
     optional = bulkhead(Tier.OPTIONAL, capacity=shared)
     assert [optional.try_enter() for _ in range(2)] == [True, False]
@@ -627,7 +627,7 @@ def test_a_shed_call_says_so_and_with_caller_runs_it_runs() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_limits_that_mean_nothing_are_refused(make: Any, error: type[Exception], message: str) -> None:
-    """When the bulkhead is made, with the value and its bound."""
+    """The error comes when the bulkhead is made, and names the value and its bound."""
     with pytest.raises(error) as raised:
         make()
     assert message in str(raised.value)

@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class Asking(OSError):
-    """As the error of an HTTP client that got a Retry-After."""
+    """An error like that of an HTTP client that received a Retry-After."""
 
     retry_after = 50.0
 
@@ -363,7 +363,7 @@ def test_each_failed_probe_doubles_the_recovery_time_up_to_a_bound_and_success_f
 
 @kills("all processes probe at the same moment", replaced(CircuitBreaker, "__init__", broken.no_chance))
 def test_the_recovery_time_is_longer_by_up_to_a_tenth() -> None:
-    """So that the processes that opened together do not probe together."""
+    """Processes that opened together must not probe together."""
     for chance, wait in ((0.0, 30.0), (0.5, 31.5), (0.999, 32.997)):
         policy, _ = breaker(failure_threshold=1, recovery_timeout=30, rng=lambda chance=chance: chance)
         fail(policy)
@@ -372,7 +372,7 @@ def test_the_recovery_time_is_longer_by_up_to_a_tenth() -> None:
 
 @kills("Retry-After is ignored", replaced(CircuitBreaker, "_open", broken.no_retry_after))
 def test_a_retry_after_of_the_dependency_is_respected_up_to_the_longest_recovery() -> None:
-    """Of the failure that opened it; a shorter one shortens nothing."""
+    """The Retry-After is that of the failure that opened it; a shorter one changes nothing."""
     for asked, wait in ((5.0, 30.0), (50.0, 50.0), (1e9, 240.0)):
         policy, _ = breaker(failure_threshold=1, recovery_timeout=30)
         error = Asking()
@@ -387,7 +387,7 @@ def test_a_retry_after_of_the_dependency_is_respected_up_to_the_longest_recovery
 )
 @kills("a late failure counts in any state", replaced(Closed, "failed", broken.counts_in_any_state))
 def test_a_success_from_before_the_opening_closes_nothing() -> None:
-    """Nor does it count as a probe, half open; nor a failure as one that failed."""
+    """Half open, such a success is not counted as a probe, nor such a failure as a failed probe."""
     policy, clock = breaker(failure_threshold=1, recovery_timeout=30, success_threshold=1)
     early, late, other = begin(policy), begin(policy), begin(policy)
     fail(policy)
@@ -406,7 +406,7 @@ def test_a_success_from_before_the_opening_closes_nothing() -> None:
 @kills("a cancelled call is a failure", replaced(Period, "abandoned", broken.cancelled_fails))
 @kills("a cancelled probe is a failure", replaced(HalfOpen, "abandoned", broken.cancelled_fails))
 def test_a_cancelled_call_is_neither_success_nor_failure_and_gives_its_place_back() -> None:
-    """By CancelledError and by GeneratorExit; any number of cancelled probes opens or closes nothing."""
+    """CancelledError and GeneratorExit end it; any number of cancelled probes opens or closes nothing."""
     policy, _ = half_open(success_threshold=2)
     for _ in range(5):
         end(begin(policy), asyncio.CancelledError())
@@ -542,7 +542,7 @@ def test_metrics_only_changes_state_but_refuses_nothing() -> None:
 
 
 def test_a_fallback_answers_for_refused_calls_only() -> None:
-    """With their arguments; sync or async; an error of the call passes, and so does a CircuitOpen from further in."""
+    """It gets their arguments, and may be async. An error of the call passes; so does a CircuitOpen from further in."""
 
     async def later(x: int) -> str:
         return f"async {x}"
@@ -570,7 +570,7 @@ def test_a_fallback_answers_for_refused_calls_only() -> None:
 def test_on_state_change_hears_of_each_change_once_and_can_neither_fail_nor_confuse_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What it raises is logged; the call's own error passes; the recovery time holds; it may call the breaker."""
+    """Its error is logged; the call's own error passes; the recovery time holds; the listener may call the breaker."""
     heard: list[tuple[str, str]] = []
 
     def listener(change: Change) -> None:
@@ -657,7 +657,7 @@ async def async_generator() -> Any:
     ids=shown,
 )
 def test_what_can_not_be_guarded_is_refused_with_the_reason(decorator: Any, fn: Any, message: str) -> None:
-    """When it is decorated."""
+    """The error comes when the function is decorated."""
     with pytest.raises(TypeError) as error:
         decorator(fn)
     assert message in str(error.value)
@@ -688,7 +688,7 @@ def test_the_quick_start_runs_as_written() -> None:
 
 @kills("a cancelled probe keeps its place", replaced(HalfOpen, "abandoned", Period.abandoned))
 def test_ended_at_every_await_a_probe_gives_its_place_back() -> None:
-    """By the decorator, by call() and in a block: whatever ends it, the next probe is let in at once."""
+    """Decorated, by call() and in a block: whatever ends the probe, the next one is admitted at once."""
 
     async def thrice() -> None:
         for _ in range(3):
@@ -834,7 +834,7 @@ def test_each_key_has_a_breaker_and_the_registry_is_bounded() -> None:
     ids=lambda value: shown(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """When the breaker, or a registry of them, is made: with the value and its bound."""
+    """The error comes when the breaker or a registry is made, and names the value and its bound."""
     for make in (circuit_breaker, partial(CircuitBreakers, 9)):
         with pytest.raises(error) as raised:
             make(**options)

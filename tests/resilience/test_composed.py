@@ -255,7 +255,7 @@ def test_discarded_is_none_and_what_runs_goes_on() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_parts_that_are_none_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """When they are composed."""
+    """The error comes when the parts are composed."""
     with pytest.raises(error) as raised:
         resilient(**options)
     assert message in str(raised.value)

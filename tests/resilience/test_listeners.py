@@ -36,7 +36,7 @@ def kinds(events: list[Event]) -> list[tuple[str, str, str]]:
 
 
 def test_a_breaker_tells_of_each_change_and_each_refusal(heard: list[Event]) -> None:
-    """With what is needed to see why."""
+    """The facts show why."""
     clock = Clock()
     policy = circuit_breaker(1, 30, success_threshold=1, clock=clock, name="api", rng=lambda: 0.0)
     with pytest.raises(ConnectionResetError):
@@ -53,7 +53,7 @@ def test_a_breaker_tells_of_each_change_and_each_refusal(heard: list[Event]) -> 
 
 
 def test_retry_tells_of_each_retry_and_of_giving_up(heard: list[Event]) -> None:
-    """And of a retry that budget or deadline suppressed; success says nothing."""
+    """So does a retry that budget or deadline suppressed; a success makes no event."""
     policy = retry(2, name="api", sleep=lambda _: None, rng=lambda: 1.0)
     empty = retry(budget=RetryBudget(0, floor=0), name="poor", sleep=lambda _: None)
     empty.budget._saved = 0.0  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def test_retry_tells_of_each_retry_and_of_giving_up(heard: list[Event]) -> None:
 
 
 def test_a_bulkhead_tells_of_refusals_and_of_shed_calls(heard: list[Event]) -> None:
-    """With tier, depth and what runs."""
+    """The facts are tier, depth and running calls."""
     shared = SharedCapacity(1, {Tier.CRITICAL: 1, Tier.OPTIONAL: 0}, max_waiting=1)
     high, low = (bulkhead(tier, capacity=shared, name=tier.name) for tier in (Tier.CRITICAL, Tier.OPTIONAL))
 
@@ -89,7 +89,7 @@ def test_a_bulkhead_tells_of_refusals_and_of_shed_calls(heard: list[Event]) -> N
 def test_a_listener_that_raises_changes_nothing_and_is_logged(
     heard: list[Event], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor does it keep the event from the others."""
+    """The other listeners get the event, too."""
 
     def broken(event: Event) -> None:
         raise LookupError("a bug of the listener")

@@ -1,4 +1,4 @@
-"""What errors say: the real exceptions of the clients, raised by real servers where there are any."""
+"""Outcomes of errors: the real exceptions of the clients, caused by real servers where possible."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_status_decides_whichever_client_raised_it(
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.__name__)
 def test_a_retry_after_is_read_whichever_client_raised_it(server: str, client: Callable[[str], None]) -> None:
-    """In seconds, or as an HTTP date; with it, a 503 is a refusal."""
+    """The header holds seconds or an HTTP date; with it, a 503 is a refusal."""
     date = urllib.parse.quote(formatdate(4e9, usegmt=True))
     errors = [raised(client, f"{server}/{path}") for path in ("503?7", "429?120", f"503?{date}")]
     assert [classify(error) for error in errors] == [NOT_DONE] * 3
@@ -163,7 +163,7 @@ def test_a_connection_that_ends_without_an_answer_may_have_done_it(server: str, 
 
 
 async def test_what_postgres_says_decides(pg: str) -> None:
-    """By SQLSTATE: rolled back or not there is certain, an ended session is not, a mistake stays one."""
+    """SQLSTATE decides: a rollback is certain, a session that ended is not, a mistake stays a mistake."""
     async with await psycopg.AsyncConnection.connect(pg, autocommit=True) as one:
         await one.execute("CREATE TABLE t (id int PRIMARY KEY, n int)")
         await one.execute("INSERT INTO t VALUES (1, 0)")
@@ -209,7 +209,7 @@ async def test_what_redis_says_decides(redis: redis.asyncio.Redis) -> None:
 
 
 class Code(Enum):
-    """As grpc.StatusCode is."""
+    """An enum like grpc.StatusCode."""
 
     UNAVAILABLE = 14
     ABORTED = 10
@@ -220,7 +220,7 @@ class Code(Enum):
 
 
 class RpcError(Exception):
-    """As grpc's: the code is a method."""
+    """An error like that of grpc: its code is a method."""
 
     def __init__(self, code: Code) -> None:
         self.code = lambda: code
@@ -381,7 +381,7 @@ def test_retry_after_is_seconds_or_a_date_and_nothing_breaks_it(
 
 
 def test_an_error_of_ours_says_itself_how_long() -> None:
-    """And what is no number is none."""
+    """A `retry_after` that is no number is ignored."""
     assert retry_after(RateLimited("later", retry_after=2.5)) == 2.5
     for odd in (float("nan"), True, "7", None):
         assert retry_after(like("somebody", "Error", retry_after=odd)) is None

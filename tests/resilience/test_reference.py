@@ -21,7 +21,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def codes() -> str:
-    """What a status, a code or an errno means."""
+    """Return the table of statuses, codes and errnos by outcome."""
     tables = (outcomes.HTTP_STATUS, outcomes.GRPC_CODE, outcomes.SQLSTATE, outcomes.ERRNO)
 
     def names(table: dict[int, Outcome] | dict[str, Outcome], outcome: Outcome) -> str:
@@ -37,7 +37,7 @@ def codes() -> str:
 
 
 def exceptions() -> str:
-    """What a class of exceptions means, by package."""
+    """Return the table of exception classes by package and outcome."""
     packages = dict.fromkeys(name.partition(".")[0] for name in outcomes.EXCEPTION)
 
     def names(package: str, outcome: Outcome) -> str:
@@ -56,7 +56,7 @@ def test_the_reference_lists_what_the_tables_of_the_code_say() -> None:
 
 
 def test_the_reference_lists_every_kind_of_event_with_its_facts() -> None:
-    """What the rules emit, read from their source."""
+    """The events are read from the source of the rules."""
     text = (ROOT / "references/circuit_breaker.md").read_text("utf-8")
     rows = re.findall(r"^\| (\w+) \| (\w+) \| .* \| (.*) \|$", text, re.MULTILINE)
     listed = {(rule, kind): facts for rule, kind, facts in rows if rule in ("circuit_breaker", "retry", "bulkhead")}

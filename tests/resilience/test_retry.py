@@ -30,7 +30,7 @@ from tests.resilience.virtual import Clock, at_every_await, run
 
 
 class Asking(ConnectionError):
-    """With the Retry-After of an HTTP client's error."""
+    """An error with the Retry-After of an HTTP client."""
 
     def __init__(self, seconds: float) -> None:
         self.retry_after = seconds
@@ -62,7 +62,7 @@ class Dependency:
 
 
 def run_alone(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """As run(), but the task does not end with the error: it would hold it, or asyncio's own frames would."""
+    """Run like run(), but keep the error out of the task: the task or asyncio's frames would hold it."""
     errors: list[Exception] = []
 
     async def caught() -> Any:
@@ -141,7 +141,7 @@ def test_max_attempts_counts_the_first_one(way: Callable[..., Any]) -> None:
 @kills("a block ends after its first error", replaced(Attempts, "__exit__", lambda self, *_: False), way=as_a_block)
 @each_way
 def test_the_first_success_ends_it(way: Callable[..., Any]) -> None:
-    """And is what is returned."""
+    """Its result is returned."""
     dependency = Dependency(TimeoutError(), ConnectionRefusedError())
     assert way(dependency, max_attempts=9) == 3
     assert way(Dependency()) == 1
@@ -176,7 +176,7 @@ def test_waits_grow_to_the_longest_and_chance_has_its_part(jitter: Any, chance: 
     chances=st.lists(st.floats(0, 1, exclude_max=True), min_size=12, max_size=12),
 )
 def test_no_wait_is_longer_than_max_delay(jitter: Any, base: float, longest: float, chances: list[float]) -> None:
-    """Nor negative, whatever the chance; and three hundred attempts overflow nothing."""
+    """No wait is negative, whatever the random number; and three hundred attempts overflow nothing."""
     longest = max(base, longest)
     dependency = Dependency(*[TimeoutError()] * 300)
     options = {"base_delay": base, "max_delay": longest, "rng": itertools.cycle(chances).__next__}
@@ -206,7 +206,7 @@ def test_a_wait_that_would_pass_the_deadline_is_not_begun(way: Callable[..., Any
 
 
 def test_time_that_attempts_took_counts_against_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In sync functions and blocks; a function that is not async can't be ended, but no other attempt begins."""
+    """This holds for sync functions and blocks: they can't be ended, but no other attempt begins."""
     for way in (called, as_a_block):
         clock, dependency = Clock(), Dependency(*[TimeoutError()] * 9)
         monkeypatch.setattr(time, "monotonic", clock)
@@ -301,7 +301,7 @@ SAID: list[tuple[Exception, dict[str, Any], bool]] = [
 def test_what_is_tried_again_is_what_may_pass_and_do_no_harm(
     error: Exception, options: dict[str, Any], again: bool
 ) -> None:
-    """By the tables, or by on=; with idempotent=False only what certainly did not happen."""
+    """The tables or on= decide; with idempotent=False only what certainly did not happen is tried again."""
     dependency = Dependency(error)
     if again:
         assert called(dependency, **options) == 2
@@ -397,7 +397,7 @@ def test_retries_stay_below_their_share(ratio: float, floor: float, burst: float
 
 @kills("the budget is each function's own", replaced(RetryBudget, "take", lambda self: True))
 def test_a_budget_is_shared_by_many_functions() -> None:
-    """What one has used the others do not have."""
+    """A retry that one function has used is gone for the others."""
     budget = RetryBudget(0, floor=0, burst=3)
     for left in (2, 1, 0):
         assert called(Dependency(TimeoutError()), budget=budget) == 2
@@ -449,7 +449,7 @@ def test_one_layer_and_layers_of_one_attempt_warn_of_nothing() -> None:
 
 @kills("a coroutine closed elsewhere changes that context", replaced(Attempts, "__exit__", broken.sets_the_old))
 def test_a_coroutine_that_is_closed_elsewhere_leaves_that_context_alone() -> None:
-    """And one that is closed where it ran, or cancelled, leaves its own as it was."""
+    """A coroutine that is closed where it ran, or cancelled, leaves its own context as it was."""
 
     async def no_time(seconds: float) -> None: ...
 
@@ -585,7 +585,7 @@ def test_ended_at_every_await_nothing_is_left() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_settings_that_mean_nothing_are_refused(make: Any, error: type[Exception], message: str) -> None:
-    """When the policy is made, with the value and its bound."""
+    """The error comes when the policy is made, and names the value and its bound."""
     with pytest.raises(error) as raised:
         make()
     assert message in str(raised.value)

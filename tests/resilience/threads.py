@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def fast_switches() -> Iterator[None]:
-    """A thousand times as often as usual."""
+    """Let threads take turns a thousand times as often as usual."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -22,7 +22,7 @@ def fast_switches() -> Iterator[None]:
 
 
 def in_threads(count: int, task: Callable[[], Any]) -> list[Any]:
-    """What `task` returns in each of so many threads."""
+    """Run `task` in `count` threads at once; return their results."""
     start = threading.Barrier(count)
 
     def body() -> Any:

@@ -22,7 +22,7 @@ class _Selector(selectors.SelectSelector):
     loop: Loop
 
     def select(self, timeout: float | None = None) -> Any:
-        """Never waits: what would be waited for is passed over."""
+        """Never wait: move the time to the next timer instead."""
         ready = super().select(0)
         if timeout is None and not ready:
             raise RuntimeError("nothing will ever happen: a deadlock")
@@ -45,7 +45,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """In a virtual loop of its own; a deadlock is an error."""
+    """Run a coroutine in a virtual loop of its own; a deadlock is an error."""
     with asyncio.Runner(loop_factory=Loop) as runner:
         return runner.run(coroutine)
 

@@ -41,6 +41,7 @@ class _Handle(asyncio.TimerHandle):
         self._context = copy_context() if context is None else context
 
     def cancel(self) -> None:
+        """Never run the callback."""
         self._cancelled = True
         self._args = ()
         self._callback = self._context = None  # type: ignore[assignment]  # free now what they hold
