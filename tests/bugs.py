@@ -15,7 +15,9 @@ import functools
 import gc
 import inspect
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ from distsys._support.redis import Script
 F = TypeVar("F", bound=Callable[..., Any])
 Plant = Callable[[pytest.MonkeyPatch], None]
 SECONDS = 8.0  # a test that a bug makes hang is dead
+_inside_test: ContextVar[bool] = ContextVar("inside_test", default=False)
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,15 @@ def edited(home: Any, attribute: str, old: str, new: str, **names: Any) -> Plant
 
 def _code_of(function: Any, text: str) -> Any:
     """What that source compiles to, for whoever holds the function already; its closure stays as it is."""
-    closure = "".join(f"    {name} = None\n" for name in function.__code__.co_freevars)
     made: dict[str, Any] = dict(function.__globals__)
-    exec(f"def outer():\n{closure}{textwrap.indent(text, '    ')}\n    return {function.__name__}\n", made)
-    broken = made["outer"]()
+    if free := function.__code__.co_freevars:
+        closure = "".join(f"    {name} = None\n" for name in free)
+        text = f"def outer():\n{closure}{textwrap.indent(text, '    ')}\n    return {function.__name__}\n"
+        exec(text, made)
+        broken = made["outer"]()
+    else:  # at module level: a function may call a global of its own name
+        exec(text, made)
+        broken = made[function.__name__]
     return inspect.unwrap(getattr(broken, "fget", None) or broken).__code__
 
 
@@ -157,13 +165,26 @@ def _bounded(test: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(test)
     async def bounded(**fixtures: Any) -> None:
-        before = asyncio.all_tasks()
+        loop = asyncio.get_running_loop()
+        started = weakref.WeakSet[asyncio.Task[Any]]()  # by the test, and not by a fixture's pool meanwhile
+
+        def make_task(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+            task = asyncio.Task(coro, loop=loop, **options)
+            if _inside_test.get():
+                started.add(task)
+            return task
+
+        before = loop.get_task_factory()
+        loop.set_task_factory(make_task)
+        token = _inside_test.set(True)
         try:
             async with asyncio.timeout(SECONDS):
                 await test(**fixtures)
         finally:
+            _inside_test.reset(token)
+            loop.set_task_factory(before)
             for _ in range(100):  # Python 3.11's wait_for can swallow a cancellation
-                left = asyncio.all_tasks() - before
+                left = [task for task in started if not task.done()]
                 if not left:
                     break
                 for task in left:

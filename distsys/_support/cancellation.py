@@ -74,8 +74,3 @@ def in_background(work: Awaitable[Any], what: str) -> asyncio.Future[Any]:
     _background.add(future)
     future.add_done_callback(log_failure)
     return future
-
-
-heard = reraise_swallowed_cancel  # old name, until the other rooms use the new one
-cancellation = cancel_watch  # old name, until the other rooms use the new one
-try_cancel = cancel_if_deliverable  # old name, until the other rooms use the new one

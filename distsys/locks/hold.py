@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, Generic, Literal, TypeVar
 
 from distsys._support.arguments import check_timeout
-from distsys._support.cancellation import try_cancel
+from distsys._support.cancellation import cancel_if_deliverable
 from distsys.errors import LockLost, LockNotAcquired
 
 EXAMPLE = "'payment:order-123'"  # a lock's name, for error messages
@@ -85,7 +85,7 @@ class Hold:
         """Cancel the body once, unless it has ended or found the loss itself."""
         ended = not self._body or self._body_ended or self.task.done()
         if not self._cancelled and not ended and self.task is not asyncio.current_task():
-            self._cancelled = try_cancel(self.task)
+            self._cancelled = cancel_if_deliverable(self.task)
             if not self._cancelled:
                 asyncio.get_running_loop().call_soon(self._cancel_body)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from distsys._support.arguments import check_text
-from distsys._support.cancellation import heard, in_background
+from distsys._support.cancellation import in_background, reraise_swallowed_cancel
 from distsys._support.clock import Clock, elapsed
 from distsys._support.redis import Script, async_client, hash_tag, milliseconds, options
 from distsys.errors import LockNotAcquired
@@ -289,7 +289,7 @@ class RedisLock(LeasedLock):
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.blpop([f"{self._key}:wake:{owner}"], timeout=block)
             pipe.eval(_ACQUIRE_OR_ENQUEUE.text, 1, self._key, *args)
-            _, answer = await heard(pipe.execute())
+            _, answer = await reraise_swallowed_cancel(pipe.execute())
         return answer
 
     def _block_permits(self) -> asyncio.Semaphore:

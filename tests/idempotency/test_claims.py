@@ -41,7 +41,6 @@ from distsys.lab.testbed.proxy import TcpProxy
 from distsys.lab.testbed.servers import Server
 from distsys.schema import ensure_schema
 from tests.bugs import edited, in_script, kills
-from tests.idempotency.broken import edited_at_module_level
 
 MINE, OTHER = b"m" * 32, b"o" * 32
 
@@ -481,12 +480,12 @@ async def test_whichever_reply_of_redis_is_lost_there_is_one_effect(
 
 @kills(
     "a claim is lost with the reply to its COMMIT",
-    edited_at_module_level(PostgresStore, "claim", "conn, conn.transaction():", "conn:"),
+    edited(PostgresStore, "claim", "conn, conn.transaction():", "conn:"),
     autocommit=True,
 )
 @kills(
     "a claim whose COMMIT failed is kept",
-    edited_at_module_level(PostgresStore, "claim", "await asyncio.wait([asking])", "await asking"),
+    edited(PostgresStore, "claim", "await asyncio.wait([asking])", "await asking"),
     autocommit=False,
 )
 @pytest.mark.parametrize("autocommit", [False, True])

@@ -25,7 +25,6 @@ from distsys.errors import BadKey
 from distsys.idempotency import keys
 from distsys.idempotency.keys import canonical, fingerprint_of, idempotency_key, parse_key
 from tests.bugs import edited, kills
-from tests.idempotency.broken import edited_at_module_level
 
 # ---- what is equal
 
@@ -55,7 +54,7 @@ def meaning(value: Any) -> Any:
     return ("number", Fraction(Decimal(repr(value)) if isinstance(value, float) else value))
 
 
-@kills("members in the order they came", edited_at_module_level(keys, "canonical", "in sorted(value)", "in value"))
+@kills("members in the order they came", edited(keys, "canonical", "in sorted(value)", "in value"))
 @given(values)
 def test_the_order_of_members_does_not_count(value: Any) -> None:
     assert canonical(reordered(value)) == canonical(value)
@@ -113,7 +112,7 @@ ID = uuid.UUID("00000000-0000-4000-8000-000000000001")
 
 @kills(
     "floats as they say themselves",
-    edited_at_module_level(keys, "canonical", "float.__repr__(value)", "repr(value)"),
+    edited(keys, "canonical", "float.__repr__(value)", "repr(value)"),
     same=[1, 1.0, Decimal("1.00"), Size.SMALL, Real(1)],
 )
 @pytest.mark.parametrize(
@@ -132,9 +131,7 @@ def test_two_ways_to_say_one_thing_are_one_key(same: list[Any]) -> None:
     assert len({idempotency_key(entity_id=1, action="pay", params={"a": each}) for each in same}) == 1
 
 
-@kills(
-    "True is 1", edited_at_module_level(keys, "canonical", "isinstance(value, (bool, str))", "isinstance(value, str)")
-)
+@kills("True is 1", edited(keys, "canonical", "isinstance(value, (bool, str))", "isinstance(value, str)"))
 @pytest.mark.parametrize(
     "apart",
     [
@@ -199,9 +196,7 @@ for _ in range(200):
     DEEP = [DEEP]
 
 
-@kills(
-    "nested without end", edited_at_module_level(keys, "canonical", "if depth > MAX_DEPTH:", "if False:"), value=LOOP
-)
+@kills("nested without end", edited(keys, "canonical", "if depth > MAX_DEPTH:", "if False:"), value=LOOP)
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [

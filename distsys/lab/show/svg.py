@@ -32,8 +32,6 @@ DEFS = "".join(
     for name, n, ground, ink, width in (
         ("red", 6, "#fbd5d5", RED, 3), ("both", 6, HOLD, "#8796a5", 2), ("grey", 5, PLATE, "#bcc4cc", 2))
 )  # fmt: skip
-_OLD = {"s": "caption", "m": "middle", "e": "end", "b": "bold", "f": "label", "p": "pause", "g": "grid", "k": "tick"}
-_OLD |= {"d": "lease", "x": "violation", "h": "hold", "l": "pole"}  # old names, until the other rooms use the new ones
 
 
 def width_of(text: str, size: float = 13, bold: bool = False) -> float:
@@ -71,15 +69,10 @@ def wrap(text: str, width: float, size: float = 13, *, lines: int = 3, bold: boo
     return [cut(part, width, size, bold) for part in [*done[: lines - 1], " ".join(done[lines - 1 :])] if part]
 
 
-def classes(css: str) -> str:
-    """Return a class attribute of these names."""
-    return f'class="{" ".join(_OLD.get(name, name) for name in css.split())}"'
-
-
 def put(x: float, y: float, text: str, css: str = "", style: str = "") -> str:
     """Return a text whose baseline begins at x, y, or ends there with the class "end"."""
     style = f' style="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" {classes(css)}{style}>{clean(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}"{style}>{clean(text)}</text>'
 
 
 def clean(text: str) -> str:
@@ -89,12 +82,12 @@ def clean(text: str) -> str:
 
 def box(x: float, y: float, w: float, h: float, css: str, r: float = 2) -> str:
     """Return a rectangle with its corner at x, y and corners of radius r."""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{r}" {classes(css)}/>'
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{r}" class="{css}"/>'
 
 
 def path(d: str, css: str) -> str:
     """Return a path; `d` is in the notation of SVG."""
-    return f'<path d="{d}" {classes(css)}/>'
+    return f'<path d="{d}" class="{css}"/>'
 
 
 def cross(x: float, y: float, css: str, r: float = 4) -> str:

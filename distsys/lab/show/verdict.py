@@ -29,7 +29,6 @@ from distsys.lab.show.svg import (
 from distsys.lab.show.timeline import timeline
 
 MARK = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
-COLOUR = STATUS_COLOUR  # old name, until the other rooms use the new one
 ICON = {"HELD": "M0 5l4 4 8-9", "VIOLATED": "M1 0l9 9m0-9l-9 9", "INCONCLUSIVE": ""}
 MAX_ROWS = 12  # of the table of violations; the rest is counted
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from distsys.lab.history.history import Expected
 from distsys.lab.show.html import escape, table
-from distsys.lab.show.svg import WIDTH, box, document, path, put
-from distsys.lab.show.verdict import COLOUR, MARK, Verdicts
+from distsys.lab.show.svg import STATUS_COLOUR, WIDTH, box, document, path, put
+from distsys.lab.show.verdict import MARK, Verdicts
 from distsys.lab.simulate.side_by_side import Each, one_by_one
 from distsys.lab.simulate.storm import Arm, Make, Process, Storm, simulate_arm
 
@@ -99,17 +99,19 @@ class Simulation:
         for n, arm in enumerate(self.arms):
             x, y = (46.0, 402.0)[n % 2], n // 2 * (HIGH + 36) + HIGH + 22
             can = y - storm.capacity * up
-            out.append(box(x + storm.calm * right, y - HIGH, storm.outage * right, HIGH, "p", 0))
-            for curve, css in ((arm.calls, "x"), (arm.good, "f"), (arm.requests, "k")):
+            out.append(box(x + storm.calm * right, y - HIGH, storm.outage * right, HIGH, "pause", 0))
+            for curve, css in ((arm.calls, "violation"), (arm.good, "label"), (arm.requests, "tick")):
                 steps = "".join(f"V{y - count * up:.1f}h{right:.1f}" for count in curve)
-                out.append(path(f"M{x} {y}{steps}" + f"V{y}Z" * (css != "k"), css))
-            out += [path(f"M{x} {y}h{WIDE}", "g"), path(f"M{x} {can:.1f}h{WIDE}", "d")]
+                out.append(path(f"M{x} {y}{steps}" + f"V{y}Z" * (css != "tick"), css))
+            out += [path(f"M{x} {y}h{WIDE}", "grid"), path(f"M{x} {can:.1f}h{WIDE}", "lease")]
             status = arm.verdict.status
-            out.append(put(x, y - HIGH - 6, f"{MARK[status]} {arm.name}", "b", f"fill:{COLOUR[status]}"))
-            out.append(put(x - 4, can + 4, f"{storm.capacity:,.0f}", "s e"))
-            out += [put(x + at * right, y + 13, str(at), "s m") for at in range(0, int(storm.end) + 1, ticks)]
+            out.append(put(x, y - HIGH - 6, f"{MARK[status]} {arm.name}", "bold", f"fill:{STATUS_COLOUR[status]}"))
+            out.append(put(x - 4, can + 4, f"{storm.capacity:,.0f}", "caption end"))
+            out += [
+                put(x + at * right, y + 13, str(at), "caption middle") for at in range(0, int(storm.end) + 1, ticks)
+            ]
         height = lines * (HIGH + 36) + 22
-        out.append(put(WIDTH / 2, height - 8, "seconds across, per second upwards", "s m"))
+        out.append(put(WIDTH / 2, height - 8, "seconds across, per second upwards", "caption middle"))
         return document("".join(out), height, str(storm))
 
     def _repr_html_(self) -> str:
