@@ -7,7 +7,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 WARM := distsys, IPython, hypothesis, ipykernel.kernelapp, ipywidgets, jupyterlab.labapp, matplotlib.figure, matplotlib.font_manager, \
-  nbclient, psycopg_pool, pytest, redis.asyncio
+  nbconvert, psycopg_pool, pytest, redis.asyncio
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help lab test check notebooks bench lock readme clean

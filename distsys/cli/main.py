@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add_prove("--as", dest="kind", choices=kinds, required=True, help="what kind of rule it is")
     add_prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
     ttl = "seconds: the TTL that a lock is given, or has built in (default: %(default)s)"
+    schedule = 'of a lock: run this schedule alone, in real time, as in "w1#4 hold"'
+    add_prove("--schedule", metavar="S", help=schedule)
     add_prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
 
     text = "whether a pattern pays off at your stage, and a simpler alternative"

@@ -30,14 +30,40 @@ def prove(options: argparse.Namespace) -> int:
 
 
 async def _climb(options: argparse.Namespace, candidate: Any) -> int:
+    lock, exploration = options.kind == "lock", None
+    if options.schedule is not None and not lock:
+        raise Usage(f"--schedule {options.schedule!r}: only a lock has schedules, use it with --as lock")
     async with await open_lab(options.seed) as lab:
         try:
-            ttl = {"ttl": options.ttl} if options.kind == "lock" else {}
+            if options.schedule is not None:
+                exploration = await lab.explore(candidate, ttl=options.ttl, schedule=options.schedule)
+                print_json(exploration.to_dict()) if options.json else print(exploration)
+                return 0 if exploration.passed else 1
+            ttl = {"ttl": options.ttl} if lock else {}
             ladder = await getattr(lab, f"try_{options.kind}")(candidate, upto=options.level, **ttl)
         except ValueError as problem:
             raise Usage(str(problem)) from None
+        if not options.json:
+            print(ladder, flush=True)
+        if lock and ladder.passed and options.level is None:
+            exploration = await _explore(lab, candidate, options.ttl, quiet=options.json)
     if options.json:
-        print_json(ladder.to_dict())
-    else:
-        print(ladder)
-    return 0 if ladder.passed else 1
+        print_json(ladder.to_dict() | {"exploration": exploration and exploration.to_dict()})
+    elif exploration:
+        print(f"\n{exploration}")
+    return 0 if ladder.passed and (exploration is None or exploration.status != "VIOLATED") else 1
+
+
+async def _explore(lab: Any, candidate: Any, ttl: float, *, quiet: bool) -> Any:
+    """Search the interleavings of a lock that climbed its ladder; say on stderr how far the search has come."""
+    from distsys.lab.testbed.servers import ServerUnavailable
+
+    def heard(found: Any) -> None:
+        if not quiet:
+            print(f"  {found.status.lower()}: {found.scene} ({found.schedules} schedules)", file=sys.stderr, flush=True)
+
+    try:
+        return await lab.explore(candidate, ttl=ttl, heard=heard)
+    except ServerUnavailable as missing:
+        print(f"distsys: the interleavings were not searched: {missing}", file=sys.stderr)
+        return None

@@ -117,6 +117,45 @@ def test_prove_is_1_for_a_lock_that_breaks_and_says_where(tmp_path: Path) -> Non
     assert "✗" in done.stdout
 
 
+CAREFUL_LOCK = '''\
+import asyncio, uuid
+
+class MyLock:
+    """Everything right but the release: GET, then DEL."""
+    OWN = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+
+    def __init__(self, redis, name, ttl):
+        self.redis, self.name, self.ms, self.me = redis, name, int(ttl * 1000), uuid.uuid4().hex
+    async def renew(self):
+        while True:
+            await asyncio.sleep(self.ms / 3000)
+            if not await self.redis.eval(self.OWN, 1, self.name, self.me, self.ms):
+                return self.task.cancel()
+    async def __aenter__(self):
+        while not await self.redis.set(self.name, self.me, nx=True, px=self.ms):
+            await asyncio.sleep(0.01)
+        self.task = asyncio.current_task()
+        self.renewal = asyncio.create_task(self.renew())
+    async def __aexit__(self, *error):
+        self.renewal.cancel()
+        if await self.redis.get(self.name) == self.me.encode():
+            await self.redis.delete(self.name)
+'''
+
+
+def test_prove_replays_one_schedule_of_a_lock(tmp_path: Path) -> None:
+    """With its story, in real time; the undisturbed one holds."""
+    (tmp_path / "mine.py").write_text(CAREFUL_LOCK)
+    broken = run("prove", "mine:MyLock", "--as", "lock", "--schedule", "w1#4 hold", cwd=tmp_path)
+    assert (broken.returncode, broken.stderr) == (1, "")
+    assert "were inside at once, and neither had been disturbed" in broken.stdout
+    assert run("prove", "mine:MyLock", "--as", "lock", "--schedule", "", cwd=tmp_path).returncode == 0
+    assert (
+        "only a lock has schedules"
+        in run("prove", "mine:MyLock", "--as", "retry", "--schedule", "x", cwd=tmp_path).stderr
+    )
+
+
 def test_prove_is_0_for_a_lock_that_holds() -> None:
     """Our own, by the name anybody would use."""
     done = run("prove", "distsys.locks.redis_lock:RedisLock", "--as", "lock", "--level", "2", "--json")

@@ -33,7 +33,7 @@ from tests.locks.broken import add_and_keep, start_ttl_even_if_shorter
 
 def kills_swallowed_cancellation(test: Any) -> Any:
     """Plant the bug where wait_for can swallow a cancellation: before Python 3.12."""
-    bug = replaced(hold, "try_cancel", lambda body: body.cancel())
+    bug = replaced(hold, "cancel_if_deliverable", lambda body: body.cancel())
     mark = kills("the body is told when it can't hear", bug, turns=1, work_turns=1)
     return mark(test) if sys.version_info < (3, 12) else test
 

@@ -273,7 +273,7 @@ async def test_a_cancelled_waiter_leaves_the_queue(redis: Redis) -> None:
     assert (await lock.explain()).owner is None
 
 
-@kills("a swallowed cancellation is forgotten", replaced(redis_lock, "heard", lambda work: work))
+@kills("a swallowed cancellation is forgotten", replaced(redis_lock, "reraise_swallowed_cancel", lambda work: work))
 async def test_a_cancellation_that_the_client_swallowed_still_counts(redis: Redis) -> None:
     """Python 3.11's asyncio.wait_for, which redis-py uses, can return a result instead of the CancelledError."""
 

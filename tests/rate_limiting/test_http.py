@@ -129,7 +129,7 @@ async def test_a_refusal_is_a_problem_that_names_the_policy(redis: Redis) -> Non
         "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
         "title": "Request cannot be satisfied as assigned quota has been exceeded",
         "status": 429,
-        "detail": "Come again in 10 s.",
+        "detail": "Try again in 10 s.",
         "violated-policies": ["burst"],
     }
 
@@ -710,7 +710,7 @@ async def test_the_dependency_refuses_without_a_handler_too(redis: Redis) -> Non
         refused = await client.get("/items/1")
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
     assert refused.headers.get_list("Content-Type") == ["application/problem+json"]
-    assert refused.json() == {"detail": "Come again in 10 s."}
+    assert refused.json() == {"detail": "Try again in 10 s."}
 
 
 async def test_the_dependency_closes_with_503(redis: Redis) -> None:

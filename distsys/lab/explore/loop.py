@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from heapq import heappop
 from time import monotonic  # bound before a world changes the module
 from typing import Any
 
@@ -41,9 +42,6 @@ class ExploreLoop(VirtualLoop):
         self._wait = wait
         self._zero = monotonic()
 
-    def time(self) -> float:
-        return self.now
-
     def resume(self, process: Process) -> None:
         """Let a frozen process run on: what came due meanwhile is due now."""
         process.frozen = False
@@ -51,6 +49,7 @@ class ExploreLoop(VirtualLoop):
         process.parked.clear()
 
     def run_until_complete(self, future: Any) -> Any:
+        """Run until the future is done. Raises Stuck beyond `until`, or when nothing is left that could happen."""
         main = asyncio.ensure_future(future, loop=self)
         outer, self._running = asyncio._get_running_loop(), True
         assert outer is None
@@ -72,8 +71,6 @@ class ExploreLoop(VirtualLoop):
         return main.result()
 
     def _due(self) -> None:
-        from heapq import heappop
-
         while self._timers and self._timers[0][0] <= self.now:
             handle = heappop(self._timers)[2]
             if not handle._cancelled:

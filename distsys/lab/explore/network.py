@@ -63,6 +63,7 @@ class Pipe:
     # ---- as redis.asyncio's writer
 
     def write(self, data: bytes) -> None:
+        """Make a step of each whole packet of commands."""
         self._written += data
         commands, rest = _commands(self._written)
         if commands:
@@ -70,13 +71,17 @@ class Pipe:
             self.network.send(Step(self.process, self, data, commands))
 
     def writelines(self, chunks: Any) -> None:
+        """Write several chunks as one packet."""
         self.write(b"".join(chunks))
 
-    async def drain(self) -> None: ...
+    async def drain(self) -> None:
+        """Return at once: the pipe takes everything."""
 
-    async def wait_closed(self) -> None: ...
+    async def wait_closed(self) -> None:
+        """Return at once: the pipe is closed by `close`."""
 
     def is_closing(self) -> bool:
+        """Return True once the client's end is closed."""
         return self.closed
 
     def close(self) -> None:
@@ -103,6 +108,7 @@ class Pipe:
             self.receive(block=True, deliver=deliver)
 
     def receive(self, *, block: bool, deliver: bool = True) -> None:
+        """Take what the server has answered; with `block` until every reply is there."""
         while self.expected > 0 or not block:
             if not block and not select.select([self.socket], [], [], 0)[0]:
                 break
@@ -118,6 +124,7 @@ class Pipe:
                 self.feed(whole)
 
     def feed(self, data: bytes) -> None:
+        """Give the client its reply, unless the network is silent for it."""
         if self.silent:
             self.withheld += data
         elif not self.closed:
@@ -151,6 +158,7 @@ class Network:
         self._control = self.connect()
 
     def connect(self) -> socket.socket:
+        """Open a real connection to the server."""
         found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         found.connect(self.path)
         return found
@@ -166,6 +174,7 @@ class Network:
         return pipe
 
     def send(self, step: Step) -> None:
+        """Take a packet from a client: a handshake goes through at once, anything else is a step."""
         if self.closed or step.pipe.closed:
             raise ConnectionResetError(104, "Connection reset by peer")
         step.pipe.unsent += 1
@@ -196,6 +205,7 @@ class Network:
                 pipe.receive(block=False)
 
     def end(self) -> None:
+        """Close every connection."""
         self.closed = True
         for pipe in list(self.pipes):
             pipe.unsent = 0

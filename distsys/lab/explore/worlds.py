@@ -38,6 +38,8 @@ WORLDS = (
 
 
 class _Datetime(datetime.datetime):
+    """A datetime whose now() is the world's."""
+
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> Any:
         return cls.fromtimestamp(time.time(), tz)

@@ -1,4 +1,4 @@
-"""Bring your own: one fault more on each level, up to the first one that your candidate does not survive."""
+"""Ladders for a reader's own candidate: each level adds a fault, and the climb ends at the first one that breaks it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ACCOUNT = "redis, fenced where it can be"
 
 
 async def _slow_link(run: Run) -> None:
-    """5 ms each way to Redis: a gap between two commands is wide enough for all the others."""
+    """Delay each way to Redis by 5 ms: a gap between two commands is then wide enough for all other workers."""
     await on_both(run)
     server = await run.testbed.servers.redis()
     link = await run.cleanup.enter_async_context(TcpProxy(server.host, server.port))
@@ -36,7 +36,7 @@ async def _slow_link(run: Run) -> None:
 
 
 async def _forgetful_redis(run: Run) -> None:
-    """A Redis of its own for the lock, which restarts empty."""
+    """Give the lock a Redis of its own, which restarts empty."""
     await on_both(run)
     run.nodes = [await own_redis(run, "node1")]
     run.urls["redis"] = run.nodes[0].url
@@ -44,6 +44,8 @@ async def _forgetful_redis(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Level:
+    """A level of a ladder: an experiment, changed for the candidate, and a hint for those who fail it."""
+
     title: str
     experiment: str
     hint: str  # for the level's failure, without giving the answer away
@@ -130,7 +132,7 @@ ENDPOINT = (
 
 @dataclass(frozen=True)
 class Climb:
-    """How far a candidate came: one verdict per level tried, the last of them failed unless all were passed."""
+    """How far a candidate came: one verdict for each level tried. The last one failed, unless all were passed."""
 
     candidate: str
     verdicts: tuple[Verdict, ...]
@@ -139,11 +141,12 @@ class Climb:
 
     @property
     def passed(self) -> bool:
+        """Whether it passed every level that was asked for."""
         return self.level == self.asked
 
     @property
     def level(self) -> int:
-        """How many levels it passed."""
+        """The number of levels it passed."""
         return sum(verdict.status == "HELD" for verdict in self.verdicts)
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
@@ -152,7 +155,7 @@ class Climb:
             yield str(n), MARK[verdict.status] if verdict else "·", level.title, happened
 
     def _failed(self) -> list[tuple[Verdict, str]]:
-        """The verdict it failed with, and a hint; none when it passed all it tried."""
+        """Return the verdict it failed with, and a hint; nothing when it passed all it tried."""
         return [(verdict, self.levels[self.level].hint) for verdict in self.verdicts if verdict.status != "HELD"]
 
     def __str__(self) -> str:
@@ -173,13 +176,14 @@ class Climb:
         return page
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the climb as JSON knows it."""
         verdicts = [verdict.to_dict() for verdict in self.verdicts]
         facts = {"candidate": self.candidate, "passed": self.passed, "level": self.level, "levels": len(self.levels)}
         return {**facts, "verdicts": verdicts}
 
 
 async def climb(judge: Judge, candidate: Any, levels: tuple[Level, ...], upto: int | None, **params: Any) -> Climb:
-    """Tries level after level. `params` go to the workload."""
+    """Try level after level, up to the first that fails. `params` go to the workload."""
     if upto is not None and not 1 <= upto <= len(levels):
         raise ValueError(f"upto={upto}: the ladder has levels 1 to {len(levels)}")
     name, verdicts = name_of(candidate), list[Verdict]()

@@ -64,18 +64,21 @@ class Experiment:
 
 
 def name_of(candidate: Any) -> str:
+    """Return the candidate's name, for verdicts."""
     return getattr(candidate, "__name__", None) or repr(candidate)
 
 
 class Stalled(RuntimeError):
-    """Nothing of what the script waits for happened."""
+    """The script waited in vain: nothing of what it expects happened."""
 
 
 class Actor:
     """A worker process as the script sees it."""
 
     def __init__(self, run: Run, process: Process, name: str) -> None:
-        self.run, self.process, self.name = run, process, name
+        self.run = run
+        self.process = process
+        self.name = name
         self.ended: Signal = (name, "ended", "")
         self.crash = ""
 
@@ -89,28 +92,32 @@ class Actor:
     waiting = partialmethod(_said, "waiting")
     at = partialmethod(_said, "at")  # a checkpoint
 
-    def order(self, times: int = 1, **how: Any) -> None:
-        """Has a worker with the workload `requests` ask so many times: `at` a time of the virtual clock, for whom."""
-        self.run.time = max(self.run.time, how.get("at", 0.0))
-        self.send(do="order", times=times, **how)
+    def order(self, times: int = 1, **options: Any) -> None:
+        """Have the worker make so many requests; `options` are those of its workload, and `at` sets the virtual clock."""
+        self.run.time = max(self.run.time, options.get("at", 0.0))
+        self.send(do="order", times=times, **options)
 
     async def served(self) -> None:
-        """Waits until it has the answers to one order."""
+        """Wait until the worker has carried out one order."""
         await self.run.until((self.name, "served", ""), self.ended)
 
-    async def ask(self, times: int = 1, **how: Any) -> None:
-        self.order(times, **how)
+    async def ask(self, times: int = 1, **options: Any) -> None:
+        """Give an order, and wait until it is carried out."""
+        self.order(times, **options)
         await self.served()
 
     def go(self, *, hold: str = "", stop: str = "", kill: str = "", block: str = "") -> None:
-        """Lets the worker start; at the named point it holds, stops (SIGSTOP), is killed, or blocks its loop."""
+        """Let the worker start. At the named point it waits, stops (SIGSTOP), is killed, or blocks its event loop."""
         for action, point in {"hold": hold, "stop": stop, "kill": kill, "block": block}.items():
             if point:
                 self.send(do="arm", point=point, action=action)
         self.send(do="go")
 
     async def reached(self, point: str) -> bool:
-        """Waits until the worker is at the point, and stopped or dead if that was ordered; False if it ended before."""
+        """Wait until the worker is at the point, and stopped or dead if that was ordered.
+
+        Return False if the worker ended before it came there.
+        """
         if await self.run.until(self.at(point), self.ended) == self.ended:
             return False
         action = self.run.actions[self.name, point]
@@ -121,29 +128,32 @@ class Actor:
         return True
 
     def release(self, point: str) -> None:
-        """Ends a hold or a block."""
+        """Let a worker go on that waits or blocks at this point."""
         self.run.record("released", self.name, point)
         self.send(do="release", point=point)
 
     def resume(self) -> None:
-        """Ends a stop."""
+        """Let a stopped worker go on (SIGCONT)."""
         self.run.record("resumed", self.name)
         self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Ends a worker that has shown all it can: no fault, and not in the history."""
+        """End a worker that has shown all it can. This is no fault, and not in the history."""
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
+        """Send the process a signal, unless it has ended."""
         if self.process.state != "exited":
             # Between its death and our hearing of it there is a moment in which it can't be signalled any more.
             with contextlib.suppress(ProcessLookupError):
                 self.process.signal(number)
 
     def cancel(self, task: str) -> None:
+        """Cancel one of the worker's tasks, by its name."""
         self.send(do="cancel", point=task)
 
     def send(self, **command: Any) -> None:
+        """Send the worker a command, as one JSON line."""
         assert self.process.sock is not None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended before it heard
             self.process.sock.send(json.dumps(command).encode() + b"\n")
@@ -196,7 +206,10 @@ class Run:
     # ---- for scripts
 
     async def start(self, count: int, **urls: list[Any]) -> list[Actor]:
-        """Forks `count` workers, connected and waiting for go(). `urls` may give each its own: redis=[url1, url2]."""
+        """Fork `count` workers that are connected and wait for go().
+
+        `urls` may give each worker a server of its own: redis=[url1, url2].
+        """
         new = list[Actor]()
         for i in range(count):
             own = {kind: each[i] for kind, each in urls.items()}
@@ -208,7 +221,7 @@ class Run:
         return new
 
     async def serve(self, name: str, workload: Workload) -> Actor:
-        """Forks a service that the workers call, and waits until it says that it serves; it ends after them."""
+        """Fork a service that the workers call, and wait until it serves. It ends after them."""
         service = await self._fork(name, workload, None, {})
         self._seen[service.ended] = 0  # of one before it
         self.services.append(service)
@@ -228,7 +241,7 @@ class Run:
         return actor
 
     async def until(self, *signals: Signal) -> Signal:
-        """Waits for the first of `signals`; each occurrence counts once."""
+        """Wait for the first of `signals`; each occurrence counts once. Raises Stalled."""
         timeout = 10 + 5 * self.ttl
         try:
             async with asyncio.timeout(timeout):
@@ -244,14 +257,15 @@ class Run:
             raise Stalled(f"waited {timeout:g} s in vain for: {wanted}") from None
 
     def now(self) -> float:
+        """Return the time of the record: monotonic seconds, or what the virtual clock shows."""
         return self.time if self.virtual else time.monotonic()
 
     def record(self, kind: str, target: str, detail: str = "") -> None:
-        """A fault, for the history."""
+        """Put a fault into the history."""
         self._faults.append(Fault(self.now(), kind, target, detail))
 
     async def finish(self) -> list[str]:
-        """Waits for every worker to end; the names of those that did not, which are then killed."""
+        """Wait for every worker to end; return the names of those that did not, and are killed afterwards."""
         stuck = []
         for actors in (self.actors, self.services):
             for actor in actors:
@@ -264,9 +278,11 @@ class Run:
         return stuck
 
     def crashes(self) -> list[str]:
+        """Return what workers raised that no script expected."""
         return [f"{actor.name}: {actor.crash}" for actor in self.actors if actor.crash]
 
     def history(self, **facts: Any) -> History:
+        """Return what happened so far; `facts` are what the controller has read from the servers."""
         ops = sorted([*self._done, *self._open.values()], key=lambda op: op.called)
         faults = sorted(self._faults, key=lambda fault: fault.at)
         return History(tuple(ops), tuple(faults), self.started, self.now(), facts)
@@ -311,8 +327,10 @@ class Run:
 
 
 def expect_violated(name: str, candidate: Any, **more: Any) -> Arm:
+    """Return an arm that has to break its promise: the mistake."""
     return Arm(name=name, candidate=candidate, expected="VIOLATED", **more)
 
 
 def expect_held(name: str, candidate: Any, **more: Any) -> Arm:
+    """Return an arm that has to keep its promise: the rule."""
     return Arm(name=name, candidate=candidate, expected="HELD", **more)

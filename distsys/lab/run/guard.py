@@ -1,4 +1,4 @@
-"""Any lock as enter and exit, whatever interface it has."""
+"""One interface to every lock: enter and exit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NotGranted(Rejected):
 
 
 def looks_sync(candidate: Any) -> bool:
-    """Whether a candidate, or the lock it made, has a blocking interface: `with`, or a plain acquire()."""
+    """Return True if a candidate, or the lock it made, blocks: it has `with`, or an acquire() that is not async."""
     if hasattr(candidate, "__aenter__"):
         return False
     acquire = getattr(candidate, "acquire", None)
@@ -27,7 +27,7 @@ def looks_sync(candidate: Any) -> bool:
 
 
 class Guard:
-    """Any lock as enter and exit: `async with`, `with`, or acquire/release; blocking ones on a thread of their own."""
+    """A lock with `async with`, `with`, or acquire() and release(). A blocking lock runs on a thread of its own."""
 
     def __init__(self, lock: Any) -> None:
         if hasattr(lock, "__aenter__"):
@@ -42,7 +42,8 @@ class Guard:
         self._call = partial(_threaded, ThreadPoolExecutor(1)) if looks_sync(lock) else plain
 
     async def enter(self) -> Any:
-        for _ in range(TRIES):  # a lock that answers False at once is asked again, as its users do
+        """Return what the lock gives its holder. A lock that answers False is asked again, as its users do."""
+        for _ in range(TRIES):
             granted = await self._call(self._enter)
             if granted is not False:
                 return granted
@@ -50,10 +51,12 @@ class Guard:
         raise NotGranted(f"acquire() answered False {TRIES:,} times")
 
     async def exit(self, error: BaseException | None) -> None:
+        """Leave the lock; `error` is what the body raised."""
         await self._call(self._exit, type(error) if error else None, error, None)
 
 
 async def plain(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """Call a function that may be async, and return its result."""
     answer = call(*args, **more)
     return await answer if inspect.isawaitable(answer) else answer
 

@@ -33,7 +33,7 @@ Workload = Callable[..., Awaitable[None]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is forked for; it travels by cloudpickle, so a class from a notebook cell can be a candidate."""
+    """The work of one worker. It travels by cloudpickle, so a class from a notebook cell can be a candidate."""
 
     name: str
     seed: int
@@ -47,13 +47,13 @@ class Job:
 
 
 async def checkpoint(point: str) -> None:
-    """A named point in a candidate or workload, where a fault can strike exactly. Outside a worker it does nothing."""
+    """Mark a named point in a candidate or workload, where a fault can strike. Outside a worker it does nothing."""
     if _current is not None:
         await _current.checkpoint(point)
 
 
 def main(payload: bytes, sock: socket.socket) -> None:
-    """Runs the job in `payload` and reports on `sock`; the supervisor calls it in the fork."""
+    """Run the job in `payload` and report on `sock`. The supervisor calls it in the forked process."""
     import cloudpickle
 
     sock.setblocking(True)
@@ -70,7 +70,7 @@ async def _work(job: Job, sock: socket.socket) -> None:
         try:
             await worker.prepare()
             worker.send(e="ready")
-            await worker.went.wait()
+            await worker.started.wait()
             await job.workload(worker, job.candidate, **worker.params)
         except Exception as error:  # noqa: BLE001  whatever the candidate raised is reported
             worker.send(e="crash", detail=f"{type(error).__name__}: {error}")
@@ -78,20 +78,20 @@ async def _work(job: Job, sock: socket.socket) -> None:
 
 @dataclass
 class Call:
-    """One op while it runs; what the body learns goes into the record."""
+    """One call while it runs; what its body sets here goes into the record."""
 
     value: Any = None
     token: int | None = None
 
 
 class Worker:
-    """What a workload and the builder of candidates get: clients, the record, and the points where faults strike."""
+    """A worker as its workload sees it: clients, candidates, the record of calls, and points where faults strike."""
 
     def __init__(self, job: Job, sock: socket.socket, stack: contextlib.AsyncExitStack) -> None:
         self.job, self.name, self.ttl, self.resource = job, job.name, job.ttl, job.resource
         self.rng = random.Random(f"{job.seed}:{job.name}")
         self.params = {key: value for key, value in job.params.items() if key != "pool_size"}
-        self.went = asyncio.Event()
+        self.started = asyncio.Event()  # the script has let it go
         self._sock, self._stack = sock, stack
         self._armed: dict[str, str] = {}
         self._released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
@@ -106,16 +106,17 @@ class Worker:
     # ---- the record
 
     def send(self, **event: Any) -> None:
+        """Tell the controller of an event, with the time by the worker's clock."""
         self._sock.sendall(json.dumps({**event, "t": self.now()}, default=repr).encode() + b"\n")
 
     @contextlib.asynccontextmanager
     async def op(self, name: str, value: Any = None, *, token: int | None = None) -> AsyncIterator[Call]:
-        """Records one call: announced before, completed after. Rejected is "fail", any other error "info"."""
+        """Record one call, before it is made and after. A Rejected makes it "fail", any other error "info"."""
         self._ids += 1
         head = {"id": self._ids, "name": name, "task": task_name.get() or None}
         self.send(e="call", **head, value=value, token=token)
         call, outcome = Call(value, token), {"e": "ok"}
-        timer = asyncio.get_running_loop().create_task(self._nap(head))
+        timer = asyncio.get_running_loop().create_task(self._report_if_waiting(head))
         try:
             yield call
         except BaseException as error:
@@ -126,8 +127,11 @@ class Worker:
             timer.cancel()
             self.send(**outcome, **head, value=call.value, token=call.token)
 
-    async def _nap(self, head: dict[str, Any]) -> None:
-        """Ten short ones instead of a long one: a starved process must have run ten times before it says it waits."""
+    async def _report_if_waiting(self, head: dict[str, Any]) -> None:
+        """Report a call that takes longer than the patience.
+
+        Ten short sleeps instead of a long one: a process without CPU time must have run ten times before it says so.
+        """
         for _ in range(10):
             await asyncio.sleep(self.job.patience / 10)
         self.send(e="waiting", **head)
@@ -135,6 +139,7 @@ class Worker:
     # ---- faults
 
     async def checkpoint(self, point: str) -> None:
+        """Do what the script has ordered for this point: stop, die, hold, block, or nothing."""
         action = self._armed.pop(point, None)
         if action is None:
             return
@@ -148,6 +153,7 @@ class Worker:
                 self.read()
 
     def read(self) -> None:
+        """Take the controller's orders off the socket, and obey them."""
         data = self._sock.recv(65536)
         if not data:
             os._exit(0)  # the controller is gone
@@ -167,19 +173,19 @@ class Worker:
             if do != "go":
                 self.orders.put_nowait(order)
             if do != "finish":
-                self.went.set()
+                self.started.set()
 
     # ---- clients and candidates
 
     async def prepare(self) -> None:
-        """Connects before the start, so that no run is decided by who connects faster."""
+        """Connect before the start, so that no run is decided by which worker connects faster."""
         if "redis" in self.job.urls:
             await (await self.client("redis")).ping()
         if "dsn" in self.job.urls:
             await self.client("conn")
 
     async def client(self, kind: str) -> Any:
-        """One of CLIENTS, connected when first asked for, closed with the worker."""
+        """Return one of CLIENTS: connected when first asked for, closed with the worker."""
         if kind not in self._clients:
             self._clients[kind] = await self._connect(kind)
         return self._clients[kind]
@@ -204,7 +210,10 @@ class Worker:
         return await enter(AsyncConnectionPool(urls["dsn"], min_size=size, max_size=size, open=False, kwargs=how))
 
     async def build(self, candidate: Any, **extra: Any) -> Any:
-        """Calls the candidate with what its parameters name: redis, clients, conn, pool, dsn, url, name, ttl."""
+        """Call the candidate with what its parameters name: redis, clients, conn, pool, dsn, url, name, ttl, extra.
+
+        TypeError for a parameter that is none of these and has no default.
+        """
         wanted, given = inspect.signature(candidate).parameters, getattr(candidate, "keywords", ())  # by a partial
         urls, arguments = self.job.urls, dict[str, Any]()
         facts = {"name": self.resource, "ttl": self.ttl, "dsn": urls.get("dsn"), "url": urls.get("redis"), **extra}
@@ -239,7 +248,7 @@ ALIASES = {
 
 
 def _redis_client(url: str) -> Any:
-    """The client as most programs make it, with the retries that Redis.from_url leaves out."""
+    """Return a client as most programs make it, with the retries that Redis.from_url leaves out."""
     import redis.asyncio
 
     options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(url))
@@ -247,7 +256,7 @@ def _redis_client(url: str) -> Any:
 
 
 class VirtualClock:
-    """Seconds that pass when an order says so, and a little with each request."""
+    """A clock that moves when the script says so, and a little with each request; seconds."""
 
     now = 0.0
 

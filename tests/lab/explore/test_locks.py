@@ -84,3 +84,9 @@ async def test_what_cannot_be_explored_says_why(lab: Lab) -> None:
         exploration = await lab.explore(candidate)
         assert exploration.status == "INCONCLUSIVE"
         assert words in exploration.found[0].summary
+
+
+async def test_the_fixture_explores_in_an_async_test_too(explore_lock: Any) -> None:
+    """As in a reader's own suite."""
+    exploration = explore_lock(zoo.NoLock)
+    assert exploration.status == "VIOLATED"
