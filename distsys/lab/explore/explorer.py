@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from distsys.lab.explore.locks import Deviation, LockRun, Outcome
+from distsys.lab.explore.locks import LockRun
+from distsys.lab.explore.run import Deviation, Outcome
 from distsys.lab.explore.servers import Sockets, VirtualClock
 from distsys.lab.explore.worlds import WORLDS, World
 from distsys.lab.history.history import Status
@@ -115,7 +116,7 @@ class Exploration:
 def explore(candidate: Any, sockets: Sockets, ttl: float, tell: Callable[[Found], None]) -> None:
     """Run every scene, and tell of each; called in a worker process."""
     clock = VirtualClock(sockets.page)
-    run = partial(LockRun, loader(candidate), build_lock, ttl=ttl)
+    run = partial(LockRun, loader(candidate), build_lock, span=ttl)
     for scene in LOCK_SCENES:
         found = _explore_scene(scene, run, sockets, clock)
         tell(found)
@@ -126,7 +127,7 @@ def explore(candidate: Any, sockets: Sockets, ttl: float, tell: Callable[[Found]
 def replay(candidate: Any, sockets: Sockets, ttl: float, schedule: str) -> Found:
     """Run one schedule in real time, on the server nobody has touched."""
     deviations = tuple(Deviation.parse(part) for part in schedule.split(",") if part.strip())
-    run = LockRun(loader(candidate), build_lock, sockets.real, deviations, ttl=ttl, real=True)
+    run = LockRun(loader(candidate), build_lock, sockets.real, deviations, span=ttl, real=True)
     outcome = run.run()
     return Found("one schedule", outcome.status, outcome.summary, 1, schedule, tell_story(outcome))
 

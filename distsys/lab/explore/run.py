@@ -1,0 +1,360 @@
+"""One run of a candidate under a schedule: three workers, one network, and at most a few disturbances."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
+from distsys.lab.explore.loop import ExploreLoop, Process, running_process
+from distsys.lab.explore.network import COMMAND_SECONDS, Network, Step, redis_client
+from distsys.lab.explore.worlds import WORLDS, World, inhabited
+from distsys.lab.history.history import Status
+from distsys.lab.simulate.virtual_loop import Stuck
+
+EXCUSED = {"hold", "freeze", "hang", "kill", "lost", "reset", "cut", "cancel"}
+"""Actions after which nothing that happens to the disturbed worker counts against the candidate."""
+LATE_SPANS = 0.4
+CUT_SPANS = 12.0
+TIMEOUT_GRANULARITY = 0.003  # seconds: the server rounds a timeout up to the next millisecond, and one more
+STARVED_SPANS = 80.0
+REAL_STARVED_SPANS = 15.0  # in real time a reader waits for it
+
+
+class Violated(Exception):
+    """A promise is broken; the run ends here."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One disturbance: what is done at which step, as in "w1#7 freeze" or "w1#7 kill after"."""
+
+    step: str
+    action: str
+    after: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.step} {self.action}{' after' if self.after else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Deviation:
+        """Read "w1#7 freeze" or "w1#7 freeze after"."""
+        step, action, *rest = text.split()
+        return cls(step, action, rest == ["after"])
+
+
+@dataclass
+class Outcome:
+    """What one run showed."""
+
+    status: Status
+    summary: str
+    steps: list[tuple[str, str, str]]  # (label, worker's phase, the commands), in order of their sending
+    story: list[tuple[float, str, str]]  # (seconds, worker, what it did)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker of the run: its process, where it stands, and whether it was disturbed."""
+
+    name: str
+    process: Process
+    phase: str = "asking"  # "asking", "inside", "leaving", "done", "refused", "dead"
+    disturbed: bool = False
+    steps: int = 0
+    gone: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False)
+class ExploredRun:
+    """Three workers under a schedule; a subclass says what they do and what was promised.
+
+    load    makes a copy of the candidate's module for each process
+    span    seconds: the TTL of a lock, the window of a limiter
+    real    run in real time, on a server nobody has touched
+    """
+
+    load: Callable[[], Any]
+    build: Callable[[Any, Any, float], Any]  # (candidate, redis, span) -> what the workers use
+    path: str  # the server's unix socket
+    schedule: tuple[Deviation, ...] = ()
+    world: World = WORLDS[0]
+    span: float = 0.3
+    real: bool = False
+    set_clock: Callable[[float], None] = field(default=lambda now: None)
+    seed: int = 7
+
+    # ---- for a subclass
+
+    async def work(self, worker: Worker, made: Any) -> None:
+        """Use what was built, as one worker."""
+        raise NotImplementedError
+
+    def starved(self) -> Outcome:
+        """Return what a run shows that does not end."""
+        raise NotImplementedError
+
+    def ended(self) -> Outcome:
+        """Return what a run shows that ended without a violation."""
+        raise NotImplementedError
+
+    def progressed(self, worker: Worker) -> None:
+        """Let those go on that wait for another worker to get what it asked for."""
+        for waiting, go_on in list(self._waiting):
+            if waiting is not worker:
+                self._waiting.remove((waiting, go_on))
+                self.loop.call_soon(go_on, context=Context())
+
+    def violated(self, why: str) -> None:
+        """End the run: a promise is broken."""
+        if not self._over.done():
+            self._over.set_exception(Violated(why))
+
+    def tell(self, worker: Worker, what: str) -> None:
+        """Put a line into the story."""
+        if not self._over.done():
+            self.story.append((self.loop.now, worker.name, what))
+
+    def outcome(self, status: Status, summary: str) -> Outcome:
+        """Return an outcome of this run."""
+        return Outcome(status, summary, self.steps, self.story)
+
+    def crashes(self) -> list[str]:
+        """Return what workers raised that no scene expects."""
+        return [str(w.task.exception()) for w in self.workers if w.task and w.task.done() and w.task.exception()]
+
+    # ---- the run
+
+    def run(self) -> Outcome:
+        """Run to the end, or to the first violation."""
+        self.steps: list[tuple[str, str, str]] = []
+        self.story: list[tuple[float, str, str]] = []
+        self.flushed = False
+        self._seen: set[Any] = set()
+        self._after: dict[Step, Deviation] = {}
+        self._waiting: list[tuple[Worker, Callable[[], None]]] = []
+        self._shared: Any = None
+        self.patience = (STARVED_SPANS if not self.real else REAL_STARVED_SPANS) * self.span
+        until = self.patience + 10 * self.span
+        self.loop = ExploreLoop(step=self._step, until=until, wait=self._wait if self.real else None)
+        self.workers = [Worker(name, Process(name)) for name in ("w1", "w2", "w3")]
+        people = [worker.process for worker in self.workers]
+        outcome: Outcome | None = None
+        with inhabited(self.world, people, self.loop.time, self.seed):
+            try:
+                self.loop.run_until_complete(self._main())
+            except Violated as broken:
+                outcome = self.outcome("VIOLATED", str(broken))
+            except Stuck:
+                outcome = self.starved()
+            finally:
+                self._close()
+        return outcome or self.ended()
+
+    async def _main(self) -> None:
+        self.network = Network(self.path, self.set_clock)
+        self.network.admit = self._admit
+        self.set_clock(self.loop.now)
+        self.network.control("FLUSHALL")
+        self.network.control("SCRIPT", "FLUSH")
+        self._over: asyncio.Future[None] = self.loop.create_future()
+        try:
+            for n, worker in enumerate(self.workers):
+                worker.task = self._start(worker, n)
+            await self._over
+        finally:
+            self.network.end()
+
+    def _close(self) -> None:
+        """Close every coroutine now: the garbage collector would do it in the middle of the next run."""
+        for task in asyncio.all_tasks(self.loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            with contextlib.suppress(BaseException):
+                task.get_coro().close()
+        self.loop.close()
+        gc.collect()
+
+    def _start(self, worker: Worker, n: int) -> asyncio.Task[None]:
+        context = copy_context()
+        context.run(running_process.set, worker.process)
+        task = self.loop.create_task(self._live(worker, 0.001 * n), context=context)
+        task.add_done_callback(lambda _: self._gone(worker), context=Context())
+        return task
+
+    async def _live(self, worker: Worker, delay: float) -> None:
+        await asyncio.sleep(delay)
+        if self._shared is None or not self.world.tasks:
+            self._shared = self.load()
+        await self.work(worker, self.build(self._shared, redis_client(self.network), self.span))
+
+    def _gone(self, worker: Worker) -> None:
+        """One worker fewer; the run is over when none is left."""
+        worker.gone = True
+        if all(other.gone for other in self.workers) and not self._over.done():
+            self._over.set_result(None)
+
+    # ---- the network, under the schedule
+
+    def _worker_of(self, process: Process) -> Worker:
+        return next(worker for worker in self.workers if worker.process is process)
+
+    def _admit(self, step: Step) -> None:
+        worker = self._worker_of(step.process)
+        situation = (worker.name, step.signature, tuple(other.phase for other in self.workers))
+        deviation = None
+        if situation not in self._seen:
+            self._seen.add(situation)
+            worker.steps += 1
+            step.label = f"{worker.name}#{worker.steps}"
+            self.steps.append((step.label, worker.phase, str(step)))
+            self.tell(worker, f"{step.label} {step}")
+            deviation = next((d for d in self.schedule if d.step == step.label), None)
+        if deviation is None:
+            self.network.pending.append(step)
+        elif deviation.after:
+            self._after[step] = deviation
+            self.network.pending.append(step)
+        else:
+            self._deviate(deviation, worker, step)
+
+    def _step(self) -> bool:
+        pending = self.network.pending
+        for n, step in enumerate(pending):
+            if step.pipe.silent:
+                continue
+            del pending[n]
+            self._execute(step)
+            return True
+        return False
+
+    def _execute(self, step: Step) -> None:
+        self.set_clock(self.loop.now)
+        deviation = self._after.pop(step, None)
+        worker = self._worker_of(step.process)
+        if deviation and deviation.action in ("hang", "lost"):
+            step.pipe.silent = True
+        if step.process not in self.network.cut:
+            step.pipe.execute(step)
+        else:
+            step.pipe.reset()
+        if not self.real:
+            self.loop.now += COMMAND_SECONDS
+        if deviation:
+            self._deviate(deviation, worker, step)
+        if any(pipe.expected for pipe in self.network.pipes):
+            self.network.poll()
+            timeouts = [_timeout(command) for command in step.commands]
+            if any(timeouts):
+                self.loop.call_later(max(timeouts) + TIMEOUT_GRANULARITY, self.network.poll, context=Context())
+
+    def _deviate(self, deviation: Deviation, worker: Worker, step: Step) -> None:
+        """Disturb the worker at this step; `after` means that the server has executed it already."""
+        action, after = deviation.action, deviation.after
+        self.tell(worker, f"-- {action}{' after' if after else ''} {step.label}")
+        worker.disturbed = worker.disturbed or action in EXCUSED
+
+        def send() -> None:
+            if not after:
+                self.network.pending.append(step)
+
+        def resume() -> None:
+            send()
+            self.loop.resume(worker.process)
+
+        if action == "late":
+            self.loop.call_later(LATE_SPANS * self.span, send, context=Context())
+        elif action == "hold":
+            self._when_another_gets_on(worker, send)
+        elif action == "freeze":
+            worker.process.frozen = True
+            self._when_another_gets_on(worker, resume)
+        elif action == "hang":
+            self._hang(worker, send)
+        elif action == "kill":
+            step.pipe.unsent -= not after
+            self._kill(worker)
+        elif action == "lost" or action == "reset":
+            step.pipe.reset()
+        elif action == "cut":
+            self.network.cut.add(worker.process)
+            for pipe in [pipe for pipe in self.network.pipes if pipe.process is worker.process]:
+                pipe.reset()
+            self.loop.call_later(CUT_SPANS * self.span, self.network.cut.discard, worker.process, context=Context())
+        elif action == "flush":
+            self.flushed = True
+            for other in self.workers:
+                other.disturbed = other.disturbed or other.phase in ("inside", "asking")
+            self.network.control("FLUSHALL")
+            send()
+        elif action == "cancel":
+            send()
+            if worker.task:
+                self.loop.call_soon(worker.task.cancel, context=Context())
+
+    def _hang(self, worker: Worker, send: Callable[[], None]) -> None:
+        pipes = [pipe for pipe in self.network.pipes if pipe.process is worker.process]
+        for pipe in pipes:
+            pipe.silent = True
+
+        def speak() -> None:
+            send()
+            for pipe in pipes:
+                pipe.speak()
+
+        self._when_another_gets_on(worker, speak)
+
+    def _kill(self, worker: Worker) -> None:
+        worker.process.dead = True
+        worker.phase = "dead"
+        for pipe in [pipe for pipe in self.network.pipes if pipe.process is worker.process]:
+            pipe.close()
+        self._gone(worker)
+
+    def _when_another_gets_on(self, worker: Worker, go_on: Callable[[], None]) -> None:
+        entry = (worker, go_on)
+        self._waiting.append(entry)
+
+        def enough() -> None:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+                go_on()
+
+        self.loop.call_later(CUT_SPANS * self.span, enough, context=Context())
+
+    # ---- time
+
+    def _wait(self, seconds: float) -> None:
+        """Real time: sleep until a timer is due or the server says something."""
+        import select
+
+        blocked = [pipe.socket for pipe in self.network.pipes if pipe.expected and not pipe.closed]
+        if seconds <= 0:
+            return
+        if blocked:
+            if select.select(blocked, [], [], seconds)[0]:
+                self.network.poll()
+        else:
+            _real_sleep(seconds)
+
+
+def _timeout(command: list[bytes]) -> float:
+    """How long a blocking command may wait, in seconds."""
+    name = command[0].upper()
+    try:
+        if name in (b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX", b"BLMOVE", b"BRPOPLPUSH"):
+            return float(command[-1])
+        if name in (b"BLMPOP", b"BZMPOP"):
+            return float(command[1])
+        if name == b"WAIT":
+            return float(command[-1]) / 1000
+    except ValueError:
+        pass
+    return 0.0
+
+
+from time import sleep as _real_sleep  # noqa: E402  bound before a world changes the module
