@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from distsys._support.arguments import check_seconds
 from distsys.lab import experiments
-from distsys.lab.explore.explorer import Exploration, Found, explored
+from distsys.lab.explore.explorer import KINDS, Exploration, Found, explored
 from distsys.lab.explore.servers import start_servers
 from distsys.lab.history.history import Expected
 from distsys.lab.prove import ladder
@@ -135,19 +136,24 @@ class Lab:
         return await ladder.climb(self.judge, candidate, ladder.LOCK, upto, account=ladder.ACCOUNT, ttl=check_ttl(ttl))
 
     async def explore(
-        self, candidate: Any, *, ttl: float = 0.3, schedule: str | None = None,
+        self, candidate: Any, *, kind: str = "lock", ttl: float = 0.3, window: float = 1.0, schedule: str | None = None,
         heard: Callable[[Found], None] | None = None,
     ) -> Exploration:  # fmt: skip
-        """Search the interleavings of an async lock of yours: every command, with one disturbance each.
+        """Search the interleavings of an async lock or limiter of yours: every command, with one disturbance each.
 
         The search runs in virtual time on a real Valkey with a patched clock. A violation counts only after the same
         schedule has shown it again in real time, on a Valkey nobody has touched.
-        ttl       seconds: what the candidate is given, or the TTL it has built in
+        kind      "lock", or "limiter": ten requests in a window, or a bucket if it takes a capacity
+        ttl       of a lock, seconds: what the candidate is given, or the TTL it has built in
+        window    of a limiter, seconds
         schedule  "w1#4 hold": run this one alone, in real time
         heard     called with each scene's verdict as soon as there is one
         """
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: one of {', '.join(map(repr, KINDS))}")
         sockets = await start_servers(self.testbed.servers)
-        work = self.testbed.processes, sockets, candidate, name_of(candidate), check_ttl(ttl)
+        span = check_ttl(ttl) if kind == "lock" else check_seconds("window", window)
+        work = self.testbed.processes, sockets, kind, candidate, name_of(candidate), span
         return await explored(*work, schedule, heard)
 
     async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:

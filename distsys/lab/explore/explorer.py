@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from distsys.lab.check.limits import Allowance
+from distsys.lab.explore.limiters import BOUNDARY, BURST, HOUR, IMPATIENT, LIMIT, RACE, SKEWED, LimiterRun, asks
 from distsys.lab.explore.locks import LockRun
 from distsys.lab.explore.run import Deviation, Outcome
 from distsys.lab.explore.servers import Sockets, VirtualClock
-from distsys.lab.explore.worlds import WORLDS, World
+from distsys.lab.explore.worlds import SKEWED_CLOCKS, WORLDS, World
 from distsys.lab.history.history import Status
 from distsys.lab.history.words import count
 from distsys.lab.run.guard import looks_sync
@@ -36,14 +38,14 @@ class Scene:
 
     title: str
     actions: tuple[tuple[str, bool], ...] = ()  # (action, after the step)
-    section: float = 0.5  # in TTLs
     worlds: tuple[World, ...] = WORLDS[:1]
+    options: dict[str, Any] = field(default_factory=dict)  # of the run
 
 
 BOTH = (False, True)
 LOCK_SCENES = (
     Scene("nothing is disturbed: three workers take turns", worlds=WORLDS),
-    Scene("the work takes longer than the TTL", section=2.5),
+    Scene("the work takes longer than the TTL", options={"section": 2.5}),
     Scene("a command is late, by less than half a TTL", (("late", False),)),
     Scene("a command is held back until another worker is inside", (("hold", False),)),
     Scene("a process is killed", tuple(("kill", after) for after in BOTH)),
@@ -53,6 +55,18 @@ LOCK_SCENES = (
     Scene("the server forgets everything", (("flush", False),)),
     Scene("a worker is cancelled", tuple(("cancel", after) for after in BOTH)),
 )
+LIMITER_SCENES = (
+    Scene("three workers ask at once, and come again later", worlds=WORLDS[:2], options={"plan": BURST}),
+    Scene("a burst on both sides of a second", options={"plan": BOUNDARY}),
+    Scene("an impatient client is refused again and again", options={"plan": IMPATIENT}),
+    Scene("the clocks of three hosts are 30 s apart", worlds=(SKEWED_CLOCKS,), options={"plan": SKEWED}),
+    Scene("a command is held back until another request is admitted", (("hold", False),), options={"plan": RACE}),
+    Scene("a process is killed", tuple(("kill", after) for after in BOTH), options={"plan": RACE}),
+    Scene("a process stands still until another is admitted", tuple(("freeze", after) for after in BOTH),
+          options={"plan": RACE}),
+    Scene("a connection breaks", (("reset", False), ("lost", True), ("cut", True)), options={"plan": RACE}),
+    Scene("what is left behind", options={"plan": HOUR, "keys": True}),
+)  # fmt: skip
 
 
 @dataclass
@@ -113,29 +127,51 @@ class Exploration:
         return {"candidate": self.candidate, "status": self.status, "schedules": self.schedules, "scenes": found}
 
 
-def explore(candidate: Any, sockets: Sockets, ttl: float, tell: Callable[[Found], None]) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of rule that can be explored: its scenes, and how a run of it is made."""
+
+    scenes: tuple[Scene, ...]
+    run: Callable[[Any, float], Any]  # (candidate, span) -> a run that lacks the server and the schedule
+
+
+def lock_run(candidate: Any, span: float) -> Any:
+    """Return a run of a lock, to be completed."""
+    return partial(LockRun, loader(candidate), build_lock, span=span)
+
+
+def limiter_run(candidate: Any, span: float) -> Any:
+    """Return a run of a limiter, to be completed: a bucket if it takes a capacity, else a window."""
+    bucket = "capacity" in inspect.signature(candidate).parameters
+    allowance = Allowance(LIMIT, refill_rate=LIMIT / span) if bucket else Allowance(LIMIT, span)
+    return partial(LimiterRun, loader(candidate), build_limiter, span=span, allowance=allowance)
+
+
+KINDS = {"lock": Kind(LOCK_SCENES, lock_run), "limiter": Kind(LIMITER_SCENES, limiter_run)}
+
+
+def explore(kind: Kind, candidate: Any, sockets: Sockets, span: float, tell: Callable[[Found], None]) -> None:
     """Run every scene, and tell of each; called in a worker process."""
     clock = VirtualClock(sockets.page)
-    run = partial(LockRun, loader(candidate), build_lock, span=ttl)
-    for scene in LOCK_SCENES:
+    run = kind.run(candidate, span)
+    for scene in kind.scenes:
         found = _explore_scene(scene, run, sockets, clock)
         tell(found)
-        if scene is LOCK_SCENES[0] and found.status == "INCONCLUSIVE":
+        if scene is kind.scenes[0] and found.status == "INCONCLUSIVE":
             return  # it does not even run undisturbed
 
 
-def replay(candidate: Any, sockets: Sockets, ttl: float, schedule: str) -> Found:
+def replay(kind: Kind, candidate: Any, sockets: Sockets, span: float, schedule: str) -> Found:
     """Run one schedule in real time, on the server nobody has touched."""
     deviations = tuple(Deviation.parse(part) for part in schedule.split(",") if part.strip())
-    run = LockRun(loader(candidate), build_lock, sockets.real, deviations, span=ttl, real=True)
-    outcome = run.run()
+    outcome = kind.run(candidate, span)(sockets.real, deviations, real=True).run()
     return Found("one schedule", outcome.status, outcome.summary, 1, schedule, tell_story(outcome))
 
 
 def _explore_scene(scene: Scene, run: Any, sockets: Sockets, clock: VirtualClock) -> Found:
     tried, unclear = 0, ""
     for schedule, world in _schedules(scene, partial(run, sockets.virtual, set_clock=clock.set)):
-        options = {"schedule": schedule, "world": world, "section": scene.section}
+        options = {"schedule": schedule, "world": world, **scene.options}
         outcome = run(sockets.virtual, set_clock=clock.set, **options).run()
         tried += 1
         words = ", ".join(map(str, schedule))
@@ -160,7 +196,7 @@ def _schedules(scene: Scene, run: Any) -> Iterator[tuple[tuple[Deviation, ...], 
         if not scene.actions:
             yield (), world
             continue
-        for label, *_ in run(world=world, section=scene.section).run().steps:
+        for label, *_ in run(world=world, **scene.options).run().steps:
             for action, after in scene.actions:
                 yield (Deviation(label, action, after),), world
 
@@ -203,7 +239,22 @@ def _is_library(module: Any) -> bool:
 
 def build_lock(candidate: Any, redis: Any, ttl: float) -> Any:
     """Call the candidate with what its parameters name: redis, name and ttl."""
-    facts = {"redis": redis, "name": "explored", "ttl": ttl}
+    lock = _build(candidate, "a lock", redis=redis, name="explored", ttl=ttl)
+    if looks_sync(lock):
+        raise TypeError("it blocks: only async locks can be explored")
+    return lock
+
+
+def build_limiter(candidate: Any, redis: Any, window: float) -> Any:
+    """Call the candidate with what its parameters name: redis, limit and window, or capacity and refill_rate."""
+    facts = {"limit": LIMIT, "window": window, "capacity": LIMIT, "refill_rate": LIMIT / window, "name": "explored"}
+    limiter = _build(candidate, "a limiter", redis=redis, **facts)
+    if not inspect.iscoroutinefunction(asks(limiter)):
+        raise TypeError("it blocks: only async limiters can be explored")
+    return limiter
+
+
+def _build(candidate: Any, what: str, **facts: Any) -> Any:
     arguments = dict[str, Any]()
     given = getattr(candidate, "keywords", ())
     for name, parameter in inspect.signature(candidate).parameters.items():
@@ -211,11 +262,8 @@ def build_lock(candidate: Any, redis: Any, ttl: float) -> Any:
         if kind in facts and name not in given:
             arguments[name] = facts[kind]
         elif parameter.default is parameter.empty and name not in given and "VAR_" not in parameter.kind.name:
-            raise TypeError(f"it asks for {name!r}; a lock that is explored is given redis, name and ttl")
-    lock = candidate(**arguments)
-    if looks_sync(lock):
-        raise TypeError("it blocks: only async locks can be explored")
-    return lock
+            raise TypeError(f"it asks for {name!r}; {what} that is explored is given {', '.join(facts)}")
+    return candidate(**arguments)
 
 
 def serve(payload: bytes, sock: socket.socket) -> None:
@@ -228,19 +276,21 @@ def serve(payload: bytes, sock: socket.socket) -> None:
     def tell(found: Found) -> None:
         sock.sendall(json.dumps(vars(found)).encode() + b"\n")
 
-    candidate, sockets, ttl, schedule = cloudpickle.loads(payload)
+    kind, candidate, sockets, span, schedule = cloudpickle.loads(payload)
     if schedule is None:
-        explore(candidate, sockets, ttl, tell)
+        explore(KINDS[kind], candidate, sockets, span, tell)
     else:
-        tell(replay(candidate, sockets, ttl, schedule))
+        tell(replay(KINDS[kind], candidate, sockets, span, schedule))
 
 
-async def explored(processes: Any, sockets: Sockets, candidate: Any, name: str, ttl: float, schedule: str | None,
-                   heard: Callable[[Found], None] | None = None) -> Exploration:  # fmt: skip
+async def explored(
+    processes: Any, sockets: Sockets, kind: str, candidate: Any, name: str, span: float, schedule: str | None,
+    heard: Callable[[Found], None] | None = None,
+) -> Exploration:  # fmt: skip
     """Fork the worker that explores, and gather what it tells."""
     import cloudpickle
 
-    payload = cloudpickle.dumps((candidate, sockets, ttl, schedule))
+    payload = cloudpickle.dumps((kind, candidate, sockets, span, schedule))
     process = await processes.fork("distsys.lab.explore.explorer:serve", payload, name="explorer")
     found, rest, loop = list[Found](), b"", asyncio.get_running_loop()
     try:

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from heapq import heappop
-from time import monotonic  # bound before a world changes the module
+from time import monotonic, sleep  # bound before a world changes the module
+from time import time as wall_clock
 from typing import Any
 
 from distsys.lab.simulate.virtual_loop import Stuck, VirtualLoop
@@ -41,6 +42,12 @@ class ExploreLoop(VirtualLoop):
         self._step = step
         self._wait = wait
         self._zero = monotonic()
+
+    def begin_at_whole_second(self) -> None:
+        """Wait, in real time, for the next whole second of the wall clock: time 0 is then."""
+        sleep(1 - wall_clock() % 1)
+        self._zero = monotonic()
+        self.now = 0.0
 
     def resume(self, process: Process) -> None:
         """Let a frozen process run on: what came due meanwhile is due now."""

@@ -183,12 +183,13 @@ class Network:
         elif not step.process.dead:
             self.admit(step)
 
-    def control(self, *words: str) -> None:
-        """Give the server a command of the explorer's own."""
+    def control(self, *words: str) -> str:
+        """Give the server a command of the explorer's own, and return the first line of its reply."""
         self._control.sendall(_packed(words))
         data = b""
         while _replies(data)[0] < 1:
             data += self._control.recv(1 << 16)
+        return data[1 : data.index(b"\r\n")].decode()
 
     def barrier(self) -> None:
         """Wait until the server has answered all that it was sent, and has looked at its clock."""

@@ -88,12 +88,19 @@ class ExploredRun:
     real: bool = False
     set_clock: Callable[[float], None] = field(default=lambda now: None)
     seed: int = 7
+    aligned: bool = False  # begin at a whole second of the clock, in real time too
 
     # ---- for a subclass
 
     async def work(self, worker: Worker, made: Any) -> None:
         """Use what was built, as one worker."""
         raise NotImplementedError
+
+    def repeated(self, worker: Worker) -> None:
+        """Hear that a packet was executed whose reply is lost: a client that asks again has asked twice."""
+
+    async def over(self) -> None:
+        """Look at the server when all workers are gone."""
 
     def starved(self) -> Outcome:
         """Return what a run shows that does not end."""
@@ -163,10 +170,13 @@ class ExploredRun:
         self.network.control("FLUSHALL")
         self.network.control("SCRIPT", "FLUSH")
         self._over: asyncio.Future[None] = self.loop.create_future()
+        if self.real and self.aligned:
+            self.loop.begin_at_whole_second()
         try:
             for n, worker in enumerate(self.workers):
                 worker.task = self._start(worker, n)
             await self._over
+            await self.over()
         finally:
             self.network.end()
 
@@ -255,6 +265,8 @@ class ExploredRun:
     def _deviate(self, deviation: Deviation, worker: Worker, step: Step) -> None:
         """Disturb the worker at this step; `after` means that the server has executed it already."""
         action, after = deviation.action, deviation.after
+        if after and action in ("lost", "cut"):
+            self.repeated(worker)
         self.tell(worker, f"-- {action}{' after' if after else ''} {step.label}")
         worker.disturbed = worker.disturbed or action in EXCUSED
 

@@ -35,6 +35,7 @@ WORLDS = (
     World("three containers with the same pid", ("a", "b", "c"), (1, 1, 1)),
     World("three tasks of one process", pids=(101, 101, 101), skew=(0.0, 0.0, 0.0), tasks=True),
 )
+SKEWED_CLOCKS = World("three hosts whose clocks are 30 s apart", ("a", "b", "c"), (7, 8, 9), (0.0, 30.0, -30.0))
 
 
 class _Datetime(datetime.datetime):

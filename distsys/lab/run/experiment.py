@@ -93,7 +93,7 @@ class Actor:
     at = partialmethod(_said, "at")  # a checkpoint
 
     def order(self, times: int = 1, **options: Any) -> None:
-        """Have the worker make so many requests; `options` are those of its workload, and `at` sets the virtual clock."""
+        """Have the worker make so many requests; `options` are those of its workload, `at` sets the virtual clock."""
         self.run.time = max(self.run.time, options.get("at", 0.0))
         self.send(do="order", times=times, **options)
 

@@ -261,4 +261,5 @@ class VirtualClock:
     now = 0.0
 
     def __call__(self) -> float:
+        """Return what the clock shows."""
         return self.now
