@@ -45,8 +45,8 @@ async def _climb(options: argparse.Namespace, candidate: Any) -> int:
             raise Usage(str(problem)) from None
         if not options.json:
             print(ladder, flush=True)
-        if lock and ladder.passed and options.level is None:
-            exploration = await _explore(lab, candidate, options.ttl, quiet=options.json)
+        if lock and ladder.level and options.level is None:
+            exploration = await _explore(lab, candidate, options.ttl)
     if options.json:
         print_json(ladder.to_dict() | {"exploration": exploration and exploration.to_dict()})
     elif exploration:
@@ -54,16 +54,19 @@ async def _climb(options: argparse.Namespace, candidate: Any) -> int:
     return 0 if ladder.passed and (exploration is None or exploration.status != "VIOLATED") else 1
 
 
-async def _explore(lab: Any, candidate: Any, ttl: float, *, quiet: bool) -> Any:
-    """Search the interleavings of a lock that climbed its ladder; say on stderr how far the search has come."""
+async def _explore(lab: Any, candidate: Any, ttl: float) -> Any:
+    """Search the schedules of a lock that passed a level; on a terminal, say how far the search has come."""
     from distsys.lab.testbed.servers import ServerUnavailable
 
     def heard(found: Any) -> None:
-        if not quiet:
-            print(f"  {found.status.lower()}: {found.scene} ({found.schedules} schedules)", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r  searched: {found.scene:<64}", end="", file=sys.stderr, flush=True)
 
     try:
-        return await lab.explore(candidate, ttl=ttl, heard=heard)
+        exploration = await lab.explore(candidate, ttl=ttl, heard=heard)
     except ServerUnavailable as missing:
-        print(f"distsys: the interleavings were not searched: {missing}", file=sys.stderr)
+        print(f"distsys: the schedules were not searched: {missing}", file=sys.stderr)
         return None
+    if sys.stderr.isatty():
+        print("\r" + " " * 76 + "\r", end="", file=sys.stderr, flush=True)
+    return exploration

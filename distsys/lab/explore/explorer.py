@@ -106,12 +106,13 @@ class Exploration:
         return self.status == "HELD"
 
     def __str__(self) -> str:
-        searched = f"{count(self.schedules, 'schedule')}: three workers, each command with one disturbance"
+        searched = f"{count(self.schedules, 'schedule')}: three workers, each command disturbed in turn"
         lines = [f"{self.candidate}: {self.status}, {searched}"]
         marks = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
         for found in self.found:
             what = "" if found.status == "HELD" else f" - {found.summary}"
             lines.append(f"  {marks[found.status]} {found.scene}{what}")
+        lines.append("  A worker that was disturbed is excused; the others must not suffer from it.")
         for found in self.found:
             if found.status == "VIOLATED":
                 seen = f"seen again in real time on {self.server}"

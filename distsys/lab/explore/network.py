@@ -279,6 +279,21 @@ def _shown(command: list[bytes]) -> str:
     return " ".join([name, *(word if len(word) <= 24 else word[:12] + "…" for word in words[1:6])])
 
 
+def timeout_of(command: list[bytes]) -> float:
+    """How long a blocking command may wait, in seconds."""
+    name = command[0].upper()
+    try:
+        if name in (b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX", b"BLMOVE", b"BRPOPLPUSH"):
+            return float(command[-1])
+        if name in (b"BLMPOP", b"BZMPOP"):
+            return float(command[1])
+        if name == b"WAIT":
+            return float(command[-1]) / 1000
+    except ValueError:
+        pass
+    return 0.0
+
+
 def redis_client(network: Network) -> Any:
     """Return a redis.asyncio client whose connections are pipes of this network."""
     import redis.asyncio

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distsys.lab.explore.loop import ExploreLoop, Process, running_process
-from distsys.lab.explore.network import COMMAND_SECONDS, Network, Step, redis_client
+from distsys.lab.explore.network import COMMAND_SECONDS, Network, Step, redis_client, timeout_of
 from distsys.lab.explore.worlds import WORLDS, World, inhabited
 from distsys.lab.history.history import Status
 from distsys.lab.simulate.virtual_loop import Stuck
@@ -258,7 +258,7 @@ class ExploredRun:
             self._deviate(deviation, worker, step)
         if any(pipe.expected for pipe in self.network.pipes):
             self.network.poll()
-            timeouts = [_timeout(command) for command in step.commands]
+            timeouts = [timeout_of(command) for command in step.commands]
             if any(timeouts):
                 self.loop.call_later(max(timeouts) + TIMEOUT_GRANULARITY, self.network.poll, context=Context())
 
@@ -352,21 +352,6 @@ class ExploredRun:
                 self.network.poll()
         else:
             _real_sleep(seconds)
-
-
-def _timeout(command: list[bytes]) -> float:
-    """How long a blocking command may wait, in seconds."""
-    name = command[0].upper()
-    try:
-        if name in (b"BLPOP", b"BRPOP", b"BZPOPMIN", b"BZPOPMAX", b"BLMOVE", b"BRPOPLPUSH"):
-            return float(command[-1])
-        if name in (b"BLMPOP", b"BZMPOP"):
-            return float(command[1])
-        if name == b"WAIT":
-            return float(command[-1]) / 1000
-    except ValueError:
-        pass
-    return 0.0
 
 
 from time import sleep as _real_sleep  # noqa: E402  bound before a world changes the module

@@ -53,7 +53,7 @@ class Level:
 
 
 LOCK = (
-    Level("no faults but a slow link: workers take turns", "contention",
+    Level("only a slow link, no other fault: workers take turns", "contention",
         "Who may enter is decided by one atomic step at the server. Is there a gap between your look and your taking?",
         {"prepare": _slow_link, "params": {"rounds": 3}, "check": no_lost_update}),
     Level("the holder is killed: the next one still gets in", "killed-holder",
@@ -151,7 +151,7 @@ class Climb:
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         for n, (level, verdict) in enumerate(zip_longest(self.levels, self.verdicts), 1):
-            happened = verdict.summary if verdict and verdict.status != "HELD" else ""
+            happened = "not tried" if verdict is None else verdict.summary if verdict.status != "HELD" else ""
             yield str(n), MARK[verdict.status] if verdict else "·", level.title, happened
 
     def _failed(self) -> list[tuple[Verdict, str]]:
