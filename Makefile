@@ -1,6 +1,6 @@
 # make lab   opens JupyterLab on notebooks/00_start_here.ipynb     PORT=8889, BROWSER=none, ARGS=... are passed on
 # make test  ruff, mypy and every test                             ARGS="-k locks -x" goes to pytest
-# make check · make notebooks · make bench · make lock · make clean
+# make check · make notebooks · make zoo · make bench · make lock · make clean
 # From nothing: Python >= 3.11 (or uv) and make. Everything goes into .venv (VENV=... elsewhere); nothing else on the machine changes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ WARM := distsys, IPython, hypothesis, ipykernel.kernelapp, ipywidgets, jupyterla
   nbconvert, psycopg_pool, pytest, redis.asyncio
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help lab test check notebooks bench lock readme clean
+.PHONY: help lab test check notebooks zoo bench lock readme clean
 
 help:
 	@sed -n '/^#/!q;s/^# //p' Makefile
@@ -30,6 +30,9 @@ check: $(READY)
 
 notebooks: $(READY)
 	@$(PY) -m distsys.lab.notebook.execute $(ARGS)
+
+zoo: $(READY)
+	@$(PY) -m tests.lab.zoo
 
 bench: $(READY)
 	@for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do $(PY) "$$script" $(ARGS) || exit 1; done

@@ -28,6 +28,8 @@ from distsys.lab.history.history import Status
 from distsys.lab.history.words import count
 from distsys.lab.run.guard import looks_sync
 from distsys.lab.run.worker import ALIASES
+from distsys.lab.show.html import escape, table
+from distsys.lab.show.verdict import MARK
 
 CONFIRMATIONS = 3  # tries to show a schedule again in real time
 
@@ -108,10 +110,9 @@ class Exploration:
     def __str__(self) -> str:
         searched = f"{count(self.schedules, 'schedule')}: three workers, each command disturbed in turn"
         lines = [f"{self.candidate}: {self.status}, {searched}"]
-        marks = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
         for found in self.found:
             what = "" if found.status == "HELD" else f" - {found.summary}"
-            lines.append(f"  {marks[found.status]} {found.scene}{what}")
+            lines.append(f"  {MARK[found.status]} {found.scene}{what}")
         lines.append("  A worker that was disturbed is excused; the others must not suffer from it.")
         for found in self.found:
             if found.status == "VIOLATED":
@@ -121,6 +122,18 @@ class Exploration:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *_ = str(self).splitlines()
+        rows = [
+            (MARK[f.status], f.scene, f"{f.schedules:,}", "" if f.status == "HELD" else f.summary) for f in self.found
+        ]
+        page = f"<p><b>{escape(head)}</b></p>{table(('', 'scene', 'schedules', 'what happened'), rows)}"
+        for found in (found for found in self.found if found.status == "VIOLATED"):
+            line = f"{found.schedule or 'no disturbance'}: {found.summary}"
+            story = escape("\n".join(found.story))
+            page += f"<details><summary>{escape(line)}</summary><pre>{story}</pre></details>"
+        return f"<div>{page}</div>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON knows it."""

@@ -41,6 +41,7 @@ async def test_each_mistake_is_found_for_its_reason(lab: Lab, lock: Any) -> None
     assert words in found.summary
     assert found.story
     assert str(exploration).startswith(f"{lock.__name__}: VIOLATED")
+    assert found.summary in exploration._repr_html_()
 
 
 async def test_the_search_is_the_same_every_time(lab: Lab) -> None:
