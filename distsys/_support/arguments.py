@@ -8,16 +8,23 @@ from typing import Any
 YEAR = 366 * 86_400.0  # seconds; a longer duration is taken for a mistake
 
 
+def check_is_number(name: str, value: float, unit: str) -> float:
+    """Return the value if it is an int or a float, but no bool. TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
+    return value
+
+
 def check_number(name: str, value: float, least: float, most: float, unit: str) -> float:
     """Return the value if it lies between the bounds, both included. TypeError, ValueError."""
-    if not least <= _number(name, value, unit) <= most:
+    if not least <= check_is_number(name, value, unit) <= most:
         raise ValueError(f"{name}={value!r}: give {unit} from {least:g} to {'a year' if most == YEAR else f'{most:g}'}")
     return value
 
 
 def check_positive(name: str, value: float, most: float, unit: str) -> float:
     """Return the value if it is above 0 and at most `most`. TypeError, ValueError."""
-    if not 0 < _number(name, value, unit) <= most:
+    if not 0 < check_is_number(name, value, unit) <= most:
         raise ValueError(f"{name}={value!r}: give {unit} above 0, at most {most:,.0f}")
     return value
 
@@ -40,7 +47,7 @@ def check_timeout(timeout: float | None) -> float | None:
     """Return how long to wait, in seconds: None is for ever, 0 is one try. TypeError, ValueError."""
     if timeout is None:
         return None
-    if not _number("timeout", timeout, "seconds (0 is one try, None is for ever)") >= 0:
+    if not check_is_number("timeout", timeout, "seconds (0 is one try, None is for ever)") >= 0:
         raise ValueError(f"timeout={timeout!r} is negative: 0 is one try, None waits for ever")
     return float(timeout)
 
@@ -75,9 +82,3 @@ def optional(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is missing: pip install 'distsys[{extra}]'") from error
-
-
-def _number(name: str, value: float, unit: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give {unit} as a number")
-    return value

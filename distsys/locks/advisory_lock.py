@@ -29,18 +29,20 @@ from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from distsys._support.clock import elapsed
+from distsys._support.postgres import Database
 from distsys.errors import DistsysError, LockDeadlock, LockLost, LockNotAcquired, SharedSession
 from distsys.locks.advisory_keys import Key, lock_key, oids, order
 from distsys.locks.hold import Hold, Lock, State
 
+Connection = AsyncConnection[Any]
 MAX_TIMEOUT = 2_147_483.0  # lock_timeout is 31 bits of milliseconds: 24 days
 BUSY_SECONDS = 0.1  # until the watch looks again at a connection that psycopg was reading
 CONNECTION_DIED = "its connection died"
 IN_TRANSACTION = (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 ROLL_BACK = b"ROLLBACK TO distsys_lock; RELEASE distsys_lock"
 
-_session_keys: WeakKeyDictionary[AsyncConnection[Any], set[Key]] = WeakKeyDictionary()
-_prepared: WeakKeyDictionary[AsyncConnection[Any], dict[str, bytes]] = WeakKeyDictionary()  # SQL -> its name, or b""
+_session_keys: WeakKeyDictionary[Connection, set[Key]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[Connection, dict[str, bytes]] = WeakKeyDictionary()  # SQL -> its name, or b""
 _numbers = itertools.count()
 
 
@@ -50,18 +52,16 @@ class ConnectionHold(Hold):
     def __init__(
         self,
         lock: AdvisoryLock,
-        connection: AsyncConnection[Any],
-        borrowed: AbstractAsyncContextManager[Any],
+        connection: Connection,
+        borrowed: AbstractAsyncContextManager[Connection],
         *,
         body: bool,
     ) -> None:
         super().__init__(lock.name, body=body)
-        self.lock = lock
-        self.connection = connection
+        self.lock, self.connection = lock, connection
         self._borrowed = borrowed  # gives the connection back
         self._backend_pid = 0  # of the session that holds the lock
-        self._finished = False
-        self._loop = asyncio.get_running_loop()
+        self._finished, self._loop = False, asyncio.get_running_loop()
         self._fd = -1  # of the watch
         self._pending_read: asyncio.Handle | None = None
 
@@ -85,17 +85,12 @@ class ConnectionHold(Hold):
     def _mark_lost(self, reason: str, cause: BaseException | None = None) -> None:
         """Record the loss. A connection that dies under a transaction without a block is not watched: it just fails."""
         if self._state is State.HELD:
-            self._state = State.LOST
-            self._reason = reason
-            self._cause = cause
+            self._state, self._reason, self._cause = State.LOST, reason, cause
 
     def _loss(self) -> LockLost:
         return LockLost(f"{self.lock} was lost, and another holder may have it by now: {self._reason}", name=self.name)
 
     # ---- the watch, on a second descriptor of the socket: psycopg adds and removes a reader of its own on the first
-
-    def _watch(self) -> None:
-        self._pending_read = self._loop.call_soon(self._add_reader)  # a body that never waits ends before
 
     def _unwatch(self) -> None:
         if self._pending_read is not None:
@@ -197,7 +192,7 @@ class AdvisoryLock(Lock[ConnectionHold]):
 
     def __init__(
         self,
-        conn_or_pool: AsyncConnection[Any] | AsyncConnectionPool[Any],
+        conn_or_pool: Database,
         name: str | Key,
         *,
         scope: Literal["transaction", "session"] = "transaction",
@@ -214,10 +209,8 @@ class AdvisoryLock(Lock[ConnectionHold]):
             raise ValueError(f"proxy={proxy!r}: 'session' if it pools sessions, else None and scope='transaction'")
         super().__init__(name, timeout)
         self.keys: tuple[Key, ...] = (lock_key(name),)
-        self.source = conn_or_pool
-        self.scope = scope
-        self.shared = shared
-        self.proxy = proxy
+        self.source, self.scope = conn_or_pool, scope
+        self.shared, self.proxy = shared, proxy
 
     def __str__(self) -> str:
         shown = repr(self.name)
@@ -226,9 +219,8 @@ class AdvisoryLock(Lock[ConnectionHold]):
     def _check_timeout(self, timeout: float | None) -> float | None:
         seconds = super()._check_timeout(timeout)
         if seconds is not None and seconds > MAX_TIMEOUT:
-            raise ValueError(
-                f"timeout={timeout!r}: Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days; None waits for ever"
-            )
+            most = f"Postgres counts to {MAX_TIMEOUT:.0f} s, 24 days"
+            raise ValueError(f"timeout={timeout!r}: {most}; None waits for ever")
         return seconds
 
     # ---- acquire
@@ -245,9 +237,8 @@ class AdvisoryLock(Lock[ConnectionHold]):
             hold = ConnectionHold(self, await borrowed.__aenter__(), borrowed, body=body)
             try:
                 if hold.connection.pgconn.pipeline_status != PipelineStatus.OFF:
-                    raise RuntimeError(  # noqa: TRY301  the way out is the same as for any error
-                        f"{self}: a pipeline does not wait for answers; acquire before `conn.pipeline()`"
-                    )
+                    advice = "a pipeline does not wait for answers; acquire before `conn.pipeline()`"
+                    raise RuntimeError(f"{self}: {advice}")  # noqa: TRY301  the way out is the same as for any error
                 if watched:
                     hold._fd = os.dup(hold.connection.pgconn.socket)  # before the lock is ours, for this may fail
                 if not await lock(hold, timeout and max(0.001, started + timeout - elapsed())):
@@ -258,14 +249,15 @@ class AdvisoryLock(Lock[ConnectionHold]):
         except (PoolTimeout, LockNotAvailable, QueryCanceled, DeadlockDetected) as error:
             raise self._refusal(started, error) from error
         if watched:
-            hold._watch()
+            hold._pending_read = hold._loop.call_soon(hold._add_reader)  # a body that never waits ends before
             self._add_hold(hold)
         return hold
 
-    def _borrow_connection(self, timeout: float | None) -> AbstractAsyncContextManager[AsyncConnection[Any]]:
+    def _borrow_connection(self, timeout: float | None) -> AbstractAsyncContextManager[Connection]:
         """Lend the caller's own connection, once for each key of a session lock, or one of the pool."""
         if isinstance(self.source, AsyncConnectionPool):
-            return self._from_pool(self.source, timeout)
+            pooled = self.source.connection(timeout or None)
+            return self._transaction_of(pooled) if self.scope == "transaction" else pooled
         if self.scope == "session":
             keys, key = _session_keys.setdefault(self.source, set()), self.keys[0]
             if key in keys:
@@ -274,11 +266,8 @@ class AdvisoryLock(Lock[ConnectionHold]):
         return nullcontext(self.source)
 
     @asynccontextmanager
-    async def _from_pool(
-        self, pool: AsyncConnectionPool[Any], timeout: float | None
-    ) -> AsyncIterator[AsyncConnection[Any]]:
-        in_transaction = self.scope == "transaction"
-        async with pool.connection(timeout or None) as conn, conn.transaction() if in_transaction else nullcontext():
+    async def _transaction_of(self, pooled: AbstractAsyncContextManager[Connection]) -> AsyncIterator[Connection]:
+        async with pooled as conn, conn.transaction():
             yield conn
 
     async def _lock_session(self, hold: ConnectionHold, timeout: float | None) -> bool:
@@ -291,10 +280,9 @@ class AdvisoryLock(Lock[ConnectionHold]):
         async with conn.lock:
             if conn.pgconn.transaction_status in IN_TRANSACTION:
                 raise RuntimeError(f"{self}: this connection is in a transaction; commit, or use scope='transaction'")
+            function = "try_advisory_lock" if timeout == 0 else "advisory_lock"
             try:
-                row = await self._query(
-                    conn, "try_advisory_lock" if timeout == 0 else "advisory_lock", where, pid, limit
-                )
+                row = await self._query(conn, function, where, pid, limit)
             except BaseException as error:
                 await self._undo_grant(conn, error)
                 raise
@@ -307,7 +295,7 @@ class AdvisoryLock(Lock[ConnectionHold]):
         hold._backend_pid = row[0]
         return bool(row[1] != b"f")
 
-    async def _undo_grant(self, conn: AsyncConnection[Any], error: BaseException) -> None:
+    async def _undo_grant(self, conn: Connection, error: BaseException) -> None:
         """Unlock after a grant that raced the timeout or the cancel: Postgres reports the error and keeps the lock.
 
         Each key has at most one hold on a connection, so a lock of ours in pg_locks can only be that grant.
@@ -328,10 +316,8 @@ class AdvisoryLock(Lock[ConnectionHold]):
         """Lock in one round trip. Rolling back to the savepoint frees what was locked and restores lock_timeout."""
         conn, got = hold.connection, True
         if conn.autocommit and conn.pgconn.transaction_status == TransactionStatus.IDLE:
-            raise RuntimeError(
-                f"{self}: in autocommit and outside a transaction it would be gone at once; acquire it inside "
-                "`async with conn.transaction()`, or use scope='session'"
-            )
+            advice = "acquire it inside `async with conn.transaction()`, or use scope='session'"
+            raise RuntimeError(f"{self}: in autocommit and outside a transaction it would be gone at once; {advice}")
         cursor = conn.cursor(row_factory=tuple_row)  # its first statement begins the transaction as the connection says
         keep = limit = restore = ""
         if timeout:
@@ -358,11 +344,10 @@ class AdvisoryLock(Lock[ConnectionHold]):
             raise
         return got
 
-    async def _query(self, conn: AsyncConnection[Any], function: str, where: str, *args: object) -> list[Any] | None:
+    async def _query(self, conn: Connection, function: str, where: str, *args: object) -> list[Any] | None:
         """Call the function and return [pid of the server's process, answer]; None where `where` does not hold."""
-        key = self.keys[0]
-        ids = key if isinstance(key, tuple) else (key,)
-        numbers = ", ".join(f"${number}" for number in range(len(args) + 1, len(args) + len(ids) + 1))
+        ids = key if isinstance(key := self.keys[0], tuple) else (key,)
+        numbers = ", ".join(f"${len(args) + place}" for place in range(1, len(ids) + 1))
         call = f"pg_{function}{'_shared' if self.shared else ''}({numbers})"
         row = await _first_row(conn, f"SELECT pg_backend_pid(), {call} WHERE {where}", *args, *ids)
         return row and [int(row[0] or 0), row[1]]
@@ -382,10 +367,7 @@ class AdvisoryLock(Lock[ConnectionHold]):
 
 
 def advisory_locks(
-    conn_or_pool: AsyncConnection[Any] | AsyncConnectionPool[Any],
-    *names: str | Key,
-    shared: bool = False,
-    timeout: float | None = None,
+    conn_or_pool: Database, *names: str | Key, shared: bool = False, timeout: float | None = None
 ) -> AdvisoryLock:
     """Return a lock of several names for one transaction: all or none, in one round trip.
 
@@ -401,7 +383,7 @@ def advisory_locks(
     return lock
 
 
-async def _first_row(conn: AsyncConnection[Any], sql: str, *args: object) -> list[bytes | None] | None:
+async def _first_row(conn: Connection, sql: str, *args: object) -> list[bytes | None] | None:
     """Return the first row of a statement, without psycopg's implicit transaction. The caller holds conn.lock.
 
     From its second use on the statement is prepared: parsing and planning are a third of the server's work for a lock.

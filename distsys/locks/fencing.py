@@ -47,6 +47,19 @@ redis.call('SET', KEYS[2], ARGV[1])
 return {0, redis.call('GET', KEYS[1])}
 """)
 
+_ADMIT = """
+INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
+ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token RETURNING token
+"""
+# All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
+_UPDATE = """
+WITH target AS MATERIALIZED (SELECT {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
+  newest AS (SELECT count(*) AS found, coalesce(max(token), 0) AS token FROM target),
+  written AS (UPDATE {table} SET {sets}, {column} = {token}
+    WHERE {rows} AND {token} >= (SELECT token FROM newest) RETURNING 1)
+SELECT found, token, (SELECT count(*) FROM written) FROM newest
+"""
+
 
 def current_token(name: str | None = None) -> int:
     """Return the fencing token of the innermost lease held here (of the lock `name`), for code without the lease.
@@ -57,9 +70,8 @@ def current_token(name: str | None = None) -> int:
         if lease.token is not None and name in (None, lease.name):
             lease.check()
             return lease.token
-    raise LookupError(
-        f"no lease with a fencing token {f'of {name!r} ' if name else ''}is held here; write under a lock"
-    )
+    wanted = f"of {name!r} " if name else ""
+    raise LookupError(f"no lease with a fencing token {wanted}is held here; write under a lock")
 
 
 async def fenced_set(redis: Redis, key: str, value: Any, *, token: int, ttl: float | None = None) -> None:
@@ -102,17 +114,9 @@ async def fence(conn: AsyncConnection[Any], resource: str, token: int) -> None:
     The guard's row stays locked until that transaction ends, so this work commits before a newer token is admitted.
     """
     if conn.autocommit and conn.info.transaction_status.name == "IDLE":
-        raise ValueError(
-            "fence() guards the rest of a transaction, and there is none: `async with conn.transaction():`"
-        )
-    admitted = await rows(
-        conn,
-        """INSERT INTO distsys_fence AS guard (resource, token) VALUES (%s, %s)
-           ON CONFLICT (resource) DO UPDATE SET token = excluded.token WHERE guard.token <= excluded.token
-           RETURNING token""",
-        (resource, check_token(token)),
-    )
-    if not admitted:
+        advice = "`async with conn.transaction():`"
+        raise ValueError(f"fence() guards the rest of a transaction, and there is none: {advice}")
+    if not await rows(conn, _ADMIT, (resource, check_token(token))):
         ((newest,),) = await rows(conn, "SELECT token FROM distsys_fence WHERE resource = %s", (resource,))
         raise _stale(resource, newest, token)
 
@@ -133,24 +137,10 @@ async def fenced_update(
     """
     if not values or not where:
         raise ValueError(f"fenced_update needs columns to set and a condition; got values={values!r}, where={where!r}")
-    parts = {
-        "table": sql.Identifier(*table.split(".")),
-        "column": sql.Identifier(column),
-        "token": sql.Literal(check_token(token)),
-        "sets": _equations(values, ", "),
-        "rows": _equations(where, " AND "),
-    }
-    # All rows or none: the oldest acceptable token is decided over the whole set, under its row locks.
-    ((found, newest, written),) = await rows(
-        conn,
-        sql.SQL(
-            """WITH target AS MATERIALIZED (SELECT {column} AS token FROM {table} WHERE {rows} FOR UPDATE),
-                    newest AS (SELECT count(*) AS found, coalesce(max(token), 0) AS token FROM target),
-                    written AS (UPDATE {table} SET {sets}, {column} = {token}
-                                WHERE {rows} AND {token} >= (SELECT token FROM newest) RETURNING 1)
-               SELECT found, token, (SELECT count(*) FROM written) FROM newest"""
-        ).format(**parts),
-    )
+    place = {"table": sql.Identifier(*table.split(".")), "column": sql.Identifier(column)}
+    equations = {"sets": _equations(values, ", "), "rows": _equations(where, " AND ")}
+    update = sql.SQL(_UPDATE).format(**place, **equations, token=sql.Literal(check_token(token)))
+    ((found, newest, written),) = await rows(conn, update)
     if not found:
         raise LookupError(f"no row of {table} matches {dict(where)!r}: nothing was written")
     if newest > token:

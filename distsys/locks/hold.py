@@ -27,14 +27,10 @@ class Hold:
     def __init__(self, name: Any, *, body: bool) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.name = name
-        self.task = task
-        self._body = body
-        self._body_ended = False
-        self._cancelling = task.cancelling()  # cancellations that are not ours
-        self._cancelled = False
-        self._state = State.HELD
-        self._reason = ""  # for a state other than HELD
+        self.name, self.task = name, task
+        self._body, self._body_ended = body, False
+        self._cancelling, self._cancelled = task.cancelling(), False  # the count is of cancellations that are not ours
+        self._state, self._reason = State.HELD, ""  # the reason is for a state other than HELD
         self._cause: BaseException | None = None  # of the loss
 
     @property

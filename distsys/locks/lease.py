@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Literal
 
+from distsys._support.arguments import check_is_number
 from distsys._support.cancellation import in_background
 from distsys._support.clock import Clock
 from distsys.errors import LockLost
@@ -19,6 +20,7 @@ from distsys.locks.hold import Hold, Lock, State
 
 logger = logging.getLogger("distsys.locks")
 OnLost = Literal["cancel", "flag"]
+Ask = Callable[..., Awaitable[bool]]  # about a lease: was it still ours? To extend it takes the lease and the new TTL
 MAX_TTL = 86_400.0  # seconds
 UNDO_SECONDS = 1.0  # a cancelled acquire waits this long for its own undoing, which then goes on in the background
 RELEASE_FAILED = "could not be released"
@@ -31,24 +33,13 @@ class LeasedLock(Lock["Lease"]):
     """Base class of the locks that are held by leases."""
 
     def __init__(
-        self,
-        name: str,
-        key: str,
-        *,
-        ttl: float,
-        timeout: float | None,
-        renew: bool,
-        on_lost: OnLost,
-        clock: Clock,
+        self, name: str, key: str, *, ttl: float, timeout: float | None, renew: bool, on_lost: OnLost, clock: Clock
     ) -> None:
         if on_lost not in ("cancel", "flag"):
             raise ValueError(f"on_lost={on_lost!r}: 'cancel' ends the body, 'flag' only sets lease.lost")
         super().__init__(name, timeout)
-        self._key = key
-        self.ttl = check_ttl(ttl)
-        self.renew = renew
-        self.on_lost = on_lost
-        self.clock = clock
+        self._key, self.ttl = key, check_ttl(ttl)
+        self.renew, self.on_lost, self.clock = renew, on_lost, clock
 
     def _refuse_reentry(self) -> None:
         """Raise RuntimeError if this task holds the lock already: it would wait for itself for ever."""
@@ -69,24 +60,12 @@ class Lease(Hold):
     """
 
     def __init__(
-        self,
-        lock: LeasedLock,
-        *,
-        owner: str,
-        token: int | None,
-        asked_at: float,
-        extend: Callable[[Lease, float], Awaitable[bool]],
-        release: Callable[[Lease], Awaitable[bool]],
-        body: bool,
+        self, lock: LeasedLock, *, owner: str, token: int | None, asked_at: float, extend: Ask, release: Ask, body: bool
     ) -> None:
         super().__init__(lock.name, body=body)
-        self.key = lock._key
-        self.owner = owner
-        self.token = token
-        self._lock = lock
-        self._extend = extend
-        self._release = release
-        self._clock = lock.clock
+        self.key, self.owner, self.token = lock._key, owner, token
+        self._lock, self._clock = lock, lock.clock
+        self._extend, self._release = extend, release
         self._timer: asyncio.TimerHandle | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._deadline = -math.inf
@@ -220,8 +199,7 @@ class Lease(Hold):
             self._cancel_body()
 
     def _end(self, state: State, reason: str) -> None:
-        self._state = state
-        self._reason = reason
+        self._state, self._reason = state, reason
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None  # its context knows the leases before this one, and theirs the ones before
@@ -240,15 +218,10 @@ def local_deadline(asked_at: float, ttl: float) -> float:
 
 def check_ttl(ttl: float) -> float:
     """Return the TTL in seconds if it is above 0 and at most a day."""
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
-        raise TypeError(f"ttl={ttl!r} is a {type(ttl).__name__}; give seconds as a number")
-    if not local_deadline(0, ttl) > 0:
-        raise ValueError(
-            f"ttl={ttl!r}: a lease must last longer than the 2 ms allowed for drift; "
-            "take 2-3 times the expected operation"
-        )
+    if not local_deadline(0, check_is_number("ttl", ttl, "seconds")) > 0:
+        advice = "take 2-3 times the expected operation"
+        raise ValueError(f"ttl={ttl!r}: a lease must last longer than the 2 ms allowed for drift; {advice}")
     if ttl > MAX_TTL:
-        raise ValueError(
-            f"ttl={ttl!r} is longer than a day; it is in seconds, and renewal keeps a long job's lease alive"
-        )
+        advice = "it is in seconds, and renewal keeps a long job's lease alive"
+        raise ValueError(f"ttl={ttl!r} is longer than a day; {advice}")
     return float(ttl)

@@ -187,24 +187,22 @@ class RedisLock(LeasedLock):
     ) -> None:
         key = f"distsys:lock:{{{hash_tag(check_text('name', name, EXAMPLE))}}}"
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
-        self.redis = async_client(redis)
-        self.tokens = tokens
+        self.redis, self.tokens = async_client(redis), tokens
 
     async def explain(self) -> LockState:
         """Return who holds the lock, from where, for how long, and how many wait."""
         owner, left_ms, token, waiting, now = await self._run(_EXPLAIN)
         owner = _text(owner)
         host, pid = owner.split("|")[:2] if owner.count("|") == 2 else (None, None)  # else another program wrote it
-        return LockState(
-            name=self.name,
-            owner=owner or None,
-            host=host,
-            pid=int(pid) if pid else None,
-            token=int(token) if token else None,
-            held_for=max(0.0, (now - int(token)) / 1e6) if owner and token else 0.0,
-            remaining=max(0.0, left_ms / 1000),
-            waiting=waiting,
-        )
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "owner": owner or None,
+            "host": host,
+            "pid": int(pid) if pid else None,
+        }
+        held_for = max(0.0, (now - int(token)) / 1e6) if owner and token else 0.0
+        remaining, token = max(0.0, left_ms / 1000), token and int(token)
+        return LockState(**facts, token=token, held_for=held_for, remaining=remaining, waiting=waiting)
 
     async def force_release(self) -> str | None:
         """Take the lock from its holder, hand it to the next waiter, and return that holder; None if it was free.
@@ -227,22 +225,22 @@ class RedisLock(LeasedLock):
                 await self._obtain(attempt, wait=timeout is None)
         except BaseException as error:
             # Cancelled, timed out or disconnected: the last request may have been granted, so release it.
-            release = self._run(_RELEASE_OR_DEQUEUE, attempt.owner, "", "1")
-            await asyncio.wait({in_background(release, f"undoing an acquire of {self.name!r}")}, timeout=UNDO_SECONDS)
+            undo = self._run(_RELEASE_OR_DEQUEUE, attempt.owner, "", "1")
+            await asyncio.wait({in_background(undo, f"undoing an acquire of {self.name!r}")}, timeout=UNDO_SECONDS)
             if timeout and isinstance(error, TimeoutError):
                 raise self._refused(attempt, timeout) from None
             raise
         if not attempt.token:
             raise self._refused(attempt, 0.0)
-        lease = Lease(
-            self,
-            owner=attempt.owner,
-            token=attempt.token,
-            asked_at=attempt.asked_at,
-            extend=lambda lease, ttl: self._run(EXTEND, lease.owner, milliseconds(ttl)),
-            release=lambda lease: self._release(lease, attempt.server_token),
-            body=body,
-        )
+
+        def extend(lease: Lease, ttl: float) -> Awaitable[bool]:
+            return self._run(EXTEND, lease.owner, milliseconds(ttl))
+
+        def release(lease: Lease) -> Awaitable[bool]:
+            return self._run(_RELEASE_OR_DEQUEUE, lease.owner, attempt.server_token if lease.within_ttl else "", "")
+
+        owner, token, asked_at = attempt.owner, attempt.token, attempt.asked_at
+        lease = Lease(self, owner=owner, token=token, asked_at=asked_at, extend=extend, release=release, body=body)
         return self._add_hold(lease)
 
     async def _obtain(self, attempt: _Attempt, *, wait: bool) -> None:
@@ -270,9 +268,7 @@ class RedisLock(LeasedLock):
         attempt.asked_at = self.clock()  # the lease counts from here, though a blocked request is granted later
         answer = await self._ask(attempt.owner, queue, block)
         token, left_ms, holder = answer if isinstance(answer, list) else (answer, 0, attempt.owner)
-        attempt.server_token = token
-        attempt.left = left_ms / 1000
-        attempt.holder = _text(holder)
+        attempt.server_token, attempt.left, attempt.holder = token, left_ms / 1000, _text(holder)
         if token and self.tokens is not None:
             # The draw may outlast the lease. If the lease still stands afterwards, every later holder draws later.
             drawn = await self.tokens()
@@ -299,9 +295,8 @@ class RedisLock(LeasedLock):
         if known is None or known[0] is not loop:
             size = getattr(pool, "max_connections", 100)
             if size < 2 or getattr(self.redis, "single_connection_client", False):
-                raise ValueError(
-                    "a client with one connection can't wait: a waiter occupies one, a holder needs another"
-                )
+                advice = "a waiter occupies one, a holder needs another"
+                raise ValueError(f"a client with one connection can't wait: {advice}")
             known = _permits_of[pool] = loop, asyncio.Semaphore(size // 2)
         return known[1]
 
@@ -311,9 +306,6 @@ class RedisLock(LeasedLock):
         return LockNotAcquired(message, name=self.name, waited=waited, holder=attempt.holder)
 
     # ---- what is sent to the server
-
-    def _release(self, lease: Lease, server_token: int) -> Awaitable[bool]:
-        return self._run(_RELEASE_OR_DEQUEUE, lease.owner, server_token if lease.within_ttl else "", "")
 
     def _run(self, script: Script, *args: Any) -> Awaitable[Any]:
         return script.run(self.redis, [self._key], *args)

@@ -84,14 +84,12 @@ class Redlock(LeasedLock):
         super().__init__(name, key, ttl=ttl, timeout=timeout, renew=renew, on_lost=on_lost, clock=clock)
         self.node_timeout = min(0.5, max(0.05, ttl / 50)) if node_timeout is None else node_timeout
         if not 0 < self.node_timeout < ttl / 2:
-            raise ValueError(
-                f"node_timeout={self.node_timeout}: above 0 and far below ttl={ttl}, or a dead node uses up the lease"
-            )
+            bounds = f"above 0 and far below ttl={ttl}, or a dead node uses up the lease"
+            raise ValueError(f"node_timeout={self.node_timeout}: {bounds}")
         if not retry_delay >= 0:
             raise ValueError(f"retry_delay={retry_delay}: a pause is not negative")
         self.quorum = len(self.clients) // 2 + 1
-        self.retry_delay = retry_delay
-        self.rng = rng or random.Random()
+        self.retry_delay, self.rng = retry_delay, rng or random.Random()
 
     async def _acquire(self, timeout: float | None, *, body: bool) -> Lease:
         self._refuse_reentry()
@@ -110,15 +108,13 @@ class Redlock(LeasedLock):
             await self._release_all(owner, grants)
             pause = self.rng.uniform(0, 2 * self.retry_delay)
             if give_up is not None and self.clock() + pause >= give_up:
-                raise LockNotAcquired(
+                message = (
                     f"{self.name!r}: {grants.yes} of {len(self.clients)} nodes granted it, {self.quorum} are needed"
-                    + (f", and too late for ttl={self.ttl:g}" if too_late else "")
-                    + (f"; {grants.errors[0]!r}" if grants.errors else ""),
-                    name=self.name,
-                    granted=grants.yes,
-                    needed=self.quorum,
-                    errors=grants.errors,
                 )
+                message += f", and too late for ttl={self.ttl:g}" if too_late else ""
+                message += f"; {grants.errors[0]!r}" if grants.errors else ""
+                facts = {"granted": grants.yes, "needed": self.quorum, "errors": grants.errors}
+                raise LockNotAcquired(message, name=self.name, **facts)
             await asyncio.sleep(pause)
 
     async def _release_all(self, owner: str, grants: _Votes) -> None:
@@ -137,15 +133,13 @@ class Redlock(LeasedLock):
         return await self._run(node, _RELEASE, owner, "" if granted is True else "1")
 
     def _lease(self, owner: str, grants: _Votes, asked_at: float, *, body: bool) -> Lease:
-        return Lease(
-            self,
-            owner=owner,
-            token=None,
-            asked_at=asked_at,
-            extend=lambda _, ttl: self._majority_confirms(self._run, EXTEND, owner, milliseconds(ttl)),
-            release=lambda _: self._majority_confirms(self._release_on, owner, grants),
-            body=body,
-        )
+        def extend(_: Lease, ttl: float) -> Coroutine[Any, Any, bool]:
+            return self._majority_confirms(self._run, EXTEND, owner, milliseconds(ttl))
+
+        def release(_: Lease) -> Coroutine[Any, Any, bool]:
+            return self._majority_confirms(self._release_on, owner, grants)
+
+        return Lease(self, owner=owner, token=None, asked_at=asked_at, extend=extend, release=release, body=body)
 
     async def _majority_confirms(self, ask: _Question, *args: Any) -> bool:
         """Ask all nodes whether the lock was ours. Raise a silent node's error if the silent ones could decide it."""
@@ -169,8 +163,7 @@ class _Votes:
     def __init__(self, asked: Iterable[Coroutine[Any, Any, bool]], *, quorum: int, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         self.decided: asyncio.Future[None] = loop.create_future()
-        self._quorum = quorum
-        self._timeout = timeout
+        self._quorum, self._timeout = quorum, timeout
         self.tasks = [loop.create_task(question) for question in asked]
         self.answers: list[bool | BaseException | None] = [None] * len(self.tasks)
         self._timer = loop.call_later(timeout, self._time_out)

@@ -324,11 +324,12 @@ async def test_any_other_text_is_a_key(redis: Redis) -> None:
 
 
 @kills(
-    "the guard keeps its first token", edited(fencing, "fence", "SET token = excluded.token", "SET token = guard.token")
+    "the guard keeps its first token",
+    edited(fencing, "_ADMIT", "SET token = excluded.token", "SET token = guard.token"),
 )
-@kills("the guard admits every token", edited(fencing, "fence", " WHERE guard.token <= excluded.token", ""))
+@kills("the guard admits every token", edited(fencing, "_ADMIT", " WHERE guard.token <= excluded.token", ""))
 @kills(
-    "the guard refuses an equal token", edited(fencing, "fence", "guard.token <= excluded", "guard.token < excluded")
+    "the guard refuses an equal token", edited(fencing, "_ADMIT", "guard.token <= excluded", "guard.token < excluded")
 )
 async def test_the_guard_table_admits_newer_tokens_and_refuses_older_ones(conn: AsyncConnection[Any]) -> None:
     """Equal ones too; StaleToken carries both, and each resource has its own."""
@@ -469,10 +470,10 @@ async def test_the_guard_answers_in_a_pipeline_too(connect: Connect) -> None:
 # ---- PostgreSQL: the token in the row
 
 
-@kills("an update leaves the token as it was", edited(fencing, "fenced_update", ", {column} = {token}", ""))
+@kills("an update leaves the token as it was", edited(fencing, "_UPDATE", ", {column} = {token}", ""))
 @kills(
     "an update does not look at the token",
-    edited(fencing, "fenced_update", " AND {token} >= (SELECT token FROM newest)", ""),
+    edited(fencing, "_UPDATE", " AND {token} >= (SELECT token FROM newest)", ""),
 )
 async def test_an_update_writes_the_token_beside_the_values(conn: AsyncConnection[Any]) -> None:
     """A row that has none yet accepts any; an older one is refused and changes nothing."""
@@ -485,10 +486,8 @@ async def test_an_update_writes_the_token_beside_the_values(conn: AsyncConnectio
     assert await rows(conn, "SELECT * FROM accounts ORDER BY 1") == [("a", 80, 34), ("b", 0, None)]
 
 
-@kills("the oldest of several rows decides", edited(fencing, "fenced_update", "max(token)", "min(token)"))
-@kills(
-    "an update is refused an equal token", edited(fencing, "fenced_update", "{token} >= (SELECT", "{token} > (SELECT")
-)
+@kills("the oldest of several rows decides", edited(fencing, "_UPDATE", "max(token)", "min(token)"))
+@kills("an update is refused an equal token", edited(fencing, "_UPDATE", "{token} >= (SELECT", "{token} > (SELECT"))
 async def test_several_rows_are_all_written_or_none(conn: AsyncConnection[Any]) -> None:
     """One row with a newer token holds back the others."""
     await fenced_update(conn, "accounts", {"balance": 1}, where={"name": "a"}, token=9)
@@ -538,9 +537,7 @@ async def test_for_any_order_of_updates_accepted_tokens_never_decrease(
         assert found == [(newest % 100, newest)]
 
 
-@kills(
-    "the token is read without a lock on its row", edited(fencing, "fenced_update", "FOR UPDATE", ""), first=2, second=1
-)
+@kills("the token is read without a lock on its row", edited(fencing, "_UPDATE", "FOR UPDATE", ""), first=2, second=1)
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 2)])
 async def test_updates_that_race_for_a_row_are_decided_by_its_newest_version(
     connect: Connect, first: int, second: int
@@ -578,7 +575,7 @@ async def test_a_row_that_is_gone_when_the_wait_ends_is_a_missing_row(connect: C
     "rows are found again by their place",
     edited(
         fencing,
-        "fenced_update",
+        "_UPDATE",
         "WHERE {rows} AND {token}",
         "WHERE ctid IN (SELECT ctid FROM {table} WHERE {rows}) AND {token}",
     ),
