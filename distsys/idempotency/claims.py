@@ -22,17 +22,9 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
+from distsys import errors
 from distsys._support.arguments import check_seconds
 from distsys._support.cancellation import in_background
-from distsys.errors import (
-    AnswerNotKept,
-    BadKey,
-    Indeterminate,
-    KeyInProgress,
-    KeyReused,
-    OutcomeUnknown,
-    StoreUnavailable,
-)
 from distsys.idempotency.answers import json_of
 from distsys.idempotency.keys import fingerprint_of
 
@@ -42,11 +34,6 @@ DAY = 86_400.0  # seconds
 FINGERPRINT_BYTES = 32  # a record of Redis has a fixed place for it
 End = Literal["done", "unknown", "free"]
 OnUnknown = Literal["block", "rerun"] | Callable[[str], Awaitable[bytes | None]]
-
-
-def unchanged(data: bytes) -> bytes:
-    """Return the answer as it is: the default for encrypt and decrypt."""
-    return data
 
 
 class Found(NamedTuple):
@@ -63,18 +50,11 @@ class Store(Protocol):
     """A place for claims. The server makes each decision in one step, never from what an earlier step has read."""
 
     async def claim(
-        self,
-        key: str,
-        fingerprint: bytes,
-        *,
-        lease: float,
-        ttl: float,
-        takeover_from: int = 0,
-        notify_on_end: bool = False,
+        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, takeover_from: int = 0, notify: bool = False
     ) -> Found:
         """Claim the key if it is free, or if its outcome is unknown and its owner is `takeover_from`; else read it.
 
-        notify_on_end  the end of a running claim has to wake those who `wait`
+        notify  the end of a running claim has to wake those who `wait`
 
         A call that failed or was cancelled gives back what it may have claimed, as far as the store can be reached.
         """
@@ -89,7 +69,7 @@ class Store(Protocol):
         """Return the claim's number, larger than all before it; 0 if this owner no longer holds the claim."""
 
     async def wait(self, key: str, owner: int, timeout: float) -> None:
-        """Wait at most `timeout` seconds for the end of a claim that was found with notify_on_end=True."""
+        """Wait at most `timeout` seconds for the end of a claim that was found with notify=True."""
 
     def unavailable(self, error: Exception) -> bool:
         """Return whether the error means that the store could not be reached."""
@@ -106,14 +86,11 @@ class Claim:
     def __init__(
         self, claims: Claims, key: str, owner: int, answer: bytes | None = None, until: float = 0.0, name: str = ""
     ) -> None:
-        self.claims = claims
-        self.key = key
+        self.claims, self.key = claims, key
         self.name = name or key  # what errors call it
-        self.owner = owner
-        self.answer = answer
-        self.effect_began = False
+        self.owner, self.answer = owner, answer
+        self.effect_began = self._overtaken = False
         self.open = answer is None and owner > 0
-        self._overtaken = False
         self._lease_end = until  # at the latest, by time.monotonic
         self._heartbeats = claims.start_heartbeat(self) if self.open else set()
 
@@ -171,7 +148,7 @@ class Claim:
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        await self.give_up(unsure=isinstance(error, Indeterminate))
+        await self.give_up(unsure=isinstance(error, errors.Indeterminate))
 
     async def _end(self, state: End, answer: bytes) -> bool:
         store, ttl = self.claims.store, self.claims.ttl
@@ -183,12 +160,9 @@ class Claim:
             in_background(store.end(self.key, self.owner, state, answer, ttl), f"ending the claim of {self.key!r}")
             raise
 
-    def _overtaken_error(self, advice: str) -> OutcomeUnknown:
-        return OutcomeUnknown(
-            f"{self.name!r}: this attempt sent no heartbeat within its lease of {self.claims.lease:g} s and "
-            f"another took over, or the store lost its claim; {advice}",
-            key=self.name,
-        )
+    def _overtaken_error(self, advice: str) -> errors.OutcomeUnknown:
+        cause = f"this attempt sent no heartbeat within its lease of {self.claims.lease:g} s and another took over"
+        return errors.OutcomeUnknown(f"{self.name!r}: {cause}, or the store lost its claim; {advice}", key=self.name)
 
 
 @dataclass(eq=False)
@@ -203,7 +177,7 @@ class Claims:
                 if it was not done
     on_failure  what happens without the store: "open" carries out unprotected, "closed" raises StoreUnavailable, None
                 lets the store's error pass
-    encrypt, decrypt  of answers, as they are kept
+    encrypt, decrypt  of answers, as they are kept; bytes() leaves them as they are
     """
 
     store: Store
@@ -213,8 +187,8 @@ class Claims:
     wait: float = 0.0
     on_unknown: OnUnknown = "block"
     on_failure: Literal["open", "closed"] | None = None
-    encrypt: Callable[[bytes], bytes] = unchanged
-    decrypt: Callable[[bytes], bytes] = unchanged
+    encrypt: Callable[[bytes], bytes] = bytes
+    decrypt: Callable[[bytes], bytes] = bytes
 
     def __post_init__(self) -> None:
         check_seconds("ttl", self.ttl)
@@ -249,47 +223,38 @@ class Claims:
         KeyReused, KeyInProgress, OutcomeUnknown, AnswerNotKept, StoreUnavailable; BadKey for an empty key.
         """
         if not key:
-            raise BadKey("the key is empty: give the intent a name")
+            raise errors.BadKey("the key is empty: give the intent a name")
         if len(fingerprint) != FINGERPRINT_BYTES:
-            raise ValueError(
-                f"fingerprint={fingerprint!r}: give {FINGERPRINT_BYTES} bytes, as fingerprint_of(request) makes them"
-            )
-        name = name or key
-        deadline = time.monotonic() + self.wait
-        takeover_from, found = 0, None
+            advice = f"give {FINGERPRINT_BYTES} bytes, as fingerprint_of(request) makes them"
+            raise ValueError(f"fingerprint={fingerprint!r}: {advice}")
+        name, deadline = name or key, time.monotonic() + self.wait
+        silent, found = 0, None  # the owner to take over from, and the record
         try:
             while True:
                 asked = time.monotonic()
                 found = await self.store.claim(
-                    key,
-                    fingerprint,
-                    lease=self.lease,
-                    ttl=self.ttl,
-                    takeover_from=takeover_from,
-                    notify_on_end=asked < deadline,
+                    key, fingerprint, lease=self.lease, ttl=self.ttl, takeover_from=silent, notify=asked < deadline
                 )
                 if found.state == "claimed":
                     return Claim(self, key, found.owner, until=asked + self.lease, name=name)
                 check_same_request(found, fingerprint, name)
                 if found.state == "done":
                     if found.answer == NOT_KEPT:
-                        raise AnswerNotKept(key=name)  # noqa: TRY301  it passes, as KeyInProgress does
+                        raise errors.AnswerNotKept(key=name)  # noqa: TRY301  it passes, as KeyInProgress does
                     return Claim(self, key, found.owner, self.decrypt(found.answer))
                 if found.state == "unknown":
-                    takeover_from = await self._owner_to_take_over(key, found.owner, name)
+                    silent = await self._owner_to_take_over(key, found.owner, name)
                 elif (left := min(found.lease_left, deadline - time.monotonic())) > 0:
                     await self.store.wait(key, found.owner, left)
                 else:
-                    raise KeyInProgress(  # noqa: TRY301
-                        f"{name!r}: an earlier attempt is running; its lease has {found.lease_left:.3g} s left",
-                        key=name,
-                        retry_after=min(1.0, found.lease_left),
-                    )
+                    left = found.lease_left
+                    text = f"{name!r}: an earlier attempt is running; its lease has {left:.3g} s left"
+                    raise errors.KeyInProgress(text, key=name, retry_after=min(1.0, left))  # noqa: TRY301
         except Exception as error:
             if self.on_failure is None or not self.store.unavailable(error):
                 raise
             if self.on_failure == "closed" or found:  # an earlier attempt may be under way
-                raise StoreUnavailable(retry_after=1.0) from error
+                raise errors.StoreUnavailable(retry_after=1.0) from error
             logger.warning("%r is carried out unprotected: %r", key, error)
             return Claim(self, key, 0)
 
@@ -321,17 +286,15 @@ class Claims:
     async def _owner_to_take_over(self, key: str, owner: int, name: str) -> int:
         """Return the owner of the claim whose outcome is unknown, if the policy lets another attempt take over."""
         if self.on_unknown == "block":
-            raise OutcomeUnknown(
-                f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or set on_unknown=",
-                key=name,
-            )
+            text = f"{name!r}: an earlier attempt fell silent, and may have done it: find out, or set on_unknown="
+            raise errors.OutcomeUnknown(text, key=name)
         if callable(self.on_unknown):
             try:
                 answer = await self.on_unknown(key)
             except Exception as error:
                 logger.warning("on_unknown could not find out the outcome of %r: %r", key, error)
                 text = f"{name!r}: the outcome of an earlier attempt is not known yet"
-                raise OutcomeUnknown(text, key=name) from error
+                raise errors.OutcomeUnknown(text, key=name) from error
             if answer is not None:
                 await self.store.end(key, owner, "done", self.encrypted(answer), self.ttl)
         return owner
@@ -340,7 +303,7 @@ class Claims:
 def check_same_request(found: Found, fingerprint: bytes, key: str) -> None:
     """Raise KeyReused if the record belongs to a request with another fingerprint."""
     if not hmac.compare_digest(found.fingerprint, fingerprint):
-        raise KeyReused(f"{key!r} belongs to another request: make a key for each intent", key=key)
+        raise errors.KeyReused(f"{key!r} belongs to another request: make a key for each intent", key=key)
 
 
 _decode = json.JSONDecoder().decode  # json.loads wraps two more calls around this one

@@ -56,8 +56,7 @@ WITH known AS (
   WHERE NOT EXISTS (SELECT FROM known)
   ON CONFLICT (scope, endpoint, key) DO UPDATE SET fingerprint = excluded.fingerprint, answer = NULL,
     fence = nextval('distsys_idempotency_fence'), leased_until = excluded.leased_until,
-    expires_at = excluded.expires_at,
-    request = coalesce(excluded.request, mine.request)
+    expires_at = excluded.expires_at, request = coalesce(excluded.request, mine.request)
   WHERE {_FREE_TO_TAKE}
   RETURNING fence
 )
@@ -177,19 +176,10 @@ class PostgresStore:
     """
 
     def __init__(self, pool: AsyncConnectionPool[Any], *, scope: str = "", endpoint: str = "") -> None:
-        self._pool = pool
-        self._scope = scope
-        self._endpoint = endpoint
+        self._pool, self._scope, self._endpoint = pool, scope, endpoint
 
     async def claim(
-        self,
-        key: str,
-        fingerprint: bytes,
-        *,
-        lease: float,
-        ttl: float,
-        takeover_from: int = 0,
-        notify_on_end: bool = False,
+        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, takeover_from: int = 0, notify: bool = False
     ) -> Found:
         """Claim the key, as `Store.claim` says; every end is notified.
 

@@ -30,6 +30,7 @@ from distsys.idempotency.answers import json_of
 from distsys.idempotency.database import check_column, delete_batch
 
 logger = logging.getLogger("distsys.idempotency")
+Identity = tuple[str, str, str]  # consumer group, source, message id
 Handler = Callable[[Any, Any], Awaitable[Any]]  # of the connection and the message
 REDIS_TIMEOUT_SECONDS = 0.5  # for a Redis that is only there to be fast
 REDIS_PAUSE_SECONDS = 5.0  # after it failed, until it is asked again
@@ -75,16 +76,9 @@ class Dedup:
     """
 
     def __init__(
-        self,
-        group: str,
-        pool: AsyncConnectionPool[Any],
-        *,
-        retention: float,
-        redis: Any = None,
-        max_attempts: int = 5,
+        self, group: str, pool: AsyncConnectionPool[Any], *, retention: float, redis: Any = None, max_attempts: int = 5
     ) -> None:
-        self.group = check_column("group", group)
-        self.pool = pool
+        self.group, self.pool = check_column("group", group), pool
         self.retention = check_seconds("retention", retention)
         self.redis = None if redis is None else async_client(redis)
         self.max_attempts = check_count("max_attempts", max_attempts, 1, "attempts")
@@ -113,7 +107,7 @@ class Dedup:
         If cancelled, as at a shutdown, the handler's work is rolled back, and nothing is counted or acknowledged.
         """
         identity = (self.group, check_column("source", source), check_column("message_id", message_id))
-        if await self._is_known_to_redis(identity):
+        if self.redis is not None and await self._ask(self.redis.exists, _key(identity)):
             return Delivery.DUPLICATE
         async with self.pool.connection() as conn:
             try:
@@ -126,7 +120,8 @@ class Dedup:
                 if conn.closed:  # the database is gone: the message is not at fault, and nothing can count it
                     raise
                 return await self._count_failure(conn, identity, error, message)
-        await self._tell_redis(identity)
+        if self.redis is not None:
+            await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
         return Delivery.DONE if fresh else Delivery.DUPLICATE
 
     async def delete_old(self, *, batch: int = 1_000) -> int:
@@ -134,9 +129,7 @@ class Dedup:
         old = "consumer_group = %s AND processed_at < now() - make_interval(secs => %s)"
         return await delete_batch(self.pool, "distsys_processed", old, (self.group, self.retention), batch)
 
-    async def _count_failure(
-        self, conn: Any, identity: tuple[str, str, str], error: Exception, message: Any
-    ) -> Delivery:
+    async def _count_failure(self, conn: Any, identity: Identity, error: Exception, message: Any) -> Delivery:
         group, source, message_id = identity
         facts = {"group": group, "source": source, "id": message_id, "message": _shown(message), "error": _shown(error)}
         async with conn.transaction():
@@ -146,14 +139,8 @@ class Dedup:
 
     # ---- the fast layer: a message that Redis knows has been committed
 
-    async def _is_known_to_redis(self, identity: tuple[str, str, str]) -> bool:
-        return self.redis is not None and bool(await self._ask(self.redis.exists, _key(identity)))
-
-    async def _tell_redis(self, identity: tuple[str, str, str]) -> None:
-        if self.redis is not None:
-            await self._ask(self.redis.set, _key(identity), 1, px=milliseconds(self.retention))
-
     async def _ask(self, command: Callable[..., Awaitable[Any]], *args: Any, **more: Any) -> Any:
+        """Return Redis's answer; None if it fails, and without asking for a while after that."""
         now = asyncio.get_running_loop().time
         if now() < self._ask_redis_after:
             return None
@@ -182,7 +169,7 @@ def redelivery_horizon(*, consumer_outage: float, redelivery: float, deliveries:
     return consumer_outage + redelivery * deliveries
 
 
-def _key(identity: tuple[str, str, str]) -> str:
+def _key(identity: Identity) -> str:
     return f"distsys:dedup:{{{hash_tag(json_of(identity))}}}"
 
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 from distsys._support.arguments import optional
-from distsys._support.http import PROBLEM, App, Headers, Message, Receive, Scope, Send, respond, send_problem
+from distsys._support.http import PROBLEM, App, Message, Receive, Scope, Send, respond, send_problem
 from distsys.errors import BadKey, CallerUnknown, DistsysError, OutcomeUnknown
 from distsys.idempotency.answers import DROPPED, http_answer, http_response
 from distsys.idempotency.claims import NOT_KEPT, Claim, Claims, Store, logger
@@ -73,31 +73,23 @@ class IdempotencyMiddleware:
         **options: Any,
     ) -> None:
         if (scope is None) is not public:
-            raise ValueError(
-                f"scope={scope!r}, public={public!r}: say whose keys they are: scope=a function of the ASGI scope, "
-                "or public=True if everybody may get everybody's answers"
-            )
+            advice = "scope=a function of the ASGI scope, or public=True if everybody may get everybody's answers"
+            raise ValueError(f"scope={scope!r}, public={public!r}: say whose keys they are: {advice}")
         for name, listed in (("methods", methods), ("fields", fields), ("dropped", dropped)):
             if isinstance(listed, str):
                 raise TypeError(f"{name}={listed!r} is a str: give a list of them")
-        self.app = app
-        self.claims = Claims(store, **options)
-        self._caller = scope
-        self._required = required
-        self._fields = fields
+        self.app, self.claims = app, Claims(store, **options)
+        self._caller, self._required, self._fields = scope, required, fields
         self._methods = frozenset(map(str.upper, methods))
         self._dropped = DROPPED | {name.lower().encode() for name in dropped}
-        self._max_request = max_request
-        self._max_response = max_response
+        self._max_request, self._max_response = max_request, max_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve an ASGI request."""
-        if scope["type"] != "http" or scope["method"] not in self._methods:
-            await self.app(scope, receive, send)
-            return
-        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"idempotency-key"]
-        required = self._required(scope) if callable(self._required) else self._required
-        if not given and not required:
+        given = None
+        if scope["type"] == "http" and scope["method"] in self._methods:
+            given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"idempotency-key"]
+        if given is None or not (given or (self._required(scope) if callable(self._required) else self._required)):
             await self.app(scope, receive, send)
             return
         try:
@@ -119,10 +111,6 @@ class IdempotencyMiddleware:
         scope["extensions"] = {name: facts for name, facts in extensions.items() if name not in UNREADABLE_EXTENSIONS}
         async with claim:
             await self.app(scope, _replayed(body, receive), _HeldResponse(self, claim, send))
-
-    def answer(self, status: int, headers: Headers, body: bytes) -> bytes:
-        """Return the response as it is kept; NOT_KEPT if the body is longer than `max_response`."""
-        return http_answer(status, headers, body, self._dropped) if len(body) <= self._max_response else NOT_KEPT
 
     async def _caller_of(self, scope: Scope) -> str:
         if self._caller is None:
@@ -170,13 +158,10 @@ class _HeldResponse:
     """The app's response, held until it is complete and kept; a stream, or what is too long, passes at once."""
 
     def __init__(self, middleware: IdempotencyMiddleware, claim: Claim, send: Send) -> None:
-        self._middleware = middleware
-        self._claim = claim
-        self._send = send
+        self._middleware, self._claim, self._send = middleware, claim, send
         self._start: Message = {}
-        self._succeeded = False
         self._body = bytearray()
-        self._passing = False
+        self._succeeded = self._passing = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -217,9 +202,9 @@ class _HeldResponse:
 
     async def _keep(self) -> bool:
         """Return whether the response is in the store."""
-        answer = NOT_KEPT
-        if not self._passing:
-            answer = self._middleware.answer(self._start["status"], self._start["headers"], bytes(self._body))
+        start, body, answer = self._start, bytes(self._body), NOT_KEPT
+        if not self._passing and len(body) <= self._middleware._max_response:
+            answer = http_answer(start["status"], start["headers"], body, self._middleware._dropped)
         try:
             await self._claim.done(answer)
         except Exception as error:

@@ -72,24 +72,18 @@ def canonical(value: Any, place: str = "value", depth: int = 0) -> str:
             return canonical(value.astimezone(UTC).isoformat())
         except OverflowError as error:
             raise ValueError(f"{place}={value!r} is outside of the years 1 to 9999 in UTC") from error
-    if isinstance(value, date):
-        return canonical(value.isoformat())
-    if isinstance(value, UUID):
+    if isinstance(value, (date, UUID)):
         return canonical(str(value))
     below = depth + 1
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise TypeError(f"{place} has the key {odd[0]!r}, a {type(odd[0]).__name__}: member names must be str")
-        members = (
-            f"{canonical(key, place)}:{canonical(value[key], f'{place}[{key!r}]', below)}" for key in sorted(value)
-        )
-        return f"{{{','.join(members)}}}"
+        named = [(canonical(key, place), canonical(value[key], f"{place}[{key!r}]", below)) for key in sorted(value)]
+        return f"{{{','.join(map(':'.join, named))}}}"
     if isinstance(value, (list, tuple)):
         return f"[{','.join(canonical(item, f'{place}[{index}]', below) for index, item in enumerate(value))}]"
-    raise TypeError(
-        f"{place}={reprlib.repr(value)} is a {type(value).__name__}, which has no canonical form: give "
-        "str, numbers, bool, None, datetime, date, UUID, Enum, dict or list"
-    )
+    advice = "give str, numbers, bool, None, datetime, date, UUID, Enum, dict or list"
+    raise TypeError(f"{place}={reprlib.repr(value)} is a {type(value).__name__}, which has no canonical form: {advice}")
 
 
 def fingerprint_of(*facts: Any) -> bytes:

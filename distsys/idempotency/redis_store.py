@@ -88,19 +88,11 @@ class RedisStore:
     """
 
     def __init__(self, redis: Any, *, name: str = "", timeout: float | None = None) -> None:
-        self._scripts = Timed(redis, timeout)
-        self._redis = self._scripts.redis
+        self._scripts, self._redis = Timed(redis, timeout), redis
         self._prefix = f"distsys:idempotency:{hash_tag(name)}:"
 
     async def claim(
-        self,
-        key: str,
-        fingerprint: bytes,
-        *,
-        lease: float,
-        ttl: float,
-        takeover_from: int = 0,
-        notify_on_end: bool = False,
+        self, key: str, fingerprint: bytes, *, lease: float, ttl: float, takeover_from: int = 0, notify: bool = False
     ) -> Found:
         """Claim the key, as `Store.claim` says, in one plain command if it is free or done."""
         owner, keys, kept = 1 + int.from_bytes(urandom(7)), self._keys(key)[:1], milliseconds(ttl)
@@ -112,8 +104,8 @@ class RedisStore:
                 if there is None:
                     return Found("claimed", owner, fingerprint, b"", lease)
             if takeover_from or there[:1] not in ("d", b"d"):
-                notify = "1" if notify_on_end else ""
-                there = await self._scripts.run(CLAIM_OR_WAIT, keys, mine, expires_in, f"{takeover_from:016x}", notify)
+                wake = "1" if notify else ""
+                there = await self._scripts.run(CLAIM_OR_WAIT, keys, mine, expires_in, f"{takeover_from:016x}", wake)
         except BaseException as error:  # the server may have claimed it all the same, and nobody else would end it
             if str(error) == "syntax error":
                 error.add_note("claims need Redis 7.0 or Valkey: SET with both NX and GET")

@@ -28,6 +28,7 @@ from distsys.idempotency.claims import DAY, Claim, Claims, check_same_request
 from distsys.idempotency.database import PostgresStore, answer_to, check_column, claim
 from distsys.idempotency.keys import fingerprint_of, parse_key
 
+Identity = tuple[str, str, str]  # scope, endpoint, key
 Operation = Callable[["Steps", Any], Awaitable[Any]]
 
 _ORPHANS = """
@@ -77,7 +78,7 @@ class Steps:
     """
 
     _pool: AsyncConnectionPool[Any]
-    _identity: tuple[str, str, str]  # scope, endpoint, key
+    _identity: Identity
     fence: int
     _ended: set[str] = field(default_factory=set)
 
@@ -100,9 +101,8 @@ class Steps:
             if step.pending:
                 async with self._transaction(held) as conn:
                     if not await rows(conn, _KEEP, (name, json_of(step.result), *self._identity, self.fence)):
-                        raise OutcomeUnknown(
-                            f"step {name!r}: the lease ended without a heartbeat and another took over"
-                        )
+                        text = f"step {name!r}: the lease ended without a heartbeat and another took over"
+                        raise OutcomeUnknown(text)
         self._ended.add(name)
 
     @asynccontextmanager
@@ -158,12 +158,7 @@ async def complete_orphans(
 
 
 async def _execute(
-    pool: AsyncConnectionPool[Any],
-    identity: tuple[str, str, str],
-    operation: Operation,
-    request: Any,
-    ttl: float,
-    lease: float,
+    pool: AsyncConnectionPool[Any], identity: Identity, operation: Operation, request: Any, ttl: float, lease: float
 ) -> Any:
     (scope, endpoint, key), fingerprint = identity, fingerprint_of(request)
     claims = Claims(PostgresStore(pool, scope=scope, endpoint=endpoint), ttl=ttl, lease=lease)

@@ -55,7 +55,7 @@ async def test_redis_answers_a_duplicate_without_the_database(
         Dedup,
         "handle",
         "                if fresh:\n",
-        "                await self._tell_redis(identity)\n                if fresh:\n",
+        "                await self._ask(self.redis.set, _key(identity), 1)\n                if fresh:\n",
     ),
 )
 async def test_redis_is_told_after_the_commit_and_never_before(ledger: AsyncConnectionPool, redis: Redis) -> None:
