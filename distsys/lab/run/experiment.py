@@ -63,6 +63,25 @@ class Experiment:
     alone: bool = False  # it measures: its arms run one after the other
 
 
+Script = Callable[["Run"], Awaitable[None]]
+
+
+class Experiments(list[Experiment]):
+    """The experiments of one rule. Calling it returns a decorator that makes an experiment of a script, and adds it."""
+
+    def __init__(self, **defaults: Any) -> None:
+        self.defaults = defaults
+
+    def __call__(self, name: str, claim: str, *arms: Arm, **options: Any) -> Callable[[Script], Script]:
+        """Return the decorator; `options` are fields of Experiment, over the defaults."""
+
+        def add(script: Script) -> Script:
+            self.append(Experiment(name=name, claim=claim, arms=arms, script=script, **self.defaults | options))
+            return script
+
+        return add
+
+
 def name_of(candidate: Any) -> str:
     """Return the candidate's name, for verdicts."""
     return getattr(candidate, "__name__", None) or repr(candidate)

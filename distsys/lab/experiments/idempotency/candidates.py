@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -43,16 +44,10 @@ def in_one_transaction(pool: Any, charge: Charge, keys: str = "given", ttl: floa
     """Pay with idempotent_execute, under the key that the client sends, or one made in another way."""
 
     async def pay(key: str, amount: int, user: str) -> Any:
-        made = {
-            "given": key,
-            "per attempt": str(uuid4()),
-            "of the intent": idempotency_key(entity_id=key, action="pay", params={"amount": amount, "user": user}),
-        }
-
-        async def operation(conn: Any) -> str:
-            return await charge(amount, conn)
-
-        return await idempotent_execute(pool, made[keys], "/pay", operation, request=amount, scope=user, ttl=ttl)
+        made = {"given": key, "per attempt": str(uuid4())}
+        made["of the intent"] = idempotency_key(entity_id=key, action="pay", params={"amount": amount, "user": user})
+        paid = partial(charge, amount)  # called with the connection
+        return await idempotent_execute(pool, made[keys], "/pay", paid, request=amount, scope=user, ttl=ttl)
 
     return pay
 
@@ -144,10 +139,8 @@ def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
     dedup = Dedup("billing", pool, redis=redis, retention=86_400)
 
     async def pay(key: str, amount: int, user: str) -> str:
-        async def handler(conn: Any, message: Any) -> None:
-            await charge(amount, conn)
-
-        return f"{amount} from {user}, {await dedup.handle('payments', key, handler)}"
+        told = await dedup.handle("payments", key, lambda conn, message: charge(amount, conn))
+        return f"{amount} from {user}, {told}"
 
     return pay
 
@@ -216,7 +209,6 @@ async def deduplicated(redis: Any, pool: Any, stream: str, consumer: str, handle
     """Handle at least once, and recognise a message by its id."""
     dedup = Dedup(GROUP, pool, redis=redis, retention=86_400)
 
-    async def handler(conn: Any, fields: Any) -> None:
-        await handle(fields, conn)
-
-    await consume_stream(redis, stream, consumer, dedup, handler, min_idle=IDLE_MS / 1000)
+    await consume_stream(
+        redis, stream, consumer, dedup, lambda conn, fields: handle(fields, conn), min_idle=IDLE_MS / 1000
+    )

@@ -5,21 +5,20 @@ A table, the ledger, counts the effects. `workload.attempts` says what a candida
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from distsys.lab.check.calls import answered
+from distsys.lab.check.combine import inconclusive, violated
 from distsys.lab.check.effects import exactly_once, one_answer, right_answers
 from distsys.lab.experiments.idempotency import candidates as endpoints
 from distsys.lab.experiments.idempotency.workload import attempts, consume, in_the_ledger, with_ledger
 from distsys.lab.experiments.servers import own_redis
 from distsys.lab.history.history import Finding, History
 from distsys.lab.history.words import count
-from distsys.lab.run.experiment import Actor, Arm, Experiment, Run, Signal, expect_held, expect_violated
+from distsys.lab.run.experiment import Actor, Experiments, Run, Signal, expect_held, expect_violated
 from distsys.lab.testbed.proxy import TcpProxy
 
 # ---- checks
@@ -32,9 +31,9 @@ def each_message_once(history: History) -> Finding:
     if wrong:
         rows = [("", intent, f"applied {count(times, 'time')}") for intent, times in wrong]
         summary = f"{len(wrong)} of {count(len(sent), 'message')} not applied once: {wrong[0][0]} {rows[0][2]}"
-        return Finding("VIOLATED", summary, (*history.where("ack"), *history.where("apply")), tuple(rows))
+        return violated(summary, (*history.where("ack"), *history.where("apply")), *rows)
     if not any(fault.kind == "killed" for fault in history.faults):
-        return Finding("INCONCLUSIVE", "no consumer was killed")
+        return inconclusive("no consumer was killed")
     return Finding("HELD", f"{count(len(sent), 'message')} applied once")
 
 
@@ -42,33 +41,20 @@ def never_held_up(history: History) -> Finding:
     """Check that w3 is served while w2 is still held."""
     asked, releases = history.where("request", process="w3"), [f.at for f in history.faults if f.kind == "released"]
     if not asked or not releases:
-        return Finding("INCONCLUSIVE", "w2 was not held, or w3 did not ask")
+        return inconclusive("w2 was not held, or w3 did not ask")
     late = [op for op in asked if op.returned is None or op.returned > releases[0]]
     if late:
         summary = f"w3 waited until w2 was released, {history.at(releases[0])}"
-        rows = [(history.at(late[0].called), "w3", summary)]
-        return Finding("VIOLATED", summary, (*history.where("cleanup"), *late), tuple(rows))
+        return violated(summary, (*history.where("cleanup"), *late), (history.at(late[0].called), "w3", summary))
     return Finding("HELD", "w3 was served while w2 was held")
 
 
 # ---- scripts
 
 
-EXPERIMENTS: list[Experiment] = []
-Script = Callable[[Run], Awaitable[None]]
-paying = partial(Experiment, workload=attempts, prepare=with_ledger, final=in_the_ledger, check=exactly_once)
+EXPERIMENTS = experiment = Experiments(workload=attempts, prepare=with_ledger, final=in_the_ledger, check=exactly_once)
 SHORT = 0.3  # seconds of a lease, where one has to end
 IN_REDIS = partial(endpoints.claimed, lease=SHORT, wait=10.0)
-
-
-def experiment(name: str, claim: str, *arms: Arm, **options: Any) -> Callable[[Script], Script]:
-    """Make an experiment of the decorated script: these arms on payments, unless the options say otherwise."""
-
-    def of(script: Script) -> Script:
-        EXPERIMENTS.append(paying(name=name, claim=claim, arms=arms, script=script, **options))
-        return script
-
-    return of
 
 
 @experiment(

@@ -7,6 +7,7 @@ counts at the end. A "told" is an answer, after what was asked: "order-1: 10 fro
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -16,7 +17,6 @@ from distsys.lab.run.experiment import Run
 from distsys.lab.run.worker import Worker
 from distsys.schema import ensure_schema
 
-_LEDGER = "CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL)"
 DEFAULTS: dict[str, Any] = {"intent": "order-1", "user": "ann", "amount": 10}
 
 
@@ -31,7 +31,7 @@ async def with_ledger(run: Run) -> None:
     async with await psycopg.AsyncConnection.connect(run.urls["dsn"]) as conn:
         await ensure_schema(conn)
         await conn.execute("SELECT pg_advisory_xact_lock(0)")
-        await conn.execute(_LEDGER)
+        await conn.execute("CREATE TABLE IF NOT EXISTS ledger (run text NOT NULL, intent text NOT NULL)")
 
 
 async def in_the_ledger(run: Run) -> dict[str, Any]:
@@ -67,19 +67,14 @@ async def attempts(worker: Worker, candidate: Any, **params: Any) -> None:
                 await endpoint.clean()
         else:
             order = {**DEFAULTS, **order}
+            intent, user, amount = order["intent"], order["user"], order["amount"]
             with contextlib.suppress(Exception):  # it is in the history
-                await _attempt(worker, pay, **order)
+                async with worker.op("request", intent):
+                    told = await pay(f"{worker.resource}:{order.get('key') or intent}", amount, user)
+                told = told.decode() if isinstance(told, bytes) else told
+                async with worker.op("told", f"{intent}: {amount} from {user} → {told}"):
+                    pass
         worker.send(e="served")
-
-
-async def _attempt(
-    worker: Worker, pay: Any, intent: str, user: str, amount: int, key: str = "", declined: bool = False, **_: Any
-) -> None:
-    async with worker.op("request", intent):
-        told = await pay(f"{worker.resource}:{key or intent}", amount, user)
-    told = told.decode() if isinstance(told, bytes) else told
-    async with worker.op("told", f"{intent}: {amount} from {user} → {told}"):
-        pass
 
 
 async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
@@ -107,12 +102,12 @@ async def consume(worker: Worker, candidate: Any, **params: Any) -> None:
                 await (await worker.build(candidate, redis=redis, **names, handle=handle, **params))
 
 
+@dataclass
 class _Acknowledging:
     """A client of Redis whose acknowledgements are in the history."""
 
-    def __init__(self, worker: Worker, redis: Any) -> None:
-        self._worker = worker
-        self._redis = redis
+    _worker: Worker
+    _redis: Any
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._redis, name)

@@ -8,37 +8,39 @@ from functools import partial
 from typing import Any
 
 from distsys.errors import Rejected
-from distsys.lab.check.combine import all_of, or_refused
-from distsys.lab.check.locks import mutual_exclusion
-from distsys.lab.check.updates import no_lost_update
+from distsys.lab.check.combine import inconclusive, or_refused, violated
 from distsys.lab.experiments.locks import candidates
-from distsys.lab.experiments.locks.scripts import locking
+from distsys.lab.experiments.locks.scripts import AT_ONCE, locking, overlap
 from distsys.lab.experiments.locks.workload import increments_by_tasks
 from distsys.lab.experiments.servers import on_postgres, on_redis
 from distsys.lab.history.history import Finding, History
-from distsys.lab.run.experiment import Experiment, Run, expect_held, expect_violated
+from distsys.lab.run.experiment import Run, expect_held, expect_violated
 from distsys.lab.run.worker import Worker, checkpoint
 from distsys.locks.advisory_lock import AdvisoryLock, advisory_locks
 
-AT_ONCE = all_of(mutual_exclusion, no_lost_update)
-
-
+EXPERIMENTS = experiment = locking(prepare=on_postgres)
 SESSION = partial(AdvisoryLock, scope="session")
 
-for_update = locking(
-    name="select-for-update",
-    claim="Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
-    arms=(
-        expect_violated("read, then write", candidates.NoLock),
-        expect_held("SELECT ... FOR UPDATE", candidates.select_for_update),
-        expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
-        expect_held("AdvisoryLock, session scope", SESSION),
-    ),
+experiment(
+    "select-for-update",
+    "Where the data is one row of PostgreSQL, the row's own lock is enough: no distributed lock is needed.",
+    expect_violated("read, then write", candidates.NoLock),
+    expect_held("SELECT ... FOR UPDATE", candidates.select_for_update),
+    expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
+    expect_held("AdvisoryLock, session scope", SESSION),
     params={"account": "postgres"},
-    prepare=on_postgres,
+)(overlap)
+
+
+@experiment(
+    "session-lock-in-pool",
+    "A session lock belongs to its connection: returned to a pool while locked, the next borrower holds it too.",
+    expect_violated("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
+    expect_held("AdvisoryLock, session scope", SESSION),
+    workload=increments_by_tasks,
+    params={"tasks": "ab", "account": "postgres", "pool_size": 1},
+    check=AT_ONCE,
 )
-
-
 async def two_tasks(run: Run) -> None:
     """Start task b while task a of the same process, with the same pool, is between its read and its write."""
     (w1,) = await run.start(1)
@@ -51,21 +53,6 @@ async def two_tasks(run: Run) -> None:
     w1.release("a-before-write")
 
 
-pooled = locking(
-    name="session-lock-in-pool",
-    claim="A session lock belongs to its connection: returned to a pool while locked, the next borrower holds it too.",
-    arms=(
-        expect_violated("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
-        expect_held("AdvisoryLock, session scope", SESSION),
-    ),
-    workload=increments_by_tasks,
-    params={"tasks": "ab", "account": "postgres", "pool_size": 1},
-    script=two_tasks,
-    check=AT_ONCE,
-    prepare=on_postgres,
-)
-
-
 async def behind_pgbouncer(run: Run) -> None:
     """Start a PostgreSQL behind pgbouncer in transaction mode; the bank is in Redis."""
     await on_redis(run)
@@ -73,17 +60,15 @@ async def behind_pgbouncer(run: Run) -> None:
     run.urls["dsn"] = (await run.testbed.servers.pgbouncer(postgres, pool_size=1)).url
 
 
-pgbouncer = locking(
-    name="session-lock-behind-pgbouncer",
-    claim="A pooler in transaction mode gives one session to many clients, and with it their session locks.",
-    arms=(
-        expect_violated("pg_advisory_lock", candidates.RawSessionLock),
-        expect_held("AdvisoryLock, session scope", SESSION),
-        expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
-    ),
+experiment(
+    "session-lock-behind-pgbouncer",
+    "A pooler in transaction mode gives one session to many clients, and with it their session locks.",
+    expect_violated("pg_advisory_lock", candidates.raw_session_lock),
+    expect_held("AdvisoryLock, session scope", SESSION),
+    expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
     check=or_refused(AT_ONCE),
     prepare=behind_pgbouncer,
-)
+)(overlap)
 
 
 @contextlib.asynccontextmanager
@@ -116,6 +101,26 @@ async def transfer(worker: Worker, candidate: Any) -> None:
         await lock.__aexit__(None, None, None)
 
 
+def everybody_enters(history: History) -> Finding:
+    """Check that the deadlock detector ended no worker's wait."""
+    asked = history.where("acquire")
+    failed = [op for op in asked if op.status != "ok"]
+    if failed:
+        return violated(f"{len(failed)} of {len(asked)} ended as a deadlock", failed)
+    if len({op.process for op in asked}) < 2:
+        return inconclusive("fewer than two workers asked")
+    return Finding("HELD", f"all {len(asked)} entered")
+
+
+@experiment(
+    "lock-order",
+    "Two locks taken in opposite orders can deadlock; taken in one order they never do.",
+    expect_violated("in the order of the arguments", in_argument_order),
+    expect_held("advisory_locks, sorted", in_sorted_order),
+    workload=transfer,
+    check=everybody_enters,
+    final=None,
+)
 async def crossing(run: Run) -> None:
     """Let each worker hold its first lock and request the other's."""
     w1, w2 = await run.start(2)
@@ -125,30 +130,3 @@ async def crossing(run: Run) -> None:
     await run.until(w2.at("between-locks"), w2.waiting("acquire"))
     w2.release("between-locks")
     w1.release("between-locks")
-
-
-def everybody_enters(history: History) -> Finding:
-    """Check that the deadlock detector ended no worker's wait."""
-    asked = history.where("acquire")
-    failed = [op for op in asked if op.status != "ok"]
-    if failed:
-        return Finding("VIOLATED", f"{len(failed)} of {len(asked)} ended as a deadlock", tuple(failed))
-    if len({op.process for op in asked}) < 2:
-        return Finding("INCONCLUSIVE", "fewer than two workers asked")
-    return Finding("HELD", f"all {len(asked)} entered")
-
-
-lock_order = Experiment(
-    name="lock-order",
-    claim="Two locks taken in opposite orders can deadlock; taken in one order they never do.",
-    arms=(
-        expect_violated("in the order of the arguments", in_argument_order),
-        expect_held("advisory_locks, sorted", in_sorted_order),
-    ),
-    workload=transfer,
-    script=crossing,
-    check=everybody_enters,
-    prepare=on_postgres,
-)
-
-EXPERIMENTS = (for_update, pooled, pgbouncer, lock_order)

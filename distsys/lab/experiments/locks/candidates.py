@@ -125,26 +125,25 @@ class PooledSessionLock:
     def __init__(self, pool: Any, name: str) -> None:
         self.pool, self.id = pool, lock_id(name)
 
-    async def __aenter__(self) -> None:
+    async def _run(self, function: str) -> None:
         async with self.pool.connection() as conn:
-            await conn.execute("SELECT pg_advisory_lock(%s)", (self.id,))
-
-    async def __aexit__(self, *_: object) -> None:
-        async with self.pool.connection() as conn:
-            await conn.execute("SELECT pg_advisory_unlock(%s)", (self.id,))
-
-
-class RawSessionLock:
-    """Session lock on a connection of its own: correct, unless a pooler gives the session to other clients too."""
-
-    def __init__(self, conn: Any, name: str) -> None:
-        self.conn, self.id = conn, lock_id(name)
+            await conn.execute(f"SELECT {function}(%s)", (self.id,))
 
     async def __aenter__(self) -> None:
-        await self.conn.execute("SELECT pg_advisory_lock(%s)", (self.id,))
+        await self._run("pg_advisory_lock")
 
     async def __aexit__(self, *_: object) -> None:
-        await self.conn.execute("SELECT pg_advisory_unlock(%s)", (self.id,))
+        await self._run("pg_advisory_unlock")
+
+
+@contextlib.asynccontextmanager
+async def raw_session_lock(conn: Any, name: str) -> AsyncIterator[None]:
+    """Hold a session lock on a connection of its own: correct, unless a pooler gives the session to others too."""
+    await conn.execute("SELECT pg_advisory_lock(%s)", (lock_id(name),))
+    try:
+        yield
+    finally:
+        await conn.execute("SELECT pg_advisory_unlock(%s)", (lock_id(name),))
 
 
 @contextlib.asynccontextmanager

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from distsys.lab.check.combine import all_of, or_refused
-from distsys.lab.check.locks import mutual_exclusion, progress
+from distsys.lab.check.combine import or_refused
+from distsys.lab.check.locks import progress
 from distsys.lab.check.updates import no_lost_update
 from distsys.lab.experiments.locks.candidates import IncrToken, confirmed_by_a_replica
-from distsys.lab.experiments.locks.scripts import FENCED, locking, overlap, turn
+from distsys.lab.experiments.locks.scripts import AT_ONCE, FENCED, locking, overlap, turn
 from distsys.lab.experiments.servers import on_postgres, on_redis, on_three_nodes, own_redis
 from distsys.lab.run.experiment import Run, expect_held, expect_violated
 from distsys.lab.testbed.proxy import TcpProxy
@@ -17,7 +17,7 @@ from distsys.locks.redis_lock import RedisLock
 from distsys.locks.redlock import Redlock
 from distsys.schema import ensure_schema
 
-nodes = partial(locking, prepare=on_three_nodes, patience=1.0)  # for a failed round, and a second one
+EXPERIMENTS = experiment = locking(prepare=on_three_nodes, patience=1.0)  # for a failed round, and a second one
 
 
 async def node_restarts_empty(run: Run) -> None:
@@ -26,20 +26,26 @@ async def node_restarts_empty(run: Run) -> None:
     run.record("server", "node1", "restarted empty")
 
 
-one_restart = nodes(
-    name="node-restarts-empty",
-    claim="A lock on one node is forgotten when that node restarts; a majority of three remembers it.",
-    arms=(
-        expect_violated("RedisLock, one node", RedisLock),
-        # On a busy machine the default of 40 ms can cost a vote, and then two nodes are all that remember.
-        expect_held("Redlock, three nodes", partial(Redlock, node_timeout=0.9)),
-    ),
-    script=partial(overlap, meanwhile=node_restarts_empty),
-    check=all_of(mutual_exclusion, no_lost_update),
+experiment(
+    "node-restarts-empty",
+    "A lock on one node is forgotten when that node restarts; a majority of three remembers it.",
+    expect_violated("RedisLock, one node", RedisLock),
+    # On a busy machine the default of 40 ms can cost a vote, and then two nodes are all that remember.
+    expect_held("Redlock, three nodes", partial(Redlock, node_timeout=0.9)),
+    check=AT_ONCE,
+    ttl=2.0,
+)(partial(overlap, meanwhile=node_restarts_empty))
+
+
+@experiment(
+    "node-fails",
+    "A dead or hung node stops a lock on one node; with Redlock it costs no more than the node timeout.",
+    expect_violated("RedisLock, its node hung", RedisLock, point="hung"),
+    expect_held("Redlock, one of three hung", Redlock, point="hung"),
+    expect_held("Redlock, one of three killed", Redlock, point="killed"),
+    check=progress,
     ttl=2.0,
 )
-
-
 async def first_node_fails(run: Run) -> None:
     """Hang (SIGSTOP) or kill one node before the first request; both workers need the lock, one after the other."""
     w1, w2 = await run.start(2)
@@ -50,20 +56,14 @@ async def first_node_fails(run: Run) -> None:
             actor.kill()
 
 
-node_fails = nodes(
-    name="node-fails",
-    claim="A dead or hung node stops a lock on one node; with Redlock it costs no more than the node timeout.",
-    arms=(
-        expect_violated("RedisLock, its node hung", RedisLock, point="hung"),
-        expect_held("Redlock, one of three hung", Redlock, point="hung"),
-        expect_held("Redlock, one of three killed", Redlock, point="killed"),
-    ),
-    script=first_node_fails,
-    check=progress,
-    ttl=2.0,
+@experiment(
+    "majority-forgets",
+    "Redlock needs nodes that remember: one that restarts empty can be the deciding vote for two holders.",
+    # A TTL long enough for w1 not to find out before w2 has written: its next renewal would miss the majority.
+    expect_violated("Redlock, restarted at once", Redlock, params={"ttl": 10.0}),
+    expect_held("Redlock, restarted after the lease", Redlock, point="delayed"),
+    ttl=1.0,
 )
-
-
 async def majority_forgets(run: Run) -> None:
     """Let nodes 1 and 2 grant w1, which is cut off from node 3; restart node 2 empty, so that 2 and 3 grant w2."""
     node1, node2, node3 = run.nodes
@@ -83,19 +83,6 @@ async def majority_forgets(run: Run) -> None:
     run.record("server", "node2", "restarted empty")
     await turn(w2)
     w1.release("before-write")
-
-
-forgetful_majority = nodes(
-    name="majority-forgets",
-    claim="Redlock needs nodes that remember: one that restarts empty can be the deciding vote for two holders.",
-    arms=(
-        # A TTL long enough for w1 not to find out before w2 has written: its next renewal would miss the majority.
-        expect_violated("Redlock, restarted at once", Redlock, params={"ttl": 10.0}),
-        expect_held("Redlock, restarted after the lease", Redlock, point="delayed"),
-    ),
-    script=majority_forgets,
-    ttl=1.0,
-)
 
 
 # ---- failover: a primary that dies before its replica has received the grant
@@ -140,21 +127,16 @@ def lock_with_postgres_tokens(redis, name, ttl, pool):  # type: ignore[no-untype
     return RedisLock(redis, name, ttl=ttl, tokens=postgres_tokens(pool))
 
 
-fail_over = locking(
-    name="failover",
-    claim="Replication is asynchronous: a failover can forget a lock that was granted, and grant it again.",
-    arms=(
-        expect_violated("RedisLock, no fence", RedisLock),
-        expect_violated("fence, token by INCR", IncrToken, params=FENCED),
-        expect_held("fence, RedisLock's token", RedisLock, params=FENCED),
-        expect_held("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
-        expect_held("RedisLock, confirmed by a replica", confirmed_by_a_replica),
-    ),
-    script=failover,
+experiment(
+    "failover",
+    "Replication is asynchronous: a failover can forget a lock that was granted, and grant it again.",
+    expect_violated("RedisLock, no fence", RedisLock),
+    expect_violated("fence, token by INCR", IncrToken, params=FENCED),
+    expect_held("fence, RedisLock's token", RedisLock, params=FENCED),
+    expect_held("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
+    expect_held("RedisLock, confirmed by a replica", confirmed_by_a_replica),
     check=or_refused(no_lost_update),
     prepare=lagging_replica,
     ttl=5.0,
     patience=1.0,
-)
-
-EXPERIMENTS = (one_restart, node_fails, forgetful_majority, fail_over)
+)(failover)

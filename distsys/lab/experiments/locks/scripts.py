@@ -6,12 +6,15 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from distsys.lab.check.combine import all_of
+from distsys.lab.check.locks import mutual_exclusion
 from distsys.lab.check.updates import no_lost_update
 from distsys.lab.experiments.locks.workload import increments
 from distsys.lab.experiments.servers import on_redis
-from distsys.lab.run.experiment import Actor, Experiment, Run, expect_held
+from distsys.lab.run.experiment import Actor, Experiments, Run, expect_held
 from distsys.locks.redis_lock import RedisLock
 
+AT_ONCE = all_of(mutual_exclusion, no_lost_update)
 FENCED = {"account": "redis, fenced"}
 RULE = expect_held("RedisLock", RedisLock)
 
@@ -23,12 +26,6 @@ async def turn(actor: Actor, *, hold: str = "") -> bool:
     actor.go(hold=hold)
     there = actor.at(hold) if hold else actor.did("write")
     return await actor.run.until(there, actor.waiting("acquire"), actor.ended) == actor.waiting("acquire")
-
-
-async def crowd(run: Run) -> None:
-    """Start all workers at once, without faults."""
-    for actor in await run.start(run.workers):
-        actor.go()
 
 
 async def overlap(
@@ -53,43 +50,6 @@ async def overlap(
         w2.release(hold)
 
 
-async def both_between_get_and_set(run: Run) -> None:
-    """Let both workers see that the lock is free before either takes it."""
-    point = run.arm.point or "acquiring"
-    w1, w2 = await run.start(2)
-    for actor in (w1, w2):
-        actor.go(hold=point)
-        await actor.reached(point)
-    w2.send(do="arm", point="before-write", action="hold")
-    w2.release(point)
-    await w2.reached("before-write")
-    w1.release(point)
-    await run.until(w1.did("write"), w1.waiting("acquire"), w1.ended)
-    w2.release("before-write")
-
-
-async def killed_holder(run: Run) -> None:
-    """Kill w1 with kill -9 while it holds the lock; w2 needs the lock."""
-    w1, w2 = await run.start(2)
-    w1.go(kill="before-write")
-    await w1.reached("before-write")
-    if await turn(w2):
-        w2.kill()
-
-
-async def late_release(run: Run) -> None:
-    """Stop w1 before its release, past its lease; w2 is inside when w1 releases; then w3 comes."""
-    point = run.arm.point or "before-release"
-    w1, w2, w3 = await run.start(3)
-    w1.go(stop=point)
-    await w1.reached(point)
-    await turn(w2, hold="before-write")
-    w1.resume()
-    await run.until(w1.ended)
-    await turn(w3)
-    w2.release("before-write")
-
-
 # ---- servers
 
 
@@ -109,6 +69,4 @@ async def balance(run: Run) -> dict[str, Any]:
     return {"initial": 0, "final": final}
 
 
-locking = partial(
-    Experiment, workload=increments, script=overlap, check=no_lost_update, prepare=on_redis, final=balance
-)
+locking = partial(Experiments, workload=increments, check=no_lost_update, prepare=on_redis, final=balance)

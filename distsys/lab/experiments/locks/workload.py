@@ -7,6 +7,7 @@ Each worker adds an amount of its own (w1 adds 1, w2 adds 10, ...), so the final
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from distsys.errors import LockLost, Rejected
@@ -15,13 +16,13 @@ from distsys.lab.run.worker import Worker, task_name
 from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
+@dataclass
 class Account:
     """Balance in a store. With a `fence`, writes of a token older than the newest seen are refused."""
 
-    def __init__(self, client: Any, name: str, fence: str) -> None:
-        self.client = client
-        self.name = name
-        self.fence = fence
+    client: Any
+    name: str
+    fence: str
 
     async def read(self, token: int | None) -> int:
         """Return the balance; a fence on reads gets the token."""

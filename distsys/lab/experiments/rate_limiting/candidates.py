@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from distsys.lab.run.worker import checkpoint
@@ -13,12 +15,12 @@ from distsys.rate_limiting.distributed import Quota, TieredLimiter
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter
 
 
+@dataclass
 class CounterInMemory:
     """A counter that is exact in one process; each further process has one of its own."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.count = 0
+    limit: int
+    count: int = 0
 
     def allow(self, key: str) -> bool:
         """Count the request; return whether the count is within the limit."""
@@ -49,13 +51,18 @@ class SlowAPI:
         return (await self.http.get("/", headers={"key": key})).status_code != 429
 
 
-class GetThenSet:
-    """A counter that is read, and written one higher a moment later."""
+@dataclass
+class InRedis:
+    """The base of the limiters below: at most `limit` in `window` seconds, by a clock that may be the client's."""
 
-    def __init__(self, redis: Any, limit: int, window: float) -> None:
-        self.redis = redis
-        self.limit = limit
-        self.window = window
+    redis: Any
+    limit: int
+    window: float
+    clock: Callable[[], float] = time.time
+
+
+class GetThenSet(InRedis):
+    """A counter that is read, and written one higher a moment later."""
 
     async def allow(self, key: str) -> bool:
         """Return whether the count was below the limit, and then count the request."""
@@ -65,16 +72,6 @@ class GetThenSet:
             return False
         await self.redis.set(key, count + 1, px=int(self.window * 1000))
         return True
-
-
-class InRedis:
-    """The base of the limiters below: at most `limit` in `window` seconds, by a clock that may be the client's."""
-
-    def __init__(self, redis: Any, limit: int, window: float, clock: Callable[[], float]) -> None:
-        self.redis = redis
-        self.limit = limit
-        self.window = window
-        self.clock = clock
 
 
 class FixedWindow(InRedis):

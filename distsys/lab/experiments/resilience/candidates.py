@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,16 @@ def nothing(call: Call) -> Call:
     return call
 
 
+@dataclass
 class Textbook:
     """A breaker that failures in a row open; after the recovery time it is half open; a success closes it."""
 
-    def __init__(self, failure_threshold: int, recovery_timeout: float, clock: Callable[[], float]) -> None:
-        self.failure_threshold = failure_threshold
-        self.recovery_timeout = recovery_timeout
-        self.clock = clock
-        self.state = "closed"
-        self.failures = 0
-        self.opened_at = 0.0
+    failure_threshold: int
+    recovery_timeout: float
+    clock: Callable[[], float]
+    state: str = field(default="closed", init=False)
+    failures: int = field(default=0, init=False)
+    opened_at: float = field(default=0.0, init=False)
 
     def admits(self) -> bool:
         """Return whether a call may be made."""
@@ -83,11 +84,11 @@ class CountedProbes(Textbook):
         super().succeeded()
 
 
+@dataclass
 class RetryEverything:
     """A retry with three attempts, whatever the error is."""
 
-    def __init__(self, sleep: Sleep) -> None:
-        self.sleep = sleep
+    sleep: Sleep
 
     async def call(self, fn: Call, *args: Any) -> Any:
         """Await `fn(*args)` up to three times."""
@@ -122,11 +123,7 @@ def layers(call: Call, sleep: Sleep, *, count: int = 3, shared: bool = False) ->
 
 def one_key_per_intent(call: Call, sleep: Sleep) -> Call:
     """Make the key once per intent, so that all attempts carry the same one."""
-
-    async def charge(path: str) -> Any:
-        return await retry(sleep=sleep).call(call, path, key=path)
-
-    return charge
+    return lambda path: retry(sleep=sleep).call(call, path, key=path)
 
 
 def shared_pool(call: Call) -> Call:
@@ -142,12 +139,6 @@ def shared_pool(call: Call) -> Call:
 
 def bulkheads(call: Call) -> Call:
     """Split the ten slots, eight for one tenant and two for the other; no call waits."""
-    gates = {
-        "/slow": Bulkhead(max_concurrent=8, policy=OnFull.ABORT),
-        "/fast": Bulkhead(max_concurrent=2, policy=OnFull.ABORT),
-    }
-
-    async def with_permit(path: str) -> Any:
-        return await gates[path].call(call, path)
-
-    return with_permit
+    permits = {"/slow": 8, "/fast": 2}
+    gates = {path: Bulkhead(max_concurrent=n, policy=OnFull.ABORT) for path, n in permits.items()}
+    return lambda path: gates[path].call(call, path)

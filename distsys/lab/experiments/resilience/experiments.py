@@ -9,17 +9,14 @@ so no verdict depends on the machine's speed.
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 from distsys.lab.check.calls import answered, at_most_sent, refused_at_once
 from distsys.lab.check.combine import all_of
 from distsys.lab.check.effects import exactly_once
 from distsys.lab.experiments.resilience import candidates as guards
 from distsys.lab.experiments.resilience.service import HANGS, calls, dependency
-from distsys.lab.history.history import Check
-from distsys.lab.run.experiment import Actor, Arm, Experiment, Run, Signal, expect_held, expect_violated
+from distsys.lab.run.experiment import Actor, Experiments, Run, Signal, expect_held, expect_violated
 from distsys.lab.testbed.proxy import TcpProxy
 from distsys.resilience.circuit_breaker import circuit_breaker
 from distsys.resilience.retry import retry
@@ -29,25 +26,12 @@ RETRY = {"max_attempts": 3, "base_delay": 0.01}  # the delay is real for a candi
 FAILS, WORKS = [503], [200]
 LATER = 100.0  # past the recovery time and all that is added to it
 
-EXPERIMENTS: list[Experiment] = []
-Script = Callable[[Run], Awaitable[None]]
-
 
 async def no_preparation(run: Run) -> None:
     """Prepare nothing: the script of each run starts a service of its own, on a port of its own."""
 
 
-def experiment(name: str, claim: str, *arms: Arm, check: Check, **options: Any) -> Callable[[Script], Script]:
-    """Make an experiment of the decorated script, and add it to EXPERIMENTS."""
-
-    def add(script: Script) -> Script:
-        defaults: dict[str, Any] = {"workload": calls, "prepare": no_preparation, "params": BREAKER | RETRY}
-        EXPERIMENTS.append(
-            Experiment(name=name, claim=claim, arms=arms, script=script, check=check, **defaults | options)
-        )
-        return script
-
-    return add
+EXPERIMENTS = experiment = Experiments(workload=calls, prepare=no_preparation, params=BREAKER | RETRY)
 
 
 async def service_and_caller(run: Run, *answers: int | str) -> tuple[Actor, Actor]:
