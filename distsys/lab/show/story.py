@@ -74,10 +74,10 @@ def _counterexample(history: History, finding: Finding) -> Iterator[tuple[float,
     for process, status in dict.fromkeys((op.process, op.status) for op in witness if op.name == "admit"):
         row = [op for op in witness if (op.name, op.process, op.status) == ("admit", process, status)]
         first, last = at(row[0].called, ""), at(row[-1].end)
-        when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
         if status == "fail":
             yield row[-1].end, 0, f"{process} was {refusal_text(finding)} at {last}."
         else:
+            when = f"at {last}" if last.startswith(first) else f"from {first} to {last}"
             yield row[0].called, 1, f"{process} was admitted {count(len(row), 'time')} {when}."
     for op in witness:
         if op.name == "read":
@@ -114,7 +114,7 @@ def _tally(asked: list[Op], history: History) -> str:
     """Return the admissions of each process: "w1 was admitted 10 of 12 times, last at 0.90 s; w2 0 of 12." """
     told = []
     for process in sorted({op.process for op in asked})[:MAX_SENTENCES]:
-        own = [op for op in asked if op.process == process]
+        own = history.where("admit", process=process)
         passed = [op for op in own if op.status == "ok"]
         last = f", last at {history.at(passed[-1].end)}" if passed else ""
         told.append(f"{process} {len(passed):,} of {count(len(own), 'time')}{last}")

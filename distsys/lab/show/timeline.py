@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain, product
 from typing import Any
 
-from distsys.lab.history.history import Fault, Finding, History, Op
+from distsys.lab.history.history import Fault, Finding, History, Op, Outcome
 from distsys.lab.history.spans import RECOVERIES, conflicts, expired, holds, is_task_of, pauses
 from distsys.lab.history.words import FAULT_WORDS, count, fault_text, refusal_text
 from distsys.lab.show.story import involved, key_ops
@@ -20,6 +21,7 @@ from distsys.lab.show.svg import MARGIN, WIDTH, box, cross, cut, hollow_cross, p
 LIMIT, LANES, MARKS = 60, 12, 160  # the most bars, lanes and marks that are drawn
 ORDER = {"apply": 0, "read": 2}  # in which marks get room for their labels: effects before requests
 DECIDED = {"admit": "admitted", "call": "answered", "arrive": "arrived"}
+UNSURE = ("admit", "info")  # drawn as a mark
 LANE, BAR, FLAG = 40, 17, 15  # heights in px
 
 
@@ -81,15 +83,9 @@ class _Picture:
         self.top = FLAG * len({row for *_, row in flags}) + (20.0 if self.overlaps or admits else 6.0)
         self.lane = {name: self.top + LANE * n for n, name in enumerate(self.lanes)}
         self.bottom = self.top + LANE * len(self.lanes)
-        self._background()
-        self._waits()
-        self._bars()
-        self._decisions(admits)
-        self._overlaps()
-        self._tokens()
-        self._flags(flags)
-        self._marks()
-        self._legend()
+        for layer in (self._background, self._waits, self._bars, partial(self._decisions, admits), self._overlaps,
+                      self._tokens, partial(self._flags, flags), self._marks, self._legend):  # fmt: skip
+            layer()
 
     def line(self, d: str, css: str) -> None:
         """Draw a path."""
@@ -145,20 +141,18 @@ class _Picture:
 
     def _decisions(self, witness: list[Op]) -> None:
         """Draw how many requests were admitted (bars) and how many refused (crosses below)."""
-        for (name, y), status, kind in product(self.lane.items(), ("ok", "fail", "info"), DECIDED):
-            ops = [op for op in self.history.where(kind, process=name) if op.status == status]
-            if (kind, status) == ("admit", "info"):
-                continue  # drawn by _marks
+        statuses: tuple[Outcome, ...] = ("ok", "fail", "info")
+        for (name, y), status, kind in product(self.lane.items(), statuses, DECIDED):
+            ops = self.history.where(kind, process=name, status=status) if (kind, status) != UNSURE else []
             times = [op.called if kind == "arrive" else self.history.until(op) for op in ops]
             for x0, x1, n in _merged(((self.x(t), self.x(t)) for t in times if self.shows(t, t)), 30.0):
                 text = f"{n:,}" if n > 1 else ""
                 wide = width_of(text, 11)
+                x, css = (x0 + x1) / 2, "small middle blue"
                 if x1 + 6 + wide < WIDTH - MARGIN:
                     x, css = x1 + 6, "small halo"
                 elif x0 - 6 - wide >= self.left:
                     x, css = x0 - 6, "small end halo"
-                else:
-                    x, css = (x0 + x1) / 2, "small middle blue"
                 if status == "ok" or kind == "arrive":
                     self.out += [box(x0 - 1.5, y + 4, x1 - x0 + 3, BAR, "hold"), put(x, y + 17, text, css)]
                     self.icons[f"{DECIDED[kind]}, how many"] = box(-3, -6, 6, 12, "hold"), 9
@@ -203,9 +197,7 @@ class _Picture:
     def _tokens(self) -> None:
         """Draw each fencing token in its bar, or beside it if there is room."""
         overlapping = [bar for pair in self.overlaps for bar in pair]
-        for n, bar in enumerate(self.bars):
-            if bar.op.token is None:
-                continue
+        for n, bar in ((n, bar) for n, bar in enumerate(self.bars) if bar.op.token is not None):
             text, y = self.history.label(bar.op), self.lane[bar.process] + 17
             x0, x1 = self.x(bar.start), self.x(bar.end)
             wide = width_of(text, 11, bold=True)
@@ -251,7 +243,7 @@ class _Picture:
         named = [*self.finding.witness, *chain(*key_ops(self.history, self.finding))]
         ops = [op for op in self.history if op.process in self.lane and self.shows(op.end, op.end)]
         ops = [op for op in ops if op.name != "acquire" and (op.name != "release" or op in named)]
-        ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == ("admit", "info")]
+        ops = [op for op in ops if op.name not in DECIDED or (op.name, op.status) == UNSURE]
         if self.history.where("call"):  # inside of a call only the counterexample is shown
             ops = [op for op in ops if op.name in ("apply", "wait") and op in self.finding.witness]
         for op in sorted(ops, key=lambda op: (op.status != "fail" and op not in named, ORDER.get(op.name, 1)))[:MARKS]:
@@ -294,11 +286,11 @@ def _merged(parts: Iterable[tuple[float, float]], gap: float = 0.0) -> list[tupl
     """Merge the intervals that overlap or lie at most `gap` apart. Return (start, end, how many) of each."""
     done: list[tuple[float, float, int]] = []
     for start, end in sorted(parts):
+        n = 0
         if done and start - done[-1][1] <= gap:
-            first, last, n = done[-1]
-            done[-1] = first, max(end, last), n + 1
-        else:
-            done.append((start, end, 1))
+            start, last, n = done.pop()
+            end = max(end, last)
+        done.append((start, end, n + 1))
     return done
 
 

@@ -10,22 +10,10 @@ from typing import Any
 
 from distsys.lab.history.history import Expected, Finding, History, Status
 from distsys.lab.history.words import count
+from distsys.lab.show import svg as draw
 from distsys.lab.show.html import escape, number_text, table
 from distsys.lab.show.story import story
-from distsys.lab.show.svg import (
-    ALARM,
-    LINE,
-    MARGIN,
-    PAPER,
-    RED,
-    STATUS_COLOUR,
-    WIDTH,
-    box,
-    document,
-    put,
-    width_of,
-    wrap,
-)
+from distsys.lab.show.svg import MARGIN, STATUS_COLOUR, WIDTH, box, put, width_of
 from distsys.lab.show.timeline import timeline
 
 MARK = {"HELD": "✓", "VIOLATED": "✗", "INCONCLUSIVE": "?"}
@@ -114,22 +102,22 @@ class Verdict:
                  lift: float = 0.0, style: str = "") -> None:  # fmt: skip
             """Write a text from `x` to the margin, each line a `step` below the last one."""
             nonlocal y
-            for line in wrap(text, WIDTH - MARGIN - x, size, lines=lines, bold=css == "bold"):
+            for line in draw.wrap(text, WIDTH - MARGIN - x, size, lines=lines, bold=css == "bold"):
                 y += step
                 out.append(put(x, y - lift, line, css, style))
 
         if not self.as_expected:
-            out += [f'<path d="M0 0H{WIDTH}V32H0Z" fill="{ALARM}"/>', put(MARGIN, 21, self._warning(), "bold")]
+            out += [f'<path d="M0 0H{WIDTH}V32H0Z" fill="{draw.ALARM}"/>', put(MARGIN, 21, self._warning(), "bold")]
             y += 32
         flow(self.title, 20, "bold", size=16, lift=4, style="font-size:16px")
         flow(self.claim, 18, "caption", lift=2, style="font-size:13px")
         y += 12
         pill = width_of(self.status, 14, bold=True) + 40
         out.append(f'<g fill="{colour}">{box(MARGIN, y, pill, 28, "", 5)}</g>')
-        sign = f'<path d="{ICON[self.status]}" fill="none" stroke="{PAPER}" stroke-width="2.5"/>'
+        sign = f'<path d="{ICON[self.status]}" fill="none" stroke="{draw.PAPER}" stroke-width="2.5"/>'
         out.append(f'<g transform="translate({MARGIN + 11} {y + 9.5})">{sign}</g>' if ICON[self.status] else "")
         for x, text in ((11, "" if ICON[self.status] else "?"), (30, self.status)):
-            out.append(put(MARGIN + x, y + 19, text, "bold", f"font-size:14px;fill:{PAPER}"))
+            out.append(put(MARGIN + x, y + 19, text, "bold", f"font-size:14px;fill:{draw.PAPER}"))
         right = MARGIN + pill + 10
         flow(self.headline, 20, "bold", x=right, size=14, lines=3, lift=1, style=f"font-size:14px;fill:{colour}")
         small = [f"expected: {self.expected.lower()}"] if self.expected and self.as_expected else []
@@ -145,9 +133,9 @@ class Verdict:
         facts = [count(self.runs, "run"), f"seed {self.seed}", *dict.fromkeys(self.servers.values())]
         flow(" · ".join(facts), 20, "caption", size=11, lift=-4)
         y += 18
-        edge = f'stroke="{LINE}"' if self.as_expected else f'stroke="{RED}" stroke-width="5"'
+        edge = f'stroke="{draw.LINE}"' if self.as_expected else f'stroke="{draw.RED}" stroke-width="5"'
         frame = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1:.0f}" fill="none" {edge}/>'
-        return document("".join(out) + frame, y, str(self))
+        return draw.document("".join(out) + frame, y, str(self))
 
     def _warning(self) -> str:
         return f"NOT AS EXPECTED: this arm should be {self.expected}, and it is {self.status}"
@@ -164,9 +152,8 @@ class Verdict:
         details = [(str(key), str(value)) for key, value in facts]
         details += [(key.replace("_", " "), number_text(key, value)) for key, value in self.stats.items()]
         replay = f"<p>Run it again:</p><pre>{escape(self.replay)}</pre>" if self.replay else ""
-        return (
-            f"{page}<details><summary>seed, versions, parameters</summary>{table((), details)}{replay}</details></div>"
-        )
+        more = f"<summary>seed, versions, parameters</summary>{table((), details)}{replay}"
+        return f"{page}<details>{more}</details></div>"
 
 
 class Verdicts(list[Verdict]):
