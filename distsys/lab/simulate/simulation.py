@@ -107,9 +107,8 @@ class Simulation:
             status = arm.verdict.status
             out.append(put(x, y - HIGH - 6, f"{MARK[status]} {arm.name}", "bold", f"fill:{STATUS_COLOUR[status]}"))
             out.append(put(x - 4, can + 4, f"{storm.capacity:,.0f}", "caption end"))
-            out += [
-                put(x + at * right, y + 13, str(at), "caption middle") for at in range(0, int(storm.end) + 1, ticks)
-            ]
+            seconds = range(0, int(storm.end) + 1, ticks)
+            out += [put(x + at * right, y + 13, str(at), "caption middle") for at in seconds]
         height = lines * (HIGH + 36) + 22
         out.append(put(WIDTH / 2, height - 8, "seconds across, per second upwards", "caption middle"))
         return document("".join(out), height, str(storm))

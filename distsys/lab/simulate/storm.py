@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -86,10 +86,8 @@ class Storm:
     @property
     def claim(self) -> str:
         """The sentence that an arm holds or violates."""
-        return (
-            f"within {self.recover_within:g} s after the trigger is gone at least {RECOVERED_SHARE:.0%} of the calls "
-            "succeed again, and it stays so"
-        )
+        good = f"at least {RECOVERED_SHARE:.0%} of the calls succeed again, and it stays so"
+        return f"within {self.recover_within:g} s after the trigger is gone {good}"
 
 
 class Process:
@@ -100,9 +98,7 @@ class Process:
     """
 
     def __init__(self, storm: Storm, clock: Callable[[], float], rng: random.Random) -> None:
-        self.storm = storm
-        self.clock = clock
-        self.rng = rng
+        self.storm, self.clock, self.rng = storm, clock, rng
         self.retry = partial(Retry, rng=rng.random)
         self.budget = partial(RetryBudget, clock=clock)
         self.breaker = partial(CircuitBreaker, clock=clock, rng=rng.random)
@@ -118,9 +114,7 @@ class Dependency:
     """SERVERS behind one FIFO queue. A request whose client has left is served all the same."""
 
     def __init__(self, storm: Storm, loop: Any, rng: random.Random) -> None:
-        self.storm = storm
-        self.loop = loop
-        self.rng = rng
+        self.storm, self.loop, self.rng = storm, loop, rng
         self.idle = SERVERS  # below 0 while servers that are gone still finish a request
         self.queue = deque[asyncio.Future[None]]()
         self.max_queued = round(storm.queue * storm.capacity)
@@ -219,11 +213,8 @@ def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any =
                 try:
                     await call()
                     good = loop.now - begun <= storm.deadline
-                except (
-                    OSError,
-                    DistsysError,
-                ):  # TimeoutError is an OSError; any other error is a mistake in the policy
-                    pass
+                except (OSError, DistsysError):
+                    pass  # TimeoutError is an OSError; any other error is a mistake in the policy
                 finally:  # also for a call that hangs until it is cancelled at the end
                     calls.append((begun, loop.now, good))
 
@@ -247,36 +238,29 @@ def _judge(
     recovered = None if recovery > storm.after - 2 else recovery
     tail, lost = requests[-5:], 1 - sum(good[-5:]) / max(1, sum(began[-5:]))
     metastable = recovered is None and sum(tail) > len(tail) * storm.capacity
-    status: Status = "VIOLATED"
+    status: Status = "HELD" if recovered is not None and recovered <= storm.recover_within else "VIOLATED"
+    summary = f"recovered {recovery:g} s after the trigger was gone"
     if recovered is None:
         summary = f"{lost:.0%} of the calls fail {storm.after:g} s after the trigger is gone"
         if metastable:
             amount = f"{sum(tail) / len(tail) / storm.capacity:.1f} times the capacity"
             summary = f"metastable: {summary}, for {amount} is asked of the dependency"
-    elif recovered > storm.recover_within:
-        summary = f"recovered {recovered:g} s after the trigger was gone"
     elif not bad:
         status, summary = "INCONCLUSIVE", "the trigger did no harm"
-    else:
-        status, summary = "HELD", f"recovered {recovered:g} s after the trigger was gone"
     waited = sorted(call[1] - call[0] for call in calls)
-    trace = array(
-        "d", [number for call in sorted(calls) for number in call]
-    )  # sorted: calls that were cut off at the end come in any order
+    # Sorted, because calls that were cut off at the end come in any order.
+    trace = array("d", [number for call in sorted(calls) for number in call])
     digest = blake2b(trace.tobytes() + dependency.requests.tobytes() + dependency.wasted.tobytes(), digest_size=8)
     peak, goodput = max(requests), sum(good[first:]) / max(1, sum(began[first:]))
     p99 = waited[int(0.99 * len(waited))]
     stats = {"peak_requests_per_second": peak, "goodput": round(goodput, 3), "p99": round(p99, 3)}
     result = [(History(), Finding(status, summary))]
     verdict = Verdict.of(result, title=name, claim=storm.claim, expected=expected, seed=seed, stats=stats)
-    hashed = digest.hexdigest()
-    return Arm(name, verdict, requests, began, good, wasted, peak, goodput, p99, recovered, metastable, hashed)
+    counted = (requests, began, good, wasted, peak, goodput, p99)
+    return Arm(name, verdict, *counted, recovered, metastable, digest.hexdigest())
 
 
 def _curve(storm: Storm, times: Any) -> Curve:
     """Return how many of the times lie in each second."""
-    counts = [0] * int(storm.end)
-    for at in times:
-        if at < len(counts):
-            counts[int(at)] += 1
-    return counts
+    counts = Counter(map(int, times))
+    return [counts[second] for second in range(int(storm.end))]

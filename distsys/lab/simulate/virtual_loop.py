@@ -34,10 +34,8 @@ class _Handle(asyncio.TimerHandle):
     __slots__ = ()
 
     def __init__(self, when: float, callback: Callable[..., Any], args: Any, context: Context | None) -> None:
-        self._when = when
-        self._callback = callback
-        self._args = args
-        self._cancelled = False
+        self._when, self._cancelled = when, False
+        self._callback, self._args = callback, args
         self._context = copy_context() if context is None else context
 
     def cancel(self) -> None:
@@ -54,13 +52,11 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # typeshed wants the 33 other m
     """An event loop in virtual time. It raises Stuck beyond `limit` callbacks in a second, or after `until` seconds."""
 
     def __init__(self, limit: int = 1_000_000, until: float = math.inf) -> None:
-        self.now = 0.0
-        self.limit = limit
-        self.until = until
+        self.now, self.limit, self.until = 0.0, limit, until
         self._ready: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the number keeps the order within a moment
         self._timers_set = 0
-        self._running = self._closed = False
+        self._closed = False
         self._unhandled: list[BaseException] = []
 
     def time(self) -> float:
@@ -99,11 +95,8 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # typeshed wants the 33 other m
     def run_until_complete(self, future: Any) -> Any:
         """Run until the future is done and return its result. Raises Stuck if that would never happen."""
         main = asyncio.ensure_future(future, loop=self)
-        ready = self._ready
-        timers = self._timers
-        left = self.limit  # callbacks that may still run in this virtual second
-        next_second = self.now + 1
-        self._running = True
+        ready, timers = self._ready, self._timers
+        left, next_second = self.limit, self.now + 1  # callbacks that may still run until then
         if asyncio._get_running_loop() is not None:
             raise RuntimeError("another loop runs in this thread: use distsys.lab.virtual_loop.run")
         asyncio._set_running_loop(self)
@@ -129,7 +122,6 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # typeshed wants the 33 other m
                         handle._context.run(handle._callback, *handle._args)
         finally:
             asyncio._set_running_loop(None)
-            self._running = False
         result = main.result()
         if self._unhandled:
             raise self._unhandled[0]
@@ -147,7 +139,7 @@ class VirtualLoop(_Loop):  # type: ignore[misc]  # typeshed wants the 33 other m
 
     def is_running(self) -> bool:
         """Return whether callbacks run."""
-        return self._running
+        return asyncio._get_running_loop() is self
 
     def is_closed(self) -> bool:
         """Return whether the loop was closed."""
