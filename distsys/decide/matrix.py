@@ -76,16 +76,10 @@ MEANING: dict[Word, str] = _DATA["meaning"]
 PATTERNS = tuple(Pattern(**table) for table in _DATA["patterns"])
 DECISIONS = tuple(KeyDecision(**table) for table in _DATA["decisions"])
 RULES = tuple(
-    Rule(
-        category=part["category"],
-        impact=part["impact"],
-        notebook=f"notebooks/{part['notebook']}.ipynb",
-        checklist=f"checklists/{part['notebook'][3:]}.md",
-        **table,
-    )
-    for part in _DATA["categories"]
-    for table in part["rules"]
-)
+    Rule(category=part["category"], impact=part["impact"], notebook=f"notebooks/{part['notebook']}.ipynb",
+         checklist=f"checklists/{part['notebook'][3:]}.md", **table)
+    for part in _DATA["categories"] for table in part["rules"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class Knob(w.VBox):  # type: ignore[misc]  # ipywidgets ships no types
 
     tooltip = ""  # of the Run button
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+    def __init__(self, lab: Lab, candidates: Mapping[str, Any] | None = None) -> None:
+        self._lab, self._candidates = lab, candidates or {}
         self._loop = asyncio.get_running_loop()
         self._running: asyncio.Task[Knob] | None = None
         self.run = w.Button(description="Run", button_style="primary", tooltip=self.tooltip)
@@ -87,13 +87,9 @@ class LockKnob(Knob):
 
     tooltip = "run this lock under this fault"
 
-    def __init__(self, lab: Lab, locks: Mapping[str, Any]) -> None:
-        self._locks = locks
-        super().__init__(lab)
-
     def controls(self) -> list[Any]:
         """Return the rows of controls."""
-        self.lock = w.Dropdown(options=list(self._locks), description="Lock", style=NARROW)
+        self.lock = w.Dropdown(options=list(self._candidates), description="Lock", style=NARROW)
         self.fault = w.Dropdown(options=FAULTS, value="slow-holder", description="Fault", style=NARROW)
         self.account = w.ToggleButtons(options=list(ACCOUNTS), description="Account", style=NARROW)
         self.ttl = w.FloatSlider(value=0.3, min=0.1, max=2.0, step=0.1, description="TTL in s", style=NARROW)
@@ -102,7 +98,7 @@ class LockKnob(Knob):
     async def measure(self) -> str:
         """Return the verdict as HTML."""
         account = ACCOUNTS[self.account.value]
-        lock, fault = self._locks[self.lock.value], self.fault.value
+        lock, fault = self._candidates[self.lock.value], self.fault.value
         self.answer.value = f"<p><i>running: {escape(experiments.load(fault).claim)}</i></p>"
         return (await self._lab.test(lock, fault, ttl=self.ttl.value, account=account, keep=False))._repr_html_()
 
@@ -112,21 +108,16 @@ class EndpointKnob(Knob):
 
     tooltip = "pay by this endpoint, under this fault"
 
-    def __init__(self, lab: Lab, endpoints: Mapping[str, Any]) -> None:
-        self._endpoints = endpoints
-        super().__init__(lab)
-
     def controls(self) -> list[Any]:
         """Return the rows of controls."""
-        self.endpoint = w.Dropdown(options=list(self._endpoints), description="Endpoint", style=NARROW)
-        self.fault = w.Dropdown(
-            options=list(ATTEMPTS), value="killed after the effect", description="Fault", style=NARROW
-        )
+        self.endpoint = w.Dropdown(options=list(self._candidates), description="Endpoint", style=NARROW)
+        faults = {"options": list(ATTEMPTS), "value": "killed after the effect"}
+        self.fault = w.Dropdown(**faults, description="Fault", style=NARROW)
         return [w.HBox([self.endpoint, self.fault, self.run])]
 
     async def measure(self) -> str:
         """Return the verdict as HTML."""
-        endpoint, (fault, point) = self._endpoints[self.endpoint.value], ATTEMPTS[self.fault.value]
+        endpoint, (fault, point) = self._candidates[self.endpoint.value], ATTEMPTS[self.fault.value]
         return (await self._lab.test(endpoint, fault, point=point, keep=False))._repr_html_()
 
 
