@@ -55,9 +55,8 @@ def right_answers(history: History) -> Finding:
     told = [(op, *_parts(op)) for op in history.where("told")]
     wrong = [(op, asked, answer) for op, _, asked, answer in told if not answer.startswith(asked)]
     if wrong:
-        rows = [
-            (history.at(op.end), op.process, f"asked for {asked}, was told: {answer}") for op, asked, answer in wrong
-        ]
+        texts = [f"asked for {asked}, was told: {answer}" for _, asked, answer in wrong]
+        rows = [(history.at(op.end), op.process, text) for (op, *_), text in zip(wrong, texts, strict=True)]
         return violated(f"{count(len(wrong), 'wrong answer')}: {rows[0][2]}", [op for op, *_ in wrong], *rows)
     if not told:
         return somebody_answered(history)

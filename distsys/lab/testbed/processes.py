@@ -44,8 +44,7 @@ class Process:
     """One process. `stopped`, `continued` and `exited` wait for a report of the kernel and do not poll."""
 
     def __init__(self, name: str, log: Path, sock: socket.socket | None = None) -> None:
-        self.name = name
-        self.log = log
+        self.name, self.log = name, log
         self.pid = 0  # known once it is started
         self.sock = sock  # our end of a worker's socket, non-blocking
         self.state: State = "starting"
@@ -102,10 +101,8 @@ class Process:
             self.sock.close()
 
     def _set(self, state: State, pid: int = 0, code: int | None = None, error: str = "") -> None:
-        self.state = state
-        self.pid = pid or self.pid
-        self.code = code
-        self.error = error
+        self.state, self.pid = state, pid or self.pid
+        self.code, self.error = code, error
         if self._kill_on_start and state == "running":
             with suppress(ProcessLookupError):  # it has exited already
                 self.signal(self._kill_on_start)
@@ -128,8 +125,7 @@ class Processes:
 
     def __init__(self, child: subprocess.Popen[bytes], control: socket.socket, folder: Path) -> None:
         self.folder = folder
-        self._child = child
-        self._control = control
+        self._child, self._control = child, control
         self._supervisor = Process("supervisor", folder / "supervisor.log")
         self._running = {0: self._supervisor}  # request number -> process
         self._numbers = itertools.count(1)

@@ -42,9 +42,8 @@ class TcpProxy:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        tasks = [link.task for link in self._links]
         self.reset_all()
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*(link.task for link in self._links))
 
     def through(self, url: str) -> str:
         """Return the URL with the address of this proxy."""
@@ -107,8 +106,7 @@ class _Link:
     def __init__(self, proxy: TcpProxy, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.proxy = proxy
-        self.task = task
+        self.proxy, self.task = proxy, task
         self.lost = False  # whether bytes were lost
         self.writers = [client]
 

@@ -87,7 +87,7 @@ class Server:
     @property
     def controllable(self) -> bool:
         """Whether this lab started the server, and so can kill, pause and restart it."""
-        return self._start is not None
+        return self.process is not None
 
     async def kill(self) -> None:
         """Send SIGKILL to all processes of the server, as the kernel does when memory runs out. Idempotent."""
@@ -175,8 +175,8 @@ class Servers:
             own = ["--dir", str(home), "--unixsocket", str(home / "sock"), "--port", str(port)]
             return [program, *_REDIS, *own, *args, *master]
 
-        anywhere = not (args or master)
-        server = await self.serve(name, "redis", "redis://127.0.0.1:{port}/0", argv, anywhere=anywhere)
+        url = "redis://127.0.0.1:{port}/0"
+        server = await self.serve(name, "redis", url, argv, anywhere=not (args or master))
         if master:
             await _wait_for_info(server, "replication", {"master_link_status": "up"})
         return server
@@ -209,7 +209,7 @@ class Servers:
         async def argv(program: str, home: Path, port: int) -> list[str]:
             settings = {"listen_addr": "127.0.0.1", "listen_port": port, "auth_type": "any", "pool_mode": pool_mode}
             settings |= {"default_pool_size": pool_size, "unix_socket_dir": home}
-            settings |= {"ignore_startup_parameters": "extra_float_digits"}
+            settings["ignore_startup_parameters"] = "extra_float_digits"
             lines = [f"[databases]\n* = {upstream}", "[pgbouncer]", *(f"{k} = {v}" for k, v in settings.items())]
             return [program, str(configure(home / "pgbouncer.ini", lines))]
 
@@ -263,9 +263,8 @@ class Servers:
             url, origin, variable = await self._container(kind), "docker", "DISTSYS_BACKEND"
         if not url:
             return None
-        where = urlsplit(url)
-        host, port = where.hostname or "127.0.0.1", where.port or (6379 if kind == "redis" else 5432)
-        server = Server(name, kind, url, "", origin, host, port)
+        where, usual = urlsplit(url), 6379 if kind == "redis" else 5432
+        server = Server(name, kind, url, "", origin, where.hostname or "127.0.0.1", where.port or usual)
         try:
             server.version = await asyncio.wait_for(_ask_version(server), 10)
         except Exception as error:  # any error that a client can raise

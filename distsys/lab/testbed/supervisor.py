@@ -40,8 +40,7 @@ class Supervisor:
     """The loop that starts processes on request, reports their states, and ends them all."""
 
     def __init__(self, control: socket.socket, folder: Path) -> None:
-        self.control = control
-        self.folder = folder
+        self.control, self.folder = control, folder
         self.children: dict[int, int] = {}  # pid -> request number, of each that runs
         self.todo = list(PRELOAD)
         self.fds: list[int] = []  # received and not yet used: a socket and a file per worker, in this order
@@ -54,9 +53,7 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()  # each handler returns whether to go on
         self.selector.register(control, selectors.EVENT_READ, self._read)
         self.selector.register(self.woken, selectors.EVENT_READ, lambda: bool(self.woken.recv(4096)))
-        if hasattr(
-            os, "pidfd_open"
-        ):  # forks of the notebook keep its end of the socket open, so its process is watched too
+        if hasattr(os, "pidfd_open"):  # forks of the notebook keep its end of the socket open: watch its process too
             self.selector.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, lambda: False)
         if _libc:
             _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process, and end with it
@@ -131,10 +128,8 @@ class Supervisor:
                 pid, status = found
                 if pid not in self.children:
                     continue  # an orphan of a child
-                if os.WIFSTOPPED(status):
-                    self.tell(number=self.children[pid], state="stopped")
-                elif os.WIFCONTINUED(status):
-                    self.tell(number=self.children[pid], state="running")
+                if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                    self.tell(number=self.children[pid], state="stopped" if os.WIFSTOPPED(status) else "running")
                 else:
                     self.tell(number=self.children.pop(pid), state="exited", code=os.waitstatus_to_exitcode(status))
 

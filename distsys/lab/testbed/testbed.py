@@ -16,8 +16,7 @@ class Testbed:
     __test__ = False  # pytest: this is no test class
 
     def __init__(self, processes: Processes, servers: Servers) -> None:
-        self.processes = processes
-        self.servers = servers
+        self.processes, self.servers = processes, servers
         self.prefix = f"lab:{os.getpid()}-{os.urandom(3).hex()}"
         self.closed = False
         self._schema: str | None = None
@@ -57,9 +56,8 @@ class Testbed:
         if self._schema is None:
             self._schema = self.prefix.replace(":", "_").replace("-", "_")
             table = f'"{self._schema}".accounts (name text PRIMARY KEY, balance bigint NOT NULL, fence_token bigint)'
-            await _execute(
-                server.url, f'CREATE SCHEMA IF NOT EXISTS "{self._schema}"', f"CREATE TABLE IF NOT EXISTS {table}"
-            )
+            schema = f'CREATE SCHEMA IF NOT EXISTS "{self._schema}"'
+            await _execute(server.url, schema, f"CREATE TABLE IF NOT EXISTS {table}")
         return make_conninfo(server.url, options=f"-csearch_path={self._schema},public")
 
     async def _sweep(self) -> None:

@@ -17,20 +17,12 @@ from distsys.locks.fencing import fenced_get, fenced_set, fenced_update
 
 
 @dataclass
-class Account:
-    """Balance in a store. With a `fence`, writes of a token older than the newest seen are refused."""
+class _Fenced:
+    """The balance of `name` in a store. With a `fence`, writes of a token older than the newest seen are refused."""
 
     client: Any
     name: str
     fence: str
-
-    async def read(self, token: int | None) -> int:
-        """Return the balance; a fence on reads gets the token."""
-        raise NotImplementedError
-
-    async def write(self, balance: int, token: int | None) -> None:
-        """Set the balance. Raises StaleToken if the fence refuses the token."""
-        raise NotImplementedError
 
     def token_for_fence(self, token: int | None) -> int | None:
         """Return the token that has to pass the fence; None without a fence, or with one that is optional."""
@@ -41,16 +33,18 @@ class Account:
         return token
 
 
-class RedisAccount(Account):
+class RedisAccount(_Fenced):
     """Balance in a Redis key."""
 
     async def read(self, token: int | None) -> int:
+        """Return the balance; a fence on reads gets the token."""
         key = f"{{{self.name}}}:balance"
         if self.fence == READS and (passed := self.token_for_fence(token)) is not None:
             return int(await fenced_get(self.client, key, token=passed) or 0)
         return int(await self.client.get(key) or 0)
 
     async def write(self, balance: int, token: int | None) -> None:
+        """Set the balance. Raises StaleToken if the fence refuses the token."""
         key = f"{{{self.name}}}:balance"
         if (passed := self.token_for_fence(token)) is None:
             await self.client.set(key, balance)
@@ -58,14 +52,16 @@ class RedisAccount(Account):
             await fenced_set(self.client, key, balance, token=passed)
 
 
-class PostgresAccount(Account):
+class PostgresAccount(_Fenced):
     """Balance in a table of the lab's own: `accounts(name, balance, fence_token)`."""
 
     async def read(self, token: int | None) -> int:
+        """Return the balance; the token is not needed."""
         cursor = await self.client.execute("SELECT balance FROM accounts WHERE name = %s", (self.name,))
         return int((await cursor.fetchone())[0])
 
     async def write(self, balance: int, token: int | None) -> None:
+        """Set the balance. Raises StaleToken if the fence refuses the token."""
         if (passed := self.token_for_fence(token)) is None:
             await self.client.execute("UPDATE accounts SET balance = %s WHERE name = %s", (balance, self.name))
         else:
@@ -73,11 +69,12 @@ class PostgresAccount(Account):
             await fenced_update(self.client, "accounts", values, where=where, token=passed)
 
 
+Account = RedisAccount | PostgresAccount
 WRITES = "writes"
 READS = "writes and reads"  # after a holder's read, an older token can't write
 IF_ANY = "writes, if the lock has tokens"  # used by the ladder, for any lock of the reader
 # Class, client and fence of each account, by the name that an experiment gives it.
-ACCOUNTS: dict[str, tuple[type[Account], str, str]] = {
+ACCOUNTS: dict[str, tuple[type[RedisAccount | PostgresAccount], str, str]] = {
     "redis": (RedisAccount, "bank", ""),
     "redis, fenced": (RedisAccount, "bank", WRITES),
     "redis, reads fenced too": (RedisAccount, "bank", READS),
