@@ -7,14 +7,9 @@ from importlib import import_module
 from distsys.lab.run.experiment import Experiment
 
 _MODULES = (
-    "locks.redis_lock",
-    "locks.redlock",
-    "locks.advisory_lock",
-    "locks.fencing",
-    "rate_limiting.experiments",
-    "resilience.experiments",
-    "idempotency.experiments",
-)
+    "locks.redis_lock", "locks.redlock", "locks.advisory_lock", "locks.fencing",
+    "rate_limiting.experiments", "resilience.experiments", "idempotency.experiments",
+)  # fmt: skip
 
 
 def every() -> dict[str, Experiment]:

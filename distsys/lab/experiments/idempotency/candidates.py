@@ -58,16 +58,23 @@ def claimed(redis: Any, charge: Charge, lease: float = 30.0, wait: float = 0.0, 
     return lambda key, amount, user: claims.run(f"{user}:{key}", lambda: charge(amount), request=amount)
 
 
-def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = True) -> Pay:
-    """Read, pay, and write the answer."""
+def mark_after(redis: Any, charge: Charge, scoped: bool = True, checked: bool = True, errors_kept: bool = False) -> Pay:
+    """Read, pay, and write the answer for a day; with `errors_kept` also that the card was declined."""
 
     async def pay(key: str, amount: int, user: str) -> str:
         place = f"answer:{key}:{user if scoped else ''}:{amount if checked else ''}"
-        if known := await redis.get(place):
-            return str(known.decode())
-        answer = await charge(amount)
-        await redis.set(place, answer, px=DAY_MS)
-        return answer
+        answer = (await redis.get(place) or b"").decode()
+        if not answer:
+            try:
+                answer = await charge(amount)
+            except Declined:
+                if not errors_kept:
+                    raise
+                answer = "declined"
+            await redis.set(place, answer, px=DAY_MS)
+        if answer == "declined":
+            raise Declined
+        return str(answer)
 
     return pay
 
@@ -93,25 +100,6 @@ def select_then_insert(conn: Any, charge: Charge) -> Pay:
                 return str(known[0])
             answer = await charge(amount, conn)
             await conn.execute("INSERT INTO distsys_processed VALUES ('pay', %s, %s)", (key, answer + str(uuid4())))
-        return answer
-
-    return pay
-
-
-def every_answer_kept(redis: Any, charge: Charge) -> Pay:
-    """Keep every answer for a day, errors included."""
-
-    async def pay(key: str, amount: int, user: str) -> str:
-        if known := await redis.get(f"answer:{key}"):
-            if known == b"declined":
-                raise Declined
-            return str(known.decode())
-        try:
-            answer = await charge(amount)
-        except Declined:
-            await redis.set(f"answer:{key}", "declined", px=DAY_MS)
-            raise
-        await redis.set(f"answer:{key}", answer, px=DAY_MS)
         return answer
 
     return pay

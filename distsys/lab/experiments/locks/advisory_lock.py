@@ -37,10 +37,8 @@ experiment(
     "A session lock belongs to its connection: returned to a pool while locked, the next borrower holds it too.",
     expect_violated("pg_advisory_lock, connection returned", candidates.PooledSessionLock),
     expect_held("AdvisoryLock, session scope", SESSION),
-    workload=increments_by_tasks,
-    params={"tasks": "ab", "account": "postgres", "pool_size": 1},
-    check=AT_ONCE,
-)
+    workload=increments_by_tasks, params={"tasks": "ab", "account": "postgres", "pool_size": 1}, check=AT_ONCE,
+)  # fmt: skip
 async def two_tasks(run: Run) -> None:
     """Start task b while task a of the same process, with the same pool, is between its read and its write."""
     (w1,) = await run.start(1)
@@ -63,12 +61,11 @@ async def behind_pgbouncer(run: Run) -> None:
 experiment(
     "session-lock-behind-pgbouncer",
     "A pooler in transaction mode gives one session to many clients, and with it their session locks.",
-    expect_violated("pg_advisory_lock", candidates.raw_session_lock),
+    expect_violated("pg_advisory_lock", candidates.RawSessionLock),
     expect_held("AdvisoryLock, session scope", SESSION),
     expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock),
-    check=or_refused(AT_ONCE),
-    prepare=behind_pgbouncer,
-)(overlap)
+    check=or_refused(AT_ONCE), prepare=behind_pgbouncer,
+)(overlap)  # fmt: skip
 
 
 @contextlib.asynccontextmanager
@@ -117,10 +114,8 @@ def everybody_enters(history: History) -> Finding:
     "Two locks taken in opposite orders can deadlock; taken in one order they never do.",
     expect_violated("in the order of the arguments", in_argument_order),
     expect_held("advisory_locks, sorted", in_sorted_order),
-    workload=transfer,
-    check=everybody_enters,
-    final=None,
-)
+    workload=transfer, check=everybody_enters, final=None,
+)  # fmt: skip
 async def crossing(run: Run) -> None:
     """Let each worker hold its first lock and request the other's."""
     w1, w2 = await run.start(2)

@@ -119,31 +119,33 @@ async def confirmed_by_a_replica(redis: Any, name: str, ttl: float) -> AsyncIter
         yield lease
 
 
-class PooledSessionLock:
+class RawSessionLock:
+    """Session lock on a connection of its own: correct, unless a pooler gives the session to other clients too."""
+
+    def __init__(self, conn: Any, name: str) -> None:
+        self.conn, self.id = conn, lock_id(name)
+
+    async def execute(self, statement: str) -> None:
+        """Execute a statement about this lock."""
+        await self.conn.execute(statement, (self.id,))
+
+    async def __aenter__(self) -> None:
+        await self.execute("SELECT pg_advisory_lock(%s)")
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.execute("SELECT pg_advisory_unlock(%s)")
+
+
+class PooledSessionLock(RawSessionLock):
     """Session lock on a connection that returns to its pool while the session still holds the lock."""
 
     def __init__(self, pool: Any, name: str) -> None:
         self.pool, self.id = pool, lock_id(name)
 
-    async def _run(self, function: str) -> None:
+    async def execute(self, statement: str) -> None:
+        """Execute a statement about this lock on any connection of the pool."""
         async with self.pool.connection() as conn:
-            await conn.execute(f"SELECT {function}(%s)", (self.id,))
-
-    async def __aenter__(self) -> None:
-        await self._run("pg_advisory_lock")
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._run("pg_advisory_unlock")
-
-
-@contextlib.asynccontextmanager
-async def raw_session_lock(conn: Any, name: str) -> AsyncIterator[None]:
-    """Hold a session lock on a connection of its own: correct, unless a pooler gives the session to others too."""
-    await conn.execute("SELECT pg_advisory_lock(%s)", (lock_id(name),))
-    try:
-        yield
-    finally:
-        await conn.execute("SELECT pg_advisory_unlock(%s)", (lock_id(name),))
+            await conn.execute(statement, (self.id,))
 
 
 @contextlib.asynccontextmanager

@@ -21,11 +21,8 @@ EXPERIMENTS = experiment = locking()
     expect_held("redis-py's Lock", lambda redis, name: redis.lock(name, timeout=10)),
     expect_held("Redlock, three nodes", Redlock, prepare=on_three_nodes),
     expect_held("AdvisoryLock, transaction scope", candidates.transaction_lock, prepare=on_both),
-    params={"rounds": 10},
-    check=AT_ONCE,
-    ttl=10.0,
-    alone=True,
-)
+    params={"rounds": 10}, check=AT_ONCE, ttl=10.0, alone=True,
+)  # fmt: skip
 async def crowd(run: Run) -> None:
     """Start all workers at once, without faults."""
     for actor in await run.start(run.workers):
@@ -67,10 +64,8 @@ async def both_between_get_and_set(run: Run) -> None:
     "A lock without a TTL outlives a holder that was killed: no worker ever enters again.",
     expect_violated("SET NX without a TTL", candidates.SetNxWithoutTtl),
     RULE,
-    check=progress,
-    patience=1.0,
-    patience_ttls=3,
-)
+    check=progress, patience=1.0, patience_ttls=3,
+)  # fmt: skip
 async def killed_holder(run: Run) -> None:
     """Kill w1 with kill -9 while it holds the lock; w2 needs the lock."""
     w1, w2 = await run.start(2)
@@ -106,9 +101,8 @@ experiment(
     "Work that takes longer than the TTL loses the lock in the middle, unless the lease is renewed.",
     expect_violated("TTL without renewal", candidates.TtlNoRenewal),
     RULE,
-    check=AT_ONCE,
-    patience_ttls=3,
-)(overlap)
+    check=AT_ONCE, patience_ttls=3,
+)(overlap)  # fmt: skip
 
 
 @experiment(
@@ -116,10 +110,8 @@ experiment(
     "One lock object used by two tasks must keep their leases apart.",
     expect_violated("redis-py's Lock", candidates.redis_py_lock),
     RULE,
-    workload=increments_by_tasks,
-    params={"tasks": "ab"},
-    patience_ttls=3,
-)
+    workload=increments_by_tasks, params={"tasks": "ab"}, patience_ttls=3,
+)  # fmt: skip
 async def shared_by_two_tasks(run: Run) -> None:
     """Let task a of w1 outlive its lease; task b uses the same object; a releases; w2 comes while b is inside."""
     w1, w2 = await run.start(2)
@@ -145,12 +137,8 @@ async def shared_by_two_tasks(run: Run) -> None:
     "An acquire that is cancelled after the server granted it must be undone, or no worker enters again.",
     expect_violated("redis-py's Lock, no timeout", candidates.redis_py_lock_without_timeout),
     RULE,
-    workload=increments_by_tasks,
-    params={"tasks": "a"},
-    check=progress,
-    patience=1.0,
-    ttl=10.0,
-)
+    workload=increments_by_tasks, params={"tasks": "a"}, check=progress, patience=1.0, ttl=10.0,
+)  # fmt: skip
 async def cancelled_in_flight(run: Run) -> None:
     """Cancel w1 after its request reached the server and before the answer reached w1; w2 needs the lock."""
     import redis.asyncio

@@ -32,9 +32,8 @@ experiment(
     expect_violated("RedisLock, one node", RedisLock),
     # On a busy machine the default of 40 ms can cost a vote, and then two nodes are all that remember.
     expect_held("Redlock, three nodes", partial(Redlock, node_timeout=0.9)),
-    check=AT_ONCE,
-    ttl=2.0,
-)(partial(overlap, meanwhile=node_restarts_empty))
+    check=AT_ONCE, ttl=2.0,
+)(partial(overlap, meanwhile=node_restarts_empty))  # fmt: skip
 
 
 @experiment(
@@ -43,9 +42,8 @@ experiment(
     expect_violated("RedisLock, its node hung", RedisLock, point="hung"),
     expect_held("Redlock, one of three hung", Redlock, point="hung"),
     expect_held("Redlock, one of three killed", Redlock, point="killed"),
-    check=progress,
-    ttl=2.0,
-)
+    check=progress, ttl=2.0,
+)  # fmt: skip
 async def first_node_fails(run: Run) -> None:
     """Hang (SIGSTOP) or kill one node before the first request; both workers need the lock, one after the other."""
     w1, w2 = await run.start(2)
@@ -135,8 +133,5 @@ experiment(
     expect_held("fence, RedisLock's token", RedisLock, params=FENCED),
     expect_held("fence, token from PostgreSQL", lock_with_postgres_tokens, params={"account": "postgres, fenced"}),
     expect_held("RedisLock, confirmed by a replica", confirmed_by_a_replica),
-    check=or_refused(no_lost_update),
-    prepare=lagging_replica,
-    ttl=5.0,
-    patience=1.0,
-)(failover)
+    check=or_refused(no_lost_update), prepare=lagging_replica, ttl=5.0, patience=1.0,
+)(failover)  # fmt: skip

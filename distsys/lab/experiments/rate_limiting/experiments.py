@@ -168,9 +168,8 @@ async def on_its_own_redis(run: Run) -> None:
             ("local", expect_held, partial(SLOWLY, on_failure=OnFailure(policy="local", fraction=1 / 2))),
         )
     ),
-    check=all_of(at_most(TEN), partial(progress, name="admit", done="admitted")),
-    prepare=on_its_own_redis,
-)
+    check=all_of(at_most(TEN), partial(progress, name="admit", done="admitted")), prepare=on_its_own_redis,
+)  # fmt: skip
 async def without_redis(run: Run) -> None:
     """Stop Redis (SIGSTOP) or kill it, then let both workers ask."""
     actors = await run.start(2)
@@ -214,9 +213,8 @@ async def behind_nginx(run: Run) -> None:
     expect_violated("limit_req, two nginx", limiters.LimitReq, point="two"),
     expect_held("limit_req, one nginx", limiters.LimitReq, point="one"),
     expect_held("TokenBucketLimiter", partial(TokenBucketLimiter, capacity=10, refill_rate=1 / 60)),
-    check=at_most(Allowance(10, refill_rate=1 / 60)),
-    prepare=behind_nginx,
-)
+    check=at_most(Allowance(10, refill_rate=1 / 60)), prepare=behind_nginx,
+)  # fmt: skip
 async def over_nginx(run: Run) -> None:
     """Let each worker ask through one nginx: the same, or one each."""
     one, two = (node.url for node in run.nodes)

@@ -108,9 +108,8 @@ async def down_and_back(run: Run) -> None:
     expect_violated("circuit_breaker, window=None", partial(circuit_breaker, window=None)),
     expect_held("circuit_breaker, 3 of the last 10", circuit_breaker),
     expect_held("circuit_breaker, 25 % of the last 10", partial(circuit_breaker, failure_rate=0.25)),
-    params=BREAKER | RETRY | {"failure_threshold": 3},
-    check=at_most_sent(20),
-)
+    params=BREAKER | RETRY | {"failure_threshold": 3}, check=at_most_sent(20),
+)  # fmt: skip
 async def three_of_ten(run: Run) -> None:
     """Make 40 calls. The 1st, 4th and 7th of each ten fail: never two in a row. Three failures open the breaker."""
     _, w1 = await service_and_caller(run, *(FAILS + WORKS * 2) * 3, 200)
@@ -258,9 +257,8 @@ async def reply_lost(run: Run) -> None:
     "One slow tenant takes every slot of a shared pool; with a bulkhead each, the neighbours do not notice.",
     expect_violated("shared pool of ten", guards.shared_pool),
     expect_held("bulkheads of eight and two", guards.bulkheads),
-    check=partial(answered, process="w1.fast"),
-    patience=1.0,
-)
+    check=partial(answered, process="w1.fast"), patience=1.0,
+)  # fmt: skip
 async def one_slow_tenant(run: Run) -> None:
     """Make 20 calls of the slow tenant, then one of the fast tenant, which is answered or still waits."""
     service, w1 = await service_and_caller(run)
