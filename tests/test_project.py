@@ -236,7 +236,7 @@ def test_the_commands_of_a_checklist_are_understood(path: Path) -> None:
         if word == "decide" and options.pattern:
             assert decide.find(options.pattern)
         elif word == "run":
-            assert set(options.experiments) <= set(experiments.names())
+            assert set(options.experiments) <= set(experiments.every())
 
 
 async def test_the_code_of_the_readme_runs_as_written(redis: object, pg_pool: AsyncConnectionPool) -> None:

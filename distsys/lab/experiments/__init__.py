@@ -17,10 +17,6 @@ def every() -> dict[str, Experiment]:
     return {e.name: e for module in _MODULES for e in import_module(f"{__name__}.{module}").EXPERIMENTS}
 
 
-def names() -> list[str]:
-    return list(every())
-
-
 def load(name: str) -> Experiment:
     known = every()
     if name not in known:

@@ -27,7 +27,6 @@ class TcpProxy:
     def __init__(self, host: str, port: int) -> None:
         self.target = (host, port)
         self.port = 0  # known once the proxy is entered
-        self.accepted = 0  # connections so far
         self.delay_seconds = 0.0
         self.losing = {"requests": False, "replies": False}
         self._replies_left = 0  # until one is cut; 0 or less: none will be
@@ -91,7 +90,6 @@ class TcpProxy:
         return self._replies_left == 0
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
         link = _Link(self, writer)
         self._links.add(link)
         try:
