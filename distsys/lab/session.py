@@ -113,7 +113,8 @@ class Lab:
     ) -> Verdict:  # fmt: skip
         """Judge one candidate of yours under an experiment's workload, faults and check.
 
-        point   a checkpoint of your candidate, where the fault strikes
+        point   a checkpoint of your candidate, where the fault strikes. ValueError if the experiment strikes elsewhere,
+                or if no worker came to it
         params  ttl=, account=, rounds= and so on, for the workload
         keep    False leaves the verdict out of the summary
         """

@@ -380,3 +380,11 @@ def test_the_pytest_fixtures_for_guards_climb_theirs(
 
 def test_the_pytest_fixture_for_endpoints_climbs_theirs(prove_endpoint: Callable[..., ladder.Climb]) -> None:
     assert prove_endpoint(endpoints.in_one_transaction, upto=1).passed
+
+
+async def test_a_point_that_has_no_effect_is_refused(lab: Lab) -> None:
+    """Not a verdict about another moment: the experiment strikes elsewhere, or no worker came there."""
+    with pytest.raises(ValueError, match="point='in-between': 'killed-holder' strikes at points of its own"):
+        await lab.test(candidates.SetNxWithoutTtl, "killed-holder", point="in-between")
+    with pytest.raises(ValueError, match="point='no-such-point': no worker came to a checkpoint of this name"):
+        await lab.test(RedisLock, "late-release", point="no-such-point")

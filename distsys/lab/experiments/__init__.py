@@ -18,6 +18,7 @@ def every() -> dict[str, Experiment]:
 
 
 def load(name: str) -> Experiment:
+    """Return an experiment by its name. LookupError names those there are."""
     known = every()
     if name not in known:
         raise LookupError(f"no experiment is called {name!r}; there are: {', '.join(known)}")

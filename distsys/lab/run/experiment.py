@@ -209,6 +209,8 @@ class Run:
         self._news = asyncio.Event()
         self._readers: list[asyncio.Task[None]] = []
         self.started = 0.0
+        self.point_read = False
+        self._checkpoint = ""  # that the arm names, and the script waits for
 
     async def __aenter__(self) -> Run:
         return self
@@ -274,6 +276,20 @@ class Run:
         except TimeoutError:
             wanted = " or ".join(f"{process} {what} {name}".strip() for process, what, name in signals)
             raise Stalled(f"waited {timeout:g} s in vain for: {wanted}") from None
+
+    def point(self, default: str = "") -> str:
+        """Return where the arm's weak moment is: a checkpoint of the candidate's, where the script has a `default`."""
+        self.point_read = True
+        self._checkpoint = self.arm.point if default else ""
+        return self.arm.point or default
+
+    def point_missed(self) -> str:
+        """Return why the point that the arm names had no effect; nothing if it had."""
+        if self.arm.point and not self.point_read:
+            return f"point={self.arm.point!r}: {self.experiment.name!r} strikes at points of its own; leave it out"
+        if self._checkpoint and not any(point == self._checkpoint for _, point in self.actions):
+            return f"point={self._checkpoint!r}: no worker came to a checkpoint of this name"
+        return ""
 
     def now(self) -> float:
         """Return the time of the record: monotonic seconds, or what the virtual clock shows."""

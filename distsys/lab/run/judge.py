@@ -68,6 +68,8 @@ class Judge:
                 return run.history(), Finding("INCONCLUSIVE", f"not run: {error}")
             except Stalled as error:
                 return run.history(), Finding("INCONCLUSIVE", "; ".join([str(error), *run.crashes()]))
+            if missed := run.point_missed():
+                raise ValueError(missed)
             facts = await experiment.final(run) if experiment.final else {}
             history = run.history(**facts)
             finding = experiment.check(history)

@@ -132,7 +132,7 @@ async def commit_unheard(run: Run) -> None:
 )
 async def killed(run: Run) -> None:
     """w1 is killed at the arm's point; the client tries again, at w2."""
-    point = run.arm.point or "after-effect"
+    point = run.point("after-effect")
     w1, w2 = await run.start(2)
     await attempt(w1, kill=point)
     await w2.ask()
@@ -256,7 +256,7 @@ async def consumer_dies(run: Run) -> None:
     """w1 is killed while it handles the message; w2 takes over its messages."""
     producer, w1, w2 = await run.start(3)
     await producer.ask(publish="order-1")
-    await attempt(w1, kill=run.arm.point)
+    await attempt(w1, kill=run.point("after-effect"))
     w2.order()
     await run.until(w2.did("ack"), w2.waiting("consume"))
     w2.kill()

@@ -46,7 +46,7 @@ experiment(
 )
 async def both_between_get_and_set(run: Run) -> None:
     """Let both workers see that the lock is free before either takes it."""
-    point = run.arm.point or "acquiring"
+    point = run.point("acquiring")
     w1, w2 = await run.start(2)
     for actor in (w1, w2):
         actor.go(hold=point)
@@ -85,7 +85,7 @@ async def killed_holder(run: Run) -> None:
 )
 async def late_release(run: Run) -> None:
     """Stop w1 before its release, past its lease; w2 is inside when w1 releases; then w3 comes."""
-    point = run.arm.point or "before-release"
+    point = run.point("before-release")
     w1, w2, w3 = await run.start(3)
     w1.go(stop=point)
     await w1.reached(point)

@@ -47,8 +47,8 @@ experiment(
 async def first_node_fails(run: Run) -> None:
     """Hang (SIGSTOP) or kill one node before the first request; both workers need the lock, one after the other."""
     w1, w2 = await run.start(2)
-    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
-    run.record("server", "node1", run.arm.point)
+    await (run.nodes[0].kill() if run.point() == "killed" else run.nodes[0].pause())
+    run.record("server", "node1", run.point())
     for actor in (w1, w2):
         if await turn(actor):
             actor.kill()
@@ -74,7 +74,7 @@ async def majority_forgets(run: Run) -> None:
     await w1.reached("before-write")
     await node2.kill()
     run.record("server", "node2", "killed")
-    if run.arm.point == "delayed":  # with node 2 gone as well no majority renews the lease: w1 is told, and leaves
+    if run.point() == "delayed":  # with node 2 gone as well no majority renews the lease: w1 is told, and leaves
         w2.go()
         await run.until(w1.broke("release"))
     await node2.restart()

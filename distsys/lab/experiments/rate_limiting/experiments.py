@@ -173,8 +173,8 @@ async def on_its_own_redis(run: Run) -> None:
 async def without_redis(run: Run) -> None:
     """Stop Redis (SIGSTOP) or kill it, then let both workers ask."""
     actors = await run.start(2)
-    await (run.nodes[0].kill() if run.arm.point == "killed" else run.nodes[0].pause())
-    run.record("server", "redis", run.arm.point)
+    await (run.nodes[0].kill() if run.point() == "killed" else run.nodes[0].pause())
+    run.record("server", "redis", run.point())
     for actor in actors:
         await actor.ask(6)
 
@@ -218,5 +218,5 @@ async def behind_nginx(run: Run) -> None:
 async def over_nginx(run: Run) -> None:
     """Let each worker ask through one nginx: the same, or one each."""
     one, two = (node.url for node in run.nodes)
-    for actor in await run.start(2, nginx=[one, two if run.arm.point == "two" else one]):
+    for actor in await run.start(2, nginx=[one, two if run.point() == "two" else one]):
         await actor.ask(12)

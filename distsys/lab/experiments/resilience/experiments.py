@@ -76,7 +76,7 @@ async def opened(run: Run) -> tuple[Actor, Actor]:
 )
 async def down_and_back(run: Run) -> None:
     """Make 15 calls while the service is stopped, killed or slow; it comes back; then make 5 more."""
-    fault = run.arm.point or "killed"
+    fault = run.point() or "killed"
     service, w1 = await service_and_caller(run)
     await w1.ask()
     if fault == "stopped":
