@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from distsys._support.arguments import YEAR, check_count, check_number
@@ -102,7 +103,7 @@ class Closed(Period):
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         super().__init__(breaker)
-        self.window = window_of(breaker.window, breaker._clock)
+        self.window = window_of(breaker.window or breaker.failure_threshold, breaker.clock)
         self.succeeded = self.window.success  # type: ignore[method-assign]  # saves a call: 200 ns, not 225
 
     def admit(self, now: float) -> Period:
@@ -124,7 +125,7 @@ class Closed(Period):
             if breaker.failure_rate is None:
                 too_many = failures >= breaker.failure_threshold
             else:  # divided: 0.7 * 10 is more than 7
-                too_many = calls >= breaker.minimum_calls and failures / calls >= breaker.failure_rate
+                too_many = calls >= breaker._enough_calls and failures / calls >= breaker.failure_rate
             if too_many:
                 breaker._open(f"{failures} of {calls} calls failed, the last one: {what}", asked)
 
@@ -155,11 +156,9 @@ class HalfOpen(Period):
 
     state = "half_open"
 
-    def __init__(self, breaker: CircuitBreaker) -> None:
-        super().__init__(breaker)
-        self.running = 0
-        self.successes = 0
-        self.give_up_at = 0.0  # when probes that hold every permit count as failed
+    running = 0
+    successes = 0
+    give_up_at = 0.0  # when probes that hold every permit count as failed
 
     def admit(self, now: float) -> Period | None:
         """Return a ticket if a permit for a probe is free, or if the probes that hold them all are given up."""
@@ -184,7 +183,7 @@ class HalfOpen(Period):
             self.running -= 1
             self.successes += 1
             if self is breaker.period and self.successes >= breaker.success_threshold:
-                breaker._close(f"{self.successes} probes succeeded")
+                breaker._change(Closed(breaker), f"{self.successes} probes succeeded")
 
     def failed(self, what: str, asked: float | None = None) -> None:
         """Open the breaker again."""
@@ -198,6 +197,7 @@ class HalfOpen(Period):
             self.running -= 1
 
 
+@dataclass(eq=False, repr=False)
 class CircuitBreaker(Policy):
     """What `circuit_breaker(...)` returns: a decorator; `await policy.call(fn, ...)`; `async with policy:`, or `with`.
 
@@ -220,67 +220,62 @@ class CircuitBreaker(Policy):
 
     rule = "circuit_breaker"
 
-    def __init__(
-        self,
-        failure_threshold: int = 5,
-        recovery_timeout: float = 30.0,
-        *,
-        window: int | TimeWindow | None = 10,
-        minimum_calls: int | None = None,
-        failure_rate: float | None = None,
-        success_threshold: int = 2,
-        slow_call_threshold: float | None = None,
-        half_open_max_calls: int = 1,
-        max_recovery_timeout: float | None = None,
-        is_failure: Callable[[Exception], bool] = dependency_failed,
-        name: str = "",
-        fallback: Callable[..., Any] | None = None,
-        on_state_change: Callable[[Change], None] | None = None,
-        metrics_only: bool = False,
-        clock: Clock = time.monotonic,
-        rng: Callable[[], float] = random.random,
-    ) -> None:
-        self.failure_threshold = check_count("failure_threshold", failure_threshold, 1, "failed calls")
-        self.recovery_timeout = check_number("recovery_timeout", recovery_timeout, 0, YEAR, "seconds")
+    failure_threshold: int = 5
+    recovery_timeout: float = 30.0
+    _: KW_ONLY
+    window: int | TimeWindow | None = 10
+    minimum_calls: int | None = None
+    failure_rate: float | None = None
+    success_threshold: int = 2
+    slow_call_threshold: float | None = None
+    half_open_max_calls: int = 1
+    max_recovery_timeout: float | None = None
+    is_failure: Callable[[Exception], bool] = dependency_failed
+    name: str = ""
+    fallback: Callable[..., Any] | None = None
+    on_state_change: Callable[[Change], None] | None = None
+    metrics_only: bool = False
+    clock: Clock = time.monotonic
+    rng: Callable[[], float] = random.random
+
+    def __post_init__(self) -> None:
+        window, rate, threshold, recovery = (
+            self.window,
+            self.failure_rate,
+            self.failure_threshold,
+            self.recovery_timeout,
+        )
+        check_count("failure_threshold", threshold, 1, "failed calls")
+        check_number("recovery_timeout", recovery, 0, YEAR, "seconds")
+        if rate is not None:
+            check_number("failure_rate", rate, 0.001, 1, "the share of calls that fail")
+        if self.slow_call_threshold is not None:
+            check_number("slow_call_threshold", self.slow_call_threshold, 1e-6, YEAR, "seconds")
+        for option in "is_failure", "fallback", "on_state_change":
+            given = getattr(self, option)
+            if not callable(given) and (given is not None or option == "is_failure"):
+                raise TypeError(f"{option}={given!r} is a {type(given).__name__}; give a function")
+        enough = 10 if self.minimum_calls is None else check_count("minimum_calls", self.minimum_calls, 1, "calls")
         if isinstance(window, TimeWindow):
             check_number("window", window, 0.001, YEAR, "seconds")
         elif window is not None:
             check_count("window", window, 1, "calls")
-            if failure_rate is None and failure_threshold > window:
-                raise ValueError(
-                    f"failure_threshold={failure_threshold!r} in window={window!r} calls can't be reached: it would "
-                    "never open"
+            if rate is None and threshold > window:
+                text = (
+                    f"failure_threshold={threshold!r} in window={window!r} calls can't be reached: it would never open"
                 )
-        if failure_rate is not None:
-            check_number("failure_rate", failure_rate, 0.001, 1, "the share of calls that fail")
-            if window is None:
-                raise ValueError(f"failure_rate={failure_rate!r} needs a window of calls or seconds, not None")
-        if slow_call_threshold is not None:
-            check_number("slow_call_threshold", slow_call_threshold, 1e-6, YEAR, "seconds")
-        given: Any  # else mypy believes the callers
-        for option, given in ("is_failure", is_failure), ("fallback", fallback), ("on_state_change", on_state_change):
-            if not callable(given) and (given is not None or option == "is_failure"):
-                raise TypeError(f"{option}={given!r} is a {type(given).__name__}; give a function")
-        enough = (min(window, 10) if isinstance(window, int) else 10) if minimum_calls is None else minimum_calls
-        self.minimum_calls = check_count("minimum_calls", enough, 1, "calls")
-        if isinstance(window, int) and self.minimum_calls > window:
-            raise ValueError(f"minimum_calls={minimum_calls!r} never fit into window={window!r} calls")
-        self.success_threshold = check_count("success_threshold", success_threshold, 1, "probes")
-        self.half_open_max_calls = check_count("half_open_max_calls", half_open_max_calls, 1, "probes at a time")
-        longest = 8 * recovery_timeout if max_recovery_timeout is None else max_recovery_timeout
-        self.max_recovery_timeout = check_number(
-            "max_recovery_timeout", longest, recovery_timeout, 8 * YEAR, "seconds, not below recovery_timeout"
-        )
-        self.window = failure_threshold if window is None else window
-        self.failure_rate = failure_rate
-        self.slow_call_threshold = slow_call_threshold
-        self.is_failure = is_failure
-        self.name = name
-        self.fallback = fallback
-        self.on_state_change = on_state_change
-        self.metrics_only = metrics_only
-        self._clock = clock
-        self._rng = rng
+                raise ValueError(text)
+            enough = min(window, 10) if self.minimum_calls is None else enough
+            if enough > window:
+                raise ValueError(f"minimum_calls={enough!r} never fit into window={window!r} calls")
+        elif rate is not None:
+            raise ValueError(f"failure_rate={rate!r} needs a window of calls or seconds, not None")
+        check_count("success_threshold", self.success_threshold, 1, "probes")
+        check_count("half_open_max_calls", self.half_open_max_calls, 1, "probes at a time")
+        longest = 8 * recovery if self.max_recovery_timeout is None else self.max_recovery_timeout
+        unit = "seconds, not below recovery_timeout"
+        self._longest_recovery = check_number("max_recovery_timeout", longest, recovery, 8 * YEAR, unit)
+        self._enough_calls = enough  # for failure_rate
         self._lock = threading.RLock()
         self._failed_probes = 0  # in a row
         self.period: Period = Closed(self)
@@ -302,25 +297,22 @@ class CircuitBreaker(Policy):
 
     def reset(self) -> None:
         """Close the breaker, and forget what was counted."""
-        with self._lock:
-            self._close("reset by hand")
+        self._change(Closed(self), "reset by hand")
 
     def force_open(self) -> None:
         """Open the breaker as if too many calls had failed; it recovers as usual."""
-        with self._lock:
-            self._open("opened by hand")
+        self._open("opened by hand")
 
     def isolate(self) -> None:
         """Refuse every call until reset() or force_open()."""
-        with self._lock:
-            self._change(Period(self), "isolated by hand")
+        self._change(Period(self), "isolated by hand")
 
     # ---- admission and outcome, each in one synchronous stretch
 
     def admit(self) -> Period:
         """Return the ticket of one call: give it to succeeded() or failed(). Raises CircuitOpen when there is none."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             if (ticket := self.period.admit(now)) is not None:
                 return ticket
             self.rejected += 1
@@ -354,11 +346,7 @@ class CircuitBreaker(Policy):
         else:
             ticket.succeeded()
 
-    # ---- changes of state, under the lock
-
-    def _close(self, reason: str) -> None:
-        self._failed_probes = 0
-        self._change(Closed(self), reason)
+    # ---- changes of state
 
     def _probe_failed(self, what: str, asked: float | None = None) -> None:
         self._failed_probes += 1
@@ -366,19 +354,26 @@ class CircuitBreaker(Policy):
 
     def _open(self, reason: str, asked: float | None = None) -> None:
         recovery = max(self.recovery_timeout * 2.0 ** min(self._failed_probes, 64), asked or 0.0)
-        recovery = min(recovery, self.max_recovery_timeout) * (1 + self._rng() / 10)
-        self._change(Open(self, self._clock() + recovery), reason)
+        recovery = min(recovery, self._longest_recovery) * (1 + self.rng() / 10)
+        self._change(Open(self, self.clock() + recovery), reason)
 
     def _change(self, period: Period, reason: str) -> None:
         """Begin a period. A listener may call the breaker, so nothing may follow a call of this."""
-        change = Change(self.state, period.state, reason, self.snapshot, self._clock())
-        self.period = period
-        self.last_change = change
-        emit("circuit_breaker", self.name, "state_change", **change._asdict())
-        if self.on_state_change is not None:
-            tell(self.on_state_change, change)
+        with self._lock:
+            change = Change(self.state, period.state, reason, self.snapshot, self.clock())
+            self.period, self.last_change = period, change
+            if period.closed:
+                self._failed_probes = 0
+            emit("circuit_breaker", self.name, "state_change", **change._asdict())
+            if self.on_state_change is not None:
+                tell(self.on_state_change, change)
 
     # ---- around functions and blocks
+
+    def _begin(self) -> tuple[Period, float]:
+        """Admit a call, and return its ticket and when it began. Raises CircuitOpen when it is refused."""
+        period = self.period
+        return period if period.closed else self.admit(), self.clock()
 
     def for_async(self, fn: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
         """Return the async function `fn`, guarded."""
@@ -394,14 +389,14 @@ class CircuitBreaker(Policy):
                         raise
                     answer = self.fallback(*args, **kwargs)
                     return await answer if hasattr(answer, "__await__") else answer
-            started = self._clock() if timed else 0.0
+            started = self.clock() if timed else 0.0
             try:
                 result = await fn(*args, **kwargs)
             except BaseException as error:
                 self.failed(ticket, error)
                 raise
             if timed:
-                self.succeeded(ticket, self._clock() - started)
+                self.succeeded(ticket, self.clock() - started)
             else:
                 ticket.succeeded()
             return result
@@ -413,28 +408,37 @@ class CircuitBreaker(Policy):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                admitted = _AdmittedCall(self)
+                ticket, started = self._begin()
             except CircuitOpen:
                 if self.fallback is None:
                     raise
                 return self.fallback(*args, **kwargs)
-            with admitted:
-                return fn(*args, **kwargs)
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                self.failed(ticket, error)
+                raise
+            self.succeeded(ticket, self.clock() - started)
+            return result
 
         return call
 
     def __enter__(self) -> CircuitBreaker:
         """Admit a block. Raises CircuitOpen when it is refused."""
-        _open_blocks.set((*_open_blocks.get(), _AdmittedCall(self)))
+        _open_blocks.set((*_open_blocks.get(), (self, *self._begin())))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Count the outcome of the block."""
         blocks = _open_blocks.get()
-        block = next((block for block in reversed(blocks) if block.breaker is self), None)
-        if block is not None:  # else it was entered in another task or context, and its outcome is lost
-            _open_blocks.set(tuple(other for other in blocks if other is not block))
-            block.__exit__(kind, error, traceback)
+        block = next((block for block in reversed(blocks) if block[0] is self), None)
+        if block is None:  # it was entered in another task or context, and its outcome is lost
+            return
+        _open_blocks.set(tuple(other for other in blocks if other is not block))
+        if error is None:
+            self.succeeded(block[1], self.clock() - block[2])
+        else:
+            self.failed(block[1], error)
 
     async def __aenter__(self) -> CircuitBreaker:
         """Admit a block. Raises CircuitOpen when it is refused."""
@@ -445,24 +449,8 @@ class CircuitBreaker(Policy):
         self.__exit__(kind, error, traceback)
 
 
-class _AdmittedCall:
-    """A call that was admitted, until its outcome is known. Raises CircuitOpen when it is not admitted."""
-
-    def __init__(self, breaker: CircuitBreaker) -> None:
-        self.breaker = breaker
-        self.ticket = breaker.period if breaker.period.closed else breaker.admit()
-        self.started = breaker._clock()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None:
-            self.breaker.succeeded(self.ticket, self.breaker._clock() - self.started)
-        else:
-            self.breaker.failed(self.ticket, error)
-
-
-_open_blocks: ContextVar[tuple[_AdmittedCall, ...]] = ContextVar("distsys_breaker_blocks", default=())
+_Block = tuple[CircuitBreaker, Period, float]  # who admitted it, its ticket, and when it began
+_open_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("distsys_breaker_blocks", default=())
 
 
 class CircuitBreakers:

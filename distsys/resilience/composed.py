@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distsys._support.arguments import YEAR, check_number
@@ -24,31 +25,24 @@ from distsys.resilience.retry import Retry
 T = TypeVar("T")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Resilient:
     """What `resilient(...)` returns: a decorator; `await policy.call(fn, ...)`. `timeout`: seconds for one attempt."""
 
-    def __init__(
-        self,
-        *,
-        bulkhead: Bulkhead | None = None,
-        circuit_breaker: CircuitBreaker | None = None,
-        retry: Retry | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        for name, part, kind in (
-            ("bulkhead", bulkhead, Bulkhead),
-            ("circuit_breaker", circuit_breaker, CircuitBreaker),
-            ("retry", retry, Retry),
-        ):
-            if part is not None and not isinstance(part, kind):
+    bulkhead: Bulkhead | None = None
+    circuit_breaker: CircuitBreaker | None = None
+    retry: Retry | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in ("bulkhead", Bulkhead), ("circuit_breaker", CircuitBreaker), ("retry", Retry):
+            if not isinstance(part := getattr(self, name), kind | None):
                 raise TypeError(f"{name}={part!r}: what {name}(...) returns, or None")
-        if timeout is not None:
-            check_number("timeout", timeout, 1e-6, YEAR, "seconds for one attempt")
-        self.bulkhead = bulkhead
-        self.circuit_breaker = circuit_breaker
-        self.retry = retry
-        self.timeout = timeout
-        self._parts = [part for part in (retry, circuit_breaker, bulkhead) if part is not None]  # from the inside out
+        if self.timeout is not None:
+            check_number("timeout", self.timeout, 1e-6, YEAR, "seconds for one attempt")
+        self._parts = [
+            part for part in (self.retry, self.circuit_breaker, self.bulkhead) if part
+        ]  # from the inside out
 
     def __call__(self, fn: Function) -> Function:
         """Return `fn`, sync or async, guarded by all parts."""

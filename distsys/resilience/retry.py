@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeVar
 
 from distsys._support.arguments import YEAR, check_count, check_number
@@ -40,6 +41,7 @@ class RetryAmplification(UserWarning):
     """A warning: retry runs inside of retry, and their attempts multiply."""
 
 
+@dataclass(eq=False, repr=False)
 class RetryBudget:
     """A bound on the retries of many functions together: a share of their calls, and a few per second besides.
 
@@ -48,17 +50,19 @@ class RetryBudget:
     burst   how many can be saved up
     """
 
-    def __init__(
-        self, ratio: float = 0.1, *, floor: float = 1.0, burst: float = 10.0, clock: Clock = time.monotonic
-    ) -> None:
-        self.ratio = check_number("ratio", ratio, 0, 1, "retries per call")
-        self.floor = check_number("floor", floor, 0, 1e6, "retries per second")
-        self.burst = check_number("burst", burst, 1, 1e6, "retries")
+    ratio: float = 0.1
+    _: KW_ONLY
+    floor: float = 1.0
+    burst: float = 10.0
+    clock: Clock = time.monotonic
+
+    def __post_init__(self) -> None:
+        check_number("ratio", self.ratio, 0, 1, "retries per call")
+        check_number("floor", self.floor, 0, 1e6, "retries per second")
+        check_number("burst", self.burst, 1, 1e6, "retries")
         self.suppressed = 0
-        self._clock = clock
         self._lock = threading.Lock()
-        self._saved = burst
-        self._refilled_at = clock()
+        self._saved, self._refilled_at = self.burst, self.clock()
 
     @property
     def saved(self) -> float:
@@ -83,11 +87,12 @@ class RetryBudget:
             return True
 
     def _refill(self) -> None:
-        now = self._clock()
+        now = self.clock()
         self._saved = min(self.burst, self._saved + (now - self._refilled_at) * self.floor)
         self._refilled_at = now
 
 
+@dataclass(eq=False, repr=False)
 class Retry(Policy):
     """What `retry(...)` returns: a decorator; `await policy.call(fn, ...)`; and for a block, which can't run twice by
     itself: `async for attempt in policy: async with attempt: ...`, or the same without async.
@@ -100,41 +105,31 @@ class Retry(Policy):
 
     rule = "retry"
 
-    def __init__(
-        self,
-        max_attempts: int = 3,
-        base_delay: float = 1.0,
-        *,
-        max_delay: float = 60.0,
-        jitter: Jitter = "full",
-        on: On = None,
-        timeout: float | None = None,
-        budget: RetryBudget | None = None,
-        idempotent: bool | None = None,
-        name: str = "",
-        allow_outside_breaker: bool = False,
-        rng: Callable[[], float] = random.random,
-        sleep: Callable[[float], Any] | None = None,
-    ) -> None:
-        self.max_attempts = check_count("max_attempts", max_attempts, 1, "attempts, the first included")
-        self.base_delay = check_number("base_delay", base_delay, 0, YEAR, "seconds")
-        self.max_delay = check_number("max_delay", max_delay, base_delay, YEAR, "seconds, not below base_delay")
-        if jitter not in ("full", "equal", "decorrelated", "none"):
-            raise ValueError(f"jitter={jitter!r}: 'full', 'equal', 'decorrelated' or 'none'")
-        if timeout is not None:
-            check_number("timeout", timeout, 1e-6, YEAR, "seconds for all attempts together")
-        _check_on(on)
-        if not isinstance(budget, RetryBudget | None):
-            raise TypeError(f"budget={budget!r} is a {type(budget).__name__}; give a RetryBudget")
-        self.jitter = jitter
-        self.on = on
-        self.timeout = timeout
-        self.budget = budget
-        self.idempotent = idempotent
-        self.name = name
-        self.allow_outside_breaker = allow_outside_breaker
-        self._rng = rng
-        self._sleep = sleep
+    max_attempts: int = 3
+    base_delay: float = 1.0
+    _: KW_ONLY
+    max_delay: float = 60.0
+    jitter: Jitter = "full"
+    on: On = None
+    timeout: float | None = None
+    budget: RetryBudget | None = None
+    idempotent: bool | None = None
+    name: str = ""
+    allow_outside_breaker: bool = False
+    rng: Callable[[], float] = random.random
+    sleep: Callable[[float], Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max_attempts", self.max_attempts, 1, "attempts, the first included")
+        check_number("base_delay", self.base_delay, 0, YEAR, "seconds")
+        check_number("max_delay", self.max_delay, self.base_delay, YEAR, "seconds, not below base_delay")
+        if self.jitter not in ("full", "equal", "decorrelated", "none"):
+            raise ValueError(f"jitter={self.jitter!r}: 'full', 'equal', 'decorrelated' or 'none'")
+        if self.timeout is not None:
+            check_number("timeout", self.timeout, 1e-6, YEAR, "seconds for all attempts together")
+        _check_on(self.on)
+        if not isinstance(self.budget, RetryBudget | None):
+            raise TypeError(f"budget={self.budget!r} is a {type(self.budget).__name__}; give a RetryBudget")
 
     def __call__(self, fn: Function) -> Function:
         """Return `fn`, sync or async, with retries. Raises PatternOrderError outside of a circuit breaker."""
@@ -257,12 +252,12 @@ class Retry(Policy):
         """Return the seconds to wait before the next attempt, jitter included."""
         longest = min(self.max_delay, self.base_delay * 2.0 ** min(attempts.number - 1, 1_000))
         if self.jitter == "full":
-            return longest * self._rng()
+            return longest * self.rng()
         if self.jitter == "equal":
-            return longest / 2 + longest / 2 * self._rng()
+            return longest / 2 + longest / 2 * self.rng()
         if self.jitter == "decorrelated":
             span = max(0.0, 3 * (attempts.last_delay or self.base_delay) - self.base_delay)
-            attempts.last_delay = min(self.max_delay, self.base_delay + span * self._rng())
+            attempts.last_delay = min(self.max_delay, self.base_delay + span * self.rng())
             return attempts.last_delay
         return longest
 
@@ -311,7 +306,7 @@ class Attempts:
         if self.wait is None:
             raise StopIteration
         if self.failed:
-            (self._policy._sleep or time.sleep)(self.wait)
+            (self._policy.sleep or time.sleep)(self.wait)
         self.wait = None  # unless the block fails
         return self
 
@@ -320,7 +315,7 @@ class Attempts:
         if self.wait is None:
             raise StopAsyncIteration
         if self.failed:
-            await (self._policy._sleep or asyncio.sleep)(self.wait)
+            await (self._policy.sleep or asyncio.sleep)(self.wait)
         self.wait = None
         return self
 

@@ -45,7 +45,7 @@ def refusals_put_off(self: Any) -> Any:
     try:
         return _admit(self)
     except CircuitOpen:
-        self.period.until = self._clock() + self.recovery_timeout
+        self.period.until = self.clock() + self.recovery_timeout
         raise
 
 
@@ -98,7 +98,7 @@ def no_retry_after(self: Any, reason: str, asked: float | None = None) -> None:
 
 def given_up_by_the_clock(self: Any) -> Any:
     """Give a half open period up by the clock alone."""
-    if isinstance(self.period, HalfOpen) and self.period.give_up_at <= self._clock():
+    if isinstance(self.period, HalfOpen) and self.period.give_up_at <= self.clock():
         self.period.running = self.half_open_max_calls
     return _admit(self)
 
@@ -126,7 +126,7 @@ def oldest_entry(self: Any, *error: Any) -> None:
     """Settle whichever block was entered last."""
     *outer, last = circuit_breaker._open_blocks.get()
     circuit_breaker._open_blocks.set(tuple(outer))
-    last.__exit__(None, None, None)
+    last[1].succeeded()
 
 
 class InARow(LastCalls):
@@ -244,12 +244,12 @@ def exactly_one(self: Any) -> bool:
 
 def fixed_backoff(self: Any, attempts: Any) -> float:
     """Wait about as long each time."""
-    return self.base_delay * self._rng()
+    return self.base_delay * self.rng()
 
 
 def without_cap(self: Any, attempts: Any) -> float:
     """Double the wait for ever."""
-    return self.base_delay * 2.0 ** (attempts.number - 1) * self._rng()
+    return self.base_delay * 2.0 ** (attempts.number - 1) * self.rng()
 
 
 # ---- bulkhead

@@ -472,7 +472,7 @@ def test_an_is_failure_that_raises_keeps_no_place() -> None:
 
     policy, _ = breaker(is_failure=judge)
     policy.force_open()
-    policy._clock.now += 33  # type: ignore[attr-defined]
+    policy.clock.now += 33  # type: ignore[attr-defined]
     for _ in range(3):
         with pytest.raises(LookupError) as raised:
             begin(policy).throw(OSError())
