@@ -17,8 +17,9 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum, StrEnum
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from distsys._support.arguments import check_count, check_timeout
 from distsys._support.clock import Clock
@@ -30,20 +31,15 @@ T = TypeVar("T")
 SHED = "a call of a higher tier took its place"
 
 
-class Size(NamedTuple):
-    """Default limits of a tier."""
-
-    max_concurrent: int
-    max_waiting: int
-    timeout: float  # seconds that a call waits for its permit
-
-
 class Tier(Enum):
-    """How badly the caller needs the call: under load Optional is refused first, Critical last."""
+    """How badly the caller needs the call: under load Optional is refused first, Critical last.
 
-    CRITICAL = Size(5, 10, 300.0)
-    STANDARD = Size(8, 12, 120.0)
-    OPTIONAL = Size(4, 6, 60.0)
+    The values are defaults: max_concurrent, max_waiting, and timeout, the seconds that a call waits for its permit.
+    """
+
+    CRITICAL = 5, 10, 300.0
+    STANDARD = 8, 12, 120.0
+    OPTIONAL = 4, 6, 60.0
 
 
 class OnFull(StrEnum):
@@ -59,15 +55,16 @@ class OnFull(StrEnum):
         raise ValueError(f"policy={value!r}: one of {', '.join(cls)}")
 
 
+@dataclass(eq=False)
 class _Waiter:
     """A call in a queue, until it is granted or refused; both happen under the lock."""
 
-    def __init__(self, wake: Callable[[], bool]) -> None:
-        self.wake = wake  # False if its event loop is closed, and the waiter gone with it
-        self.granted = False
-        self.refused = ""  # the reason
+    wake: Callable[[], bool | None]  # False if its event loop is closed, and the waiter gone with it
+    granted: bool = False
+    refused: str = ""  # the reason
 
 
+@dataclass(eq=False, repr=False)
 class SharedCapacity:
     """One capacity for several tiers: `SharedCapacity(20, {Tier.CRITICAL: 8, Tier.STANDARD: 4, Tier.OPTIONAL: 1})`.
 
@@ -76,22 +73,21 @@ class SharedCapacity:
     place of one of the lowest tier that waits: the one that has waited longest.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        floors: Mapping[Tier, int],
-        *,
-        max_waiting: int | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self.capacity = check_count("capacity", capacity, 1, "calls at a time")
-        if not all(isinstance(tier, Tier) for tier in floors):
-            raise TypeError(f"floors={floors!r}: the permits of each Tier that takes part")
-        self.floors = {tier: check_count(f"floor of {tier.name}", floors[tier], 0, "calls") for tier in floors}
-        if sum(self.floors.values()) > capacity:
-            raise ValueError(f"floors={dict(floors)!r} add up to more than capacity={capacity!r}")
-        self.max_waiting = None if max_waiting is None else check_count("max_waiting", max_waiting, 0, "calls")
-        self.clock = clock
+    capacity: int
+    floors: Mapping[Tier, int]
+    _: KW_ONLY
+    max_waiting: int | None = None
+    clock: Clock = time.monotonic
+
+    def __post_init__(self) -> None:
+        check_count("capacity", self.capacity, 1, "calls at a time")
+        if not all(isinstance(tier, Tier) for tier in self.floors):
+            raise TypeError(f"floors={self.floors!r}: the permits of each Tier that takes part")
+        self.floors = {tier: check_count(f"floor of {tier.name}", n, 0, "calls") for tier, n in self.floors.items()}
+        if sum(self.floors.values()) > self.capacity:
+            raise ValueError(f"floors={self.floors!r} add up to more than capacity={self.capacity!r}")
+        if self.max_waiting is not None:
+            check_count("max_waiting", self.max_waiting, 0, "calls")
         self.lock = threading.RLock()
         self.lanes: list[Bulkhead] = []  # the highest tier first
         self.waiting = 0  # in all queues; kept, not counted, for each release of a permit asks for it
@@ -115,9 +111,8 @@ class SharedCapacity:
                     waiter = lane.next_waiter()
                     lane._update_wait_estimate()
                     waiter.granted = True
-                    if not waiter.wake():  # should it still end, it has nothing to give back
-                        waiter.granted = False
-                        waiter.refused = "its event loop is closed"
+                    if waiter.wake() is False:  # should it still end, it has nothing to give back
+                        waiter.granted, waiter.refused = False, "its event loop is closed"
                         lane.permits.append(None)
                         lane._repay()
 
@@ -164,18 +159,16 @@ class Bulkhead(Policy):
             raise TypeError(f"tier={tier!r}: Tier.CRITICAL, Tier.STANDARD or Tier.OPTIONAL")
         if not isinstance(capacity, SharedCapacity | None):
             raise TypeError(f"capacity={capacity!r} is a {type(capacity).__name__}; give a SharedCapacity")
-        size = tier.value
-        default = size.max_concurrent if capacity is None else capacity.capacity
-        concurrent = default if max_concurrent is None else max_concurrent
-        waiting = size.max_waiting if max_waiting is None else max_waiting
-        self.tier = tier
-        self.name = name
-        self.policy = OnFull(policy)
+        concurrent, waiting, patience = tier.value
+        if max_concurrent is not None:
+            concurrent = max_concurrent
+        elif capacity is not None:
+            concurrent = capacity.capacity
+        self.tier, self.name, self.policy = tier, name, OnFull(policy)
         self.max_concurrent = check_count("max_concurrent", concurrent, 1, "calls")
-        self.max_waiting = check_count("max_waiting", waiting, 0, "calls")
-        self.timeout = check_timeout(size.timeout if timeout is None else timeout)
-        self.rejected = 0
-        self.shed = 0
+        self.max_waiting = check_count("max_waiting", waiting if max_waiting is None else max_waiting, 0, "calls")
+        self.timeout = check_timeout(patience if timeout is None else timeout)
+        self.rejected = self.shed = 0
         self.queue: deque[_Waiter] = deque()
         if capacity is None:
             capacity = SharedCapacity(self.max_concurrent, {tier: self.max_concurrent}, clock=clock)
@@ -185,13 +178,10 @@ class Bulkhead(Policy):
             raise ValueError(f"tier={tier!r} of this capacity has a bulkhead: use that one for all its calls")
         elif self.max_concurrent < capacity.floors[tier]:
             raise ValueError(f"max_concurrent={max_concurrent!r} is below the floor, {capacity.floors[tier]!r}")
-        self._capacity = capacity
-        self._lock = capacity.lock
-        self._floor = capacity.floors[tier]
+        self._capacity, self._lock, self._floor = capacity, capacity.lock, capacity.floors[tier]
         self.permits = deque([None] * self._floor)  # the free ones of its floor; pop() and append() need no lock
         self.borrowed = 0  # calls that run beyond its floor; with CALLER_RUNS also beyond max_concurrent
-        self._interval = 0.0  # seconds between two grants while calls waited, a moving average
-        self._last_grant = 0.0
+        self._interval = self._last_grant = 0.0  # seconds between grants while calls waited, a moving average
         capacity.add(self)
 
     @property
@@ -258,11 +248,8 @@ class Bulkhead(Policy):
         woken: asyncio.Future[None] = loop.create_future()
 
         def wake() -> bool:
-            if asyncio._get_running_loop() is loop:
-                _done(woken)
-                return True
             try:
-                loop.call_soon_threadsafe(_done, woken)
+                _done(woken) if asyncio._get_running_loop() is loop else loop.call_soon_threadsafe(_done, woken)
             except RuntimeError:
                 return False
             return True
@@ -276,12 +263,7 @@ class Bulkhead(Policy):
     def wait_sync(self, discard: bool = False) -> bool:
         """Like `wait`, for threads: the calling thread blocks."""
         woken = threading.Event()
-
-        def wake() -> bool:
-            woken.set()
-            return True
-
-        with self._in_queue(waiter := _Waiter(wake)):
+        with self._in_queue(waiter := _Waiter(woken.set)):
             if not woken.wait(None if self.timeout is None else min(self.timeout, threading.TIMEOUT_MAX)):
                 raise TimeoutError
         return self._may_run(waiter, discard)

@@ -18,8 +18,22 @@ class Policy:
     name: str
 
     def __call__(self, fn: Function) -> Function:
-        """Return `fn`, sync or async, guarded by this policy."""
-        return decorate(self.rule, self, fn)
+        """Return `fn`, sync or async, guarded, with its name, docstring and layers; a policy without a name takes its.
+
+        Raises TypeError for what can't be guarded: a staticmethod or classmethod object, a generator function.
+        """
+        rule = self.rule
+        if isinstance(fn, staticmethod) or not callable(fn):
+            raise TypeError(
+                f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function"
+            )
+        if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in _callables_of(fn)):
+            text = f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls"
+            raise TypeError(text)
+        self.name = self.name or name_of(fn)
+        wrapper: Any = functools.update_wrapper((self.for_async if is_async(fn) else self.for_sync)(fn), fn)
+        wrapper.__distsys__ = (rule, *layers(fn))
+        return cast(Function, wrapper)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:
         """Await `fn(*args, **kwargs)`, guarded by this policy."""
@@ -32,21 +46,6 @@ class Policy:
     def for_sync(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function `fn`, guarded."""
         raise NotImplementedError
-
-
-def decorate(rule: str, policy: Policy, fn: Function) -> Function:
-    """Return `fn` guarded by the policy, with its name, docstring and layers; the policy takes its name if it has none.
-
-    Raises TypeError for what can't be guarded: a staticmethod or classmethod object, a generator function.
-    """
-    if isinstance(fn, staticmethod) or not callable(fn):
-        raise TypeError(f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
-    if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in _callables_of(fn)):
-        raise TypeError(f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")
-    policy.name = policy.name or name_of(fn)
-    wrapper: Any = functools.update_wrapper((policy.for_async if is_async(fn) else policy.for_sync)(fn), fn)
-    wrapper.__distsys__ = (rule, *layers(fn))
-    return cast(Function, wrapper)
 
 
 def layers(fn: Any) -> tuple[str, ...]:

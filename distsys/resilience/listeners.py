@@ -70,12 +70,8 @@ def opentelemetry(meter: Any = None) -> Callable[[], None]:
         meter = metrics.get_meter("distsys")
     events = meter.create_counter("distsys.events", description="what the policies did")
     states = meter.create_gauge("distsys.breaker.state", description="1 for the present state")
-    delays = meter.create_histogram(
-        "distsys.retry.delay",
-        unit="s",
-        description="waits before a retry",
-        explicit_bucket_boundaries_advisory=[0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
-    )
+    seconds = {"unit": "s", "explicit_bucket_boundaries_advisory": [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]}
+    delays = meter.create_histogram("distsys.retry.delay", description="waits before a retry", **seconds)
 
     def listener(event: Event) -> None:
         labels = {"rule": event.rule, "name": event.name}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -31,26 +32,20 @@ class Outcome(Enum):
 
 NOT_DONE, UNKNOWN, FATAL, BROKEN, OTHER = Outcome
 
+
+def _table(rows: Mapping[Outcome, str]) -> dict[str, Outcome]:
+    """Return the outcome of each word."""
+    return {word: outcome for outcome, words in rows.items() for word in words.split()}
+
+
 HTTP_STATUS: dict[int, Outcome] = {  # other 4xx: FATAL, other 5xx: BROKEN
-    408: NOT_DONE,  # the request never arrived whole
-    425: NOT_DONE,
-    429: NOT_DONE,
-    500: UNKNOWN,
-    502: UNKNOWN,
-    503: UNKNOWN,  # a proxy that lost the reply answers this; with Retry-After it is a refusal: NOT_DONE
-    504: UNKNOWN,
+    **dict.fromkeys((408, 425, 429), NOT_DONE),  # 408: the request never arrived whole
+    # A proxy that lost the reply answers 503; with Retry-After it is a refusal: NOT_DONE.
+    **dict.fromkeys((500, 502, 503, 504), UNKNOWN),
 }
 
-GRPC_CODE: dict[str, Outcome] = {  # others: FATAL
-    "ABORTED": NOT_DONE,
-    "RESOURCE_EXHAUSTED": NOT_DONE,
-    "UNAVAILABLE": UNKNOWN,
-    "DEADLINE_EXCEEDED": UNKNOWN,
-    "CANCELLED": UNKNOWN,
-    "INTERNAL": UNKNOWN,
-    "UNKNOWN": UNKNOWN,
-    "DATA_LOSS": BROKEN,
-}
+_CODES = "UNAVAILABLE DEADLINE_EXCEEDED CANCELLED INTERNAL UNKNOWN"
+GRPC_CODE = _table({NOT_DONE: "ABORTED RESOURCE_EXHAUSTED", UNKNOWN: _CODES, BROKEN: "DATA_LOSS"})  # others: FATAL
 
 SQLSTATE: dict[str, Outcome] = {  # the longest prefix that matches counts; others: FATAL
     "08": UNKNOWN,  # the connection broke
@@ -104,10 +99,7 @@ _CLASSES: dict[str, dict[Outcome, str]] = {  # by package
     "psycopg_pool": {NOT_DONE: "PoolTimeout TooManyRequests"},
 }
 EXCEPTION = {  # by package.name; a class that is not listed counts as the next of its bases that is
-    f"{package}.{name}": outcome
-    for package, row in _CLASSES.items()
-    for outcome, names in row.items()
-    for name in names.split()
+    f"{package}.{name}": outcome for package, row in _CLASSES.items() for name, outcome in _table(row).items()
 }
 
 ERRNO: dict[int, Outcome] = {
@@ -118,14 +110,10 @@ ERRNO: dict[int, Outcome] = {
 
 def classify(error: BaseException) -> Outcome:
     """Return the outcome: by our own classes, then SQLSTATE, gRPC code, HTTP status, wrapped error, class, errno."""
-    return _by_class(type(error)) if _carries_no_attributes(error) else _classify_by_attributes(error)
-
-
-def _classify_by_attributes(error: BaseException) -> Outcome:
+    if _carries_no_attributes(error):
+        return _by_class(type(error))
     if isinstance(error, DistsysError):
-        if not isinstance(error, Rejected):
-            return UNKNOWN
-        return NOT_DONE if error.retryable else FATAL
+        return UNKNOWN if not isinstance(error, Rejected) else NOT_DONE if error.retryable else FATAL
     sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if isinstance(sqlstate, str) and len(sqlstate) == 5:
         return next((SQLSTATE[sqlstate[:end]] for end in (5, 3, 2) if sqlstate[:end] in SQLSTATE), FATAL)
@@ -178,17 +166,11 @@ def retry_after(error: BaseException) -> float | None:
     if isinstance(own, (int, float)) and not isinstance(own, bool):
         return max(0.0, float(own)) if own == own else None
     headers: Any = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
-    if not isinstance(headers, Mapping) and not hasattr(headers, "get"):
+    if not hasattr(headers, "get") or not (value := headers.get("Retry-After") or headers.get("retry-after")):
         return None
-    value = headers.get("Retry-After") or headers.get("retry-after")
-    if not value:
-        return None
-    try:
+    with suppress(TypeError, ValueError, OverflowError):
         return max(0.0, float(int(value)))
-    except (TypeError, ValueError, OverflowError):
-        pass
-    try:
+    with suppress(TypeError, ValueError, OverflowError):
         now = headers.get("Date") or headers.get("date")  # the server's clock, if it sends it
         return max(0.0, epoch_of(str(value)) - (epoch_of(str(now)) if now else time.time()))
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return None

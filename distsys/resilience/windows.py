@@ -74,11 +74,3 @@ class LastSeconds:
             while self._buckets[0][0] <= number - BUCKETS:
                 self._buckets.popleft()
         return self._buckets[-1]
-
-
-Window = LastCalls | LastSeconds
-
-
-def window_of(length: int | TimeWindow, clock: Clock) -> Window:
-    """Return an empty window: of seconds for a TimeWindow, else of calls."""
-    return LastSeconds(length, clock) if isinstance(length, TimeWindow) else LastCalls(length)

@@ -132,9 +132,6 @@ def oldest_entry(self: Any, *error: Any) -> None:
 class InARow(LastCalls):
     """A counter of failures since the last success."""
 
-    def __init__(self, length: int, clock: Any) -> None:
-        super().__init__(length)
-
     def counts(self) -> tuple[int, int]:
         row = len(list(takewhile(bool, reversed(self._failed))))
         return row, row
@@ -307,7 +304,7 @@ def granted_to_nobody(self: Any) -> None:
                 waiter = lane.next_waiter()
                 lane._update_wait_estimate()
                 waiter.granted = True
-                if not waiter.wake():
+                if waiter.wake() is False:
                     lane.permits.append(None)
 
 

@@ -240,7 +240,7 @@ def test_it_is_in_the_state_of_the_model_whatever_happens() -> None:
 # ---- states, one by one
 
 
-@kills("a success forgets the failures, although a window is asked for", replaced(module, "window_of", broken.InARow))
+@kills("a success forgets the failures, although a window is asked for", replaced(module, "LastCalls", broken.InARow))
 def test_failures_in_the_window_open_it_and_successes_between_them_do_not_help() -> None:
     """Five of the last ten: a consecutive counter would never see it when every other call fails."""
     policy, clock = breaker(failure_threshold=5, recovery_timeout=30)
