@@ -102,8 +102,7 @@ class Buckets:
     def __init__(self, redis: Any, *, timeout: float | None = None, clock: Clock | None = None) -> None:
         self._scripts = Timed(redis, timeout)
         self.redis = self._scripts.redis
-        self.timeout = timeout
-        self.clock = clock
+        self.timeout, self.clock = timeout, clock
         self.slot: Callable[[str], int] = redis.keyslot if isinstance(redis, RedisCluster) else lambda key: 0
         self._loop: asyncio.AbstractEventLoop  # of the call under way
         self._waiting: list[tuple[Request, asyncio.Future[BucketReply]]] | None = None  # None: no call is under way
@@ -116,8 +115,7 @@ class Buckets:
         """
         loop = asyncio.get_running_loop()
         if self._waiting is None or self._loop is not loop:  # a call under way in another loop will never end
-            self._loop = loop
-            self._waiting = []
+            self._loop, self._waiting = loop, []
             return self._ask_alone(request)
         future: asyncio.Future[BucketReply] = loop.create_future()
         self._waiting.append((request, future))

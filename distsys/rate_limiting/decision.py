@@ -77,11 +77,8 @@ class Limit:
 
         taken  what the request takes if it passes here: 0 if it only looks or another limit refuses it
         """
-        over, wait = used + wanted - self.full, 0.0
-        if over > 0:
-            wait = self.seconds(over)
-        else:
-            used += taken
+        over = used + wanted - self.full
+        used, wait = (used, self.seconds(over)) if over > 0 else (used + taken, 0.0)
         left = max(0, (self.full - used) // MICRO)
         return Decision(over <= 0, self.capacity, left, wait, self.seconds(used), source)
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import KW_ONLY, dataclass, field
+from typing import NamedTuple
+
+from redis.asyncio import Redis, RedisCluster
 
 from distsys._support.arguments import check_text
 from distsys._support.cancellation import in_background
@@ -24,10 +26,7 @@ from distsys.rate_limiting.buckets import Buckets, Clock
 from distsys.rate_limiting.decision import BucketReply, Decision, Limit, Request
 from distsys.rate_limiting.fallback import Fallback, OnFailure
 
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-    from redis.asyncio.cluster import RedisCluster
-
+Subjects = Mapping[str, str]  # whose tokens, by the `per` of the quotas: {"user": "42"}
 EVERYBODY = "everybody"  # a quota per this has one bucket for all
 
 
@@ -83,6 +82,7 @@ class TieredDecision(NamedTuple):
         return self.tightest.retry_after
 
 
+@dataclass(eq=False, repr=False)
 class TieredLimiter:
     """`decision = await limiter.try_acquire("pro", {"user": "42", "organisation": "acme"})`
 
@@ -98,30 +98,25 @@ class TieredLimiter:
     A user who changes tier keeps what was used, because the key names the quota and the subject, not the tier.
     """
 
-    def __init__(
-        self,
-        redis: Redis | RedisCluster,
-        tiers: Mapping[str, Sequence[Quota]] = TIERS,
-        *,
-        name: str = "",
-        one_slot: bool = False,
-        on_failure: OnFailure | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        self.tiers = {tier: tuple(quotas) for tier, quotas in tiers.items()}
+    redis: Redis | RedisCluster
+    tiers: Mapping[str, Sequence[Quota]] = field(default_factory=lambda: TIERS)
+    _: KW_ONLY
+    name: str = ""
+    one_slot: bool = False
+    on_failure: OnFailure | None = None
+    clock: Clock | None = None
+
+    def __post_init__(self) -> None:
+        self.tiers = {tier: tuple(quotas) for tier, quotas in self.tiers.items()}
         for tier, quotas in self.tiers.items():
             if not quotas:
                 raise ValueError(f"tier {tier!r} has no quota: give it one, or don't ask for requests without a limit")
             if len({quota.name for quota in quotas}) < len(quotas):
                 raise ValueError(f"tier {tier!r} has two quotas of one name: give each a name=")
-        self.name = name
-        self.one_slot = one_slot
-        self._fallback = Fallback(name, on_failure)
-        self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
+        self._fallback = Fallback(self.name, self.on_failure)
+        self._buckets = Buckets(self.redis, timeout=self._fallback.timeout, clock=self.clock)
 
-    async def try_acquire(
-        self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1
-    ) -> TieredDecision:
+    async def try_acquire(self, tier: str, subjects: Subjects | None = None, cost: float = 1) -> TieredDecision:
         """Take `cost` tokens from every quota of the tier, or from none. `subjects` says whose: {"user": "42"}.
 
         ValueError for an unknown tier, a missing subject, or a cost that could never pass; redis.RedisError and
@@ -137,7 +132,7 @@ class TieredLimiter:
         asked = self._take(request)
         return await self._fallback.guard(asked, request, lambda reply: combine(request.decisions(reply)), combine)
 
-    async def refund(self, tier: str, subjects: Mapping[str, str] | None = None, cost: float = 1) -> None:
+    async def refund(self, tier: str, subjects: Subjects | None = None, cost: float = 1) -> None:
         """Give back what a request took and then did not use; the errors are those of try_acquire(), without policy."""
         await self._give_back(self._by_slot(self._request(tier, subjects or {}, cost)))
 
@@ -172,7 +167,7 @@ class TieredLimiter:
 
     # ---- input
 
-    def _request(self, tier: str, subjects: Mapping[str, str], cost: float) -> Request:
+    def _request(self, tier: str, subjects: Subjects, cost: float) -> Request:
         if tier not in self.tiers:
             raise ValueError(f"tier={tier!r} is unknown; there are {', '.join(map(repr, self.tiers))}")
         quotas = self.tiers[tier]
@@ -180,7 +175,7 @@ class TieredLimiter:
         (microtokens,) = {quota.limit.cost(cost) for quota in quotas}  # ValueError if one of them can never grant it
         return Request(keys, tuple(quota.limit for quota in quotas), microtokens)
 
-    def _key(self, tier: str, quota: Quota, subjects: Mapping[str, str]) -> str:
+    def _key(self, tier: str, quota: Quota, subjects: Subjects) -> str:
         if quota.per != EVERYBODY and quota.per not in subjects:
             raise ValueError(f"tier {tier!r} limits per {quota.per!r}: say whose tokens, as in {{{quota.per!r}: '42'}}")
         subject = "" if quota.per == EVERYBODY else hash_tag(check_text(quota.per, subjects[quota.per], "'42'"))

@@ -58,13 +58,9 @@ class Fallback:
         except Exception as error:  # noqa: BLE001  it passes, unless the policy has an answer
             return instead(self.decide(error, request))
         if self._failing:
-            self.record_success()
+            self._failing = False
+            logger.warning("limiter %r: Redis decides again", self.name)
         return read(reply)
-
-    def record_success(self) -> None:
-        """Note that Redis decides again, and log it."""
-        self._failing = False
-        logger.warning("limiter %r: Redis decides again", self.name)
 
     def decide(self, error: Exception, request: Request) -> list[Decision]:
         """Return the policy's decision for each of the limits; raise the error if there is no policy for it."""

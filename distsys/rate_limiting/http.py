@@ -18,11 +18,12 @@ import math
 import time
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from distsys._support.arguments import optional
-from distsys._support.http import PROBLEM, Headers, Message, Receive, Scope, Send, header, send_problem
+from distsys._support.http import PROBLEM, App, Headers, Message, Receive, Scope, Send, header, send_problem
 from distsys.errors import MAX_SECONDS, RateLimited, whole_seconds
 from distsys.rate_limiting.decision import Decision
 from distsys.rate_limiting.keys import awaited, hashed
@@ -63,10 +64,8 @@ class Policy:
 
     def __init__(self, name: str, quota: float, window: float, per: str | None = None, refills: bool = True) -> None:
         self.name = "".join(c if " " <= c <= "~" else quote(c, safe="", errors="replace") for c in name)
-        self.quota = quota
-        self.window = window
-        self.per = per
-        self.refills = refills
+        self.quota, self.window = quota, window
+        self.per, self.refills = per, refills
         self.quoted = '"' + self.name.replace("\\", r"\\").replace('"', r"\"") + '"'
         self.item = f"{self.quoted};q={math.floor(quota)};w={min(max(1, math.ceil(window)), MAX_SECONDS)}"
         self.header = (b"ratelimit-policy", self.item.encode())
@@ -96,6 +95,7 @@ class Answer(NamedTuple):
     refusal: RateLimited | None = None
 
 
+@dataclass(eq=False, repr=False)
 class RateLimit:
     """A limiter behind HTTP: it turns decisions into headers and refusals.
 
@@ -109,37 +109,31 @@ class RateLimit:
     clock           seconds since 1970, for X-RateLimit-Reset
     """
 
-    def __init__(
-        self,
-        limiter: Limiter,
-        *,
-        key: Key,
-        cost: Cost = 1,
-        name: str | None = None,
-        x_headers: bool = False,
-        partition_keys: bool = False,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._limiter = limiter
-        self._key = key
-        self._cost = cost
-        self._clock = clock
-        self._x_headers = x_headers
-        self._partition_keys = partition_keys
-        tiers: Mapping[str, Any] = getattr(limiter, "tiers", {})
+    limiter: Limiter
+    _: KW_ONLY
+    key: Key
+    cost: Cost = 1
+    name: str | None = None
+    x_headers: bool = False
+    partition_keys: bool = False
+    clock: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        tiers: Mapping[str, Any] = getattr(self.limiter, "tiers", {})
         self._tiers = {tier: [Policy.of(quota, quota.name, quota.per) for quota in tiers[tier]] for tier in tiers}
-        self._own = [] if tiers else [Policy.of(limiter, name or getattr(limiter, "name", "") or "default")]
-        self._plain = bool(self._own) and not x_headers and not partition_keys
+        name = self.name or getattr(self.limiter, "name", "") or "default"
+        self._own = [] if tiers else [Policy.of(self.limiter, name)]
+        self._plain = bool(self._own) and not self.x_headers and not self.partition_keys
 
     async def check(self, scope: Scope) -> Answer | None:
         """Ask the limiter and return what to tell the client; None for a request that is not limited.
 
         Errors of the key and cost functions and of the limiter pass.
         """
-        who = self._key(scope)
+        who = self.key(scope)
         if not isinstance(who, PLAIN_TYPES):
             who = await awaited(who)
-        cost: Any = self._cost
+        cost: Any = self.cost
         if callable(cost) and not isinstance(cost := cost(scope), PLAIN_TYPES):
             cost = await awaited(cost)
         if who is None or cost == 0:
@@ -150,10 +144,9 @@ class RateLimit:
         key, (policy,) = _bounded(who), self._own
         if cost > policy.quota:
             return _cost_exceeds_quota([policy], [policy.name])
-        decision = await self._limiter.try_acquire(key, cost=cost)
-        if (
-            decision.allowed and self._plain and decision.source != "open"
-        ):  # nearly always: what _headers_for says, in one line
+        decision = await self.limiter.try_acquire(key, cost=cost)
+        if decision.allowed and self._plain and decision.source != "open":
+            # Nearly always: what _headers_for says, in one line.
             now = f"{policy.quoted};r={decision.remaining};t={policy.wait(decision)}"
             return Answer([policy.header, (b"ratelimit", now.encode())])
         return self._headers_for(self._own, [decision], {None: key})
@@ -162,7 +155,7 @@ class RateLimit:
         subjects, policies = {per: _bounded(subject) for per, subject in subjects.items()}, self._tiers.get(tier, [])
         if too_small := [policy.name for policy in policies if cost > policy.quota]:
             return _cost_exceeds_quota(policies, too_small)
-        decision = await self._limiter.try_acquire(tier, subjects, cost=cost)
+        decision = await self.limiter.try_acquire(tier, subjects, cost=cost)
         return self._headers_for(policies, list(decision.quotas.values()), subjects)
 
     def _headers_for(self, policies: list[Policy], decisions: list[Decision], subjects: Mapping[Any, str]) -> Answer:
@@ -170,7 +163,7 @@ class RateLimit:
 
         subjects  by the `per` of the policy; None stands for a limiter without tiers
         """
-        pks = [_partition(policy.per, subjects) if self._partition_keys else "" for policy in policies]
+        pks = [_partition(policy.per, subjects) if self.partition_keys else "" for policy in policies]
         headers = [header("ratelimit-policy", ", ".join(p.item + pk for p, pk in zip(policies, pks, strict=True)))]
         refused = [policy.name for policy, one in zip(policies, decisions, strict=True) if not one]
         source, wait = decisions[0].source, max(one.retry_after for one in decisions)
@@ -184,9 +177,9 @@ class RateLimit:
         rows = zip(policies, decisions, waits, pks, strict=True)
         items = [f"{policy.quoted};r={one.remaining};t={wait}{pk}" for policy, one, wait, pk in rows]
         headers.append(header("ratelimit", ", ".join(items)))
-        if self._x_headers:
+        if self.x_headers:
             one, seconds = max(zip(decisions, waits, strict=True), key=lambda pair: pair[0].tightness)
-            reset = math.ceil(self._clock()) + seconds
+            reset = math.ceil(self.clock()) + seconds
             values = {"limit": math.floor(one.limit), "remaining": one.remaining, "reset": reset}
             headers += [header(f"x-ratelimit-{word}", value) for word, value in values.items()]
         return _refusal(429, refused, wait, headers) if refused else Answer(headers)
@@ -199,27 +192,22 @@ class RateLimitMiddleware:
     are not counted.
     """
 
-    def __init__(
-        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limiter: Limiter, **options: Any
-    ) -> None:
-        self.app = app
-        self._limit = RateLimit(limiter, **options)
+    def __init__(self, app: App, limiter: Limiter, **options: Any) -> None:
+        self.app, self._limit = app, RateLimit(limiter, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self._limit.check(scope) if scope["type"] == "http" else None
         if answer is None:
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
+        if answer.refusal is not None:
+            return await send_problem(send, answer.refusal)
 
         def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": _merge(message.get("headers", ()), answer.headers)}
             return send(message)
 
-        if answer.refusal is None:
-            await self.app(scope, receive, send_with_headers)
-        else:
-            await send_problem(send, answer.refusal)
+        return await self.app(scope, receive, send_with_headers)
 
 
 def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None]]:
@@ -243,9 +231,8 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
             self.__dict__ |= vars(refusal)
             self.status_code = refusal.status
             self.detail = refusal.problem()["detail"]
-            self.headers = {"content-type": PROBLEM} | {
-                name.decode(): value.decode() for name, value in refusal.http_headers or ()
-            }
+            headers = {name.decode(): value.decode() for name, value in refusal.http_headers or ()}
+            self.headers = {"content-type": PROBLEM, **headers}
 
     async def check(request: Any = None, response: Any = None) -> None:
         if request is None:  # a websocket, if the whole app has this dependency
@@ -266,14 +253,12 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
 def _refusal(status: int, names: list[str], wait: float | None, headers: Headers) -> Answer:
     """Return the answer for a refused request; `wait` in seconds, or None if no wait would help."""
     headers = [*headers, header("cache-control", "no-store")]
-    facts: dict[str, Any] = {"violated-policies": names}
     if wait is not None:
         headers.append(header("retry-after", whole_seconds(wait)))
-        facts["retry_after"] = wait
+    facts: dict[str, Any] = {"violated-policies": names, "retry_after": wait}
     refusal = RateLimited("The request asks for more than the quota ever holds.", **facts)
-    refusal.status = status
+    refusal.status, refusal.http_headers = status, headers
     refusal.problem_type = REDUCED_CAPACITY if status == 503 else RateLimited.problem_type
-    refusal.http_headers = headers
     return Answer(headers, refusal)
 
 

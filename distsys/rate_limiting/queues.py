@@ -11,6 +11,8 @@ from distsys._support.arguments import check_text, check_timeout
 from distsys.errors import RateLimited
 from distsys.rate_limiting.decision import Decision
 
+Ask = Callable[[], Awaitable[Decision]]
+
 
 class FairQueues:
     """FIFO of waiters for each key.
@@ -24,14 +26,7 @@ class FairQueues:
         self._exhausted = exhausted
         self._locks = WeakValueDictionary[str, asyncio.Lock]()  # holds a key while somebody waits for it
 
-    def is_queued(self, key: str) -> bool:
-        """Return whether a caller is waiting or asking for this key."""
-        lock = self._locks.get(key)
-        return lock is not None and lock.locked()
-
-    async def wait(
-        self, key: str, ask: Callable[[], Awaitable[Decision]], timeout: float | None, longest: float
-    ) -> Decision:
+    async def wait(self, key: str, ask: Ask, timeout: float | None, longest: float) -> Decision:
         """Wait for the turn, then ask until the answer is yes, each time after the `retry_after` of the last one.
 
         RateLimited as soon as `timeout` seconds can't be enough. Its `retry_after` is `longest` (seconds) if the turn

@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable
+from dataclasses import KW_ONLY, dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from redis.asyncio import Redis, RedisCluster
 
 from distsys._support.arguments import check_positive, check_text
-from distsys._support.redis import Script, Timed, async_client, hash_tag
+from distsys._support.redis import Script, Timed, hash_tag
 from distsys.rate_limiting.buckets import Clock
 from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, Decision, Limit, Request, never_passes
 from distsys.rate_limiting.fallback import Fallback, OnFailure
 from distsys.rate_limiting.queues import FairQueues
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-    from redis.asyncio.cluster import RedisCluster
 
 Precision = Literal["exact", "approximate"]
 SCRIPTS: dict[Precision, Script] = {
@@ -52,6 +51,7 @@ class _LocalLimit(Limit):
         self.num, self.den = limit, window
 
 
+@dataclass(eq=False, repr=False)
 class SlidingWindowLimiter:
     """`if await SlidingWindowLimiter(redis, limit=100, window=60).is_allowed("user:42"): ...`
 
@@ -66,33 +66,25 @@ class SlidingWindowLimiter:
     clock       seconds, instead of the server's own clock: for tests and simulations
     """
 
-    def __init__(
-        self,
-        redis: Redis | RedisCluster,
-        *,
-        limit: int,
-        window: float,
-        precision: Precision = "exact",
-        name: str = "",
-        on_failure: OnFailure | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        if precision not in SCRIPTS:
-            raise ValueError(f"precision={precision!r}: 'exact' or 'approximate'")
-        if check_positive("window", window, MAX_TOKENS, "seconds") < MIN_WINDOW_SECONDS:
-            raise ValueError(f"window={window!r}: at least {MIN_WINDOW_SECONDS} s")
-        self.redis = async_client(redis)
-        self.limit = _whole("limit", limit)
-        self.window = window
-        self.precision = precision
-        self.name = name
-        self.clock = clock
-        self._script = SCRIPTS[precision]
-        self._fallback = Fallback(name, on_failure)
-        self._local_limits = (_LocalLimit(limit, window),)
-        self._prefix = f"{KEY_PREFIXES[precision]}:{hash_tag(name)}:"
-        self._scripts = Timed(redis, self._fallback.timeout)
-        self._queues = FairQueues(limit, f"room left ({limit} in {window:g} s)")
+    redis: Redis | RedisCluster
+    _: KW_ONLY
+    limit: int
+    window: float
+    precision: Precision = "exact"
+    name: str = ""
+    on_failure: OnFailure | None = None
+    clock: Clock | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in SCRIPTS:
+            raise ValueError(f"precision={self.precision!r}: 'exact' or 'approximate'")
+        if check_positive("window", self.window, MAX_TOKENS, "seconds") < MIN_WINDOW_SECONDS:
+            raise ValueError(f"window={self.window!r}: at least {MIN_WINDOW_SECONDS} s")
+        self._fallback = Fallback(self.name, self.on_failure)
+        self._local_limits = (_LocalLimit(_whole("limit", self.limit), self.window),)
+        self._prefix = f"{KEY_PREFIXES[self.precision]}:{hash_tag(self.name)}:"
+        self._scripts = Timed(self.redis, self._fallback.timeout)
+        self._queues = FairQueues(self.limit, f"room left ({self.limit} in {self.window:g} s)")
 
     async def is_allowed(self, key: str, cost: int = 1) -> bool:
         """Admit the request if the window has room for it, and return whether it had.
@@ -133,7 +125,7 @@ class SlidingWindowLimiter:
 
     async def reset(self, key: str) -> None:
         """Empty the window; redis.RedisError passes."""
-        await self.redis.delete(self._key(key))
+        await self._scripts.redis.delete(self._key(key))
 
     # ---- one decision
 
@@ -148,7 +140,7 @@ class SlidingWindowLimiter:
     def _ask(self, key: str, cost: int, mode: int) -> Awaitable[Reply]:
         now = "" if self.clock is None else round(self.clock() * MICRO)
         packed = struct.pack("<dddd", self.limit, round(self.window * MICRO), cost, mode)
-        return self._scripts.run(self._script, (self._key(key),), now, packed)
+        return self._scripts.run(SCRIPTS[self.precision], (self._key(key),), now, packed)
 
     # ---- input
 

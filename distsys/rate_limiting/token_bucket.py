@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from operator import itemgetter
-from typing import TYPE_CHECKING
+
+from redis.asyncio import Redis, RedisCluster
 
 from distsys._support.arguments import check_positive, check_text
 from distsys._support.cancellation import in_background
@@ -26,10 +27,6 @@ from distsys.rate_limiting.buckets import Buckets, Clock
 from distsys.rate_limiting.decision import MAX_TOKENS, MICRO, BucketReply, Decision, Limit, Request
 from distsys.rate_limiting.fallback import Fallback, OnFailure
 from distsys.rate_limiting.queues import FairQueues
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-    from redis.asyncio.cluster import RedisCluster
 
 CACHED_REQUESTS = 1_000  # kept by a limiter, so that they need not be checked and written anew
 MAX_SLICES = 10_000  # leased at a time by one limiter; requests with further keys are decided by Redis
@@ -64,6 +61,7 @@ class _Slice:
     timer: asyncio.TimerHandle  # gives the rest back then
 
 
+@dataclass(eq=False, repr=False)
 class TokenBucketLimiter:
     """`if await TokenBucketLimiter(redis, capacity=100, refill_rate=10).is_allowed("user:42"): ...`
 
@@ -76,28 +74,29 @@ class TokenBucketLimiter:
     clock        seconds, instead of the server's own clock: for tests and simulations
     """
 
-    def __init__(
-        self,
-        redis: Redis | RedisCluster,
-        *,
-        capacity: float,
-        refill_rate: float,
-        name: str = "",
-        on_failure: OnFailure | None = None,
-        lease: TokenLease | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        self.limit = Limit(capacity, refill_rate)
-        self.name = name
-        self.lease = lease
+    redis: Redis | RedisCluster
+    _: KW_ONLY
+    capacity: float
+    refill_rate: float
+    name: str = ""
+    on_failure: OnFailure | None = None
+    lease: TokenLease | None = None
+    clock: Clock | None = None
+
+    def __post_init__(self) -> None:
+        self.limit = Limit(self.capacity, self.refill_rate)
         self._limits = (self.limit,)
-        self._fallback = Fallback(name, on_failure)
-        self._buckets = Buckets(redis, timeout=self._fallback.timeout, clock=clock)
-        self._prefix = f"distsys:bucket:1:{hash_tag(name)}:"  # 1: the version of what the keys hold
-        self._cached_request = lru_cache(CACHED_REQUESTS, typed=True)(self._request)  # the same clients come again
+        self._fallback = Fallback(self.name, self.on_failure)
+        self._buckets = Buckets(self.redis, timeout=self._fallback.timeout, clock=self.clock)
+        self._prefix = f"distsys:bucket:1:{hash_tag(self.name)}:"  # 1: the version of what the keys hold
+        # The same clients come again.
+        self._cached_request = lru_cache(CACHED_REQUESTS, typed=True)(
+            lambda key, cost: self._ask_for(key, self.limit.cost(cost))
+        )
         self._slices: dict[str, _Slice] = {}
         self._leasing: set[str] = set()  # keys whose slice is on its way
-        self._queues = FairQueues(capacity, f"tokens left ({capacity:g} at once and {refill_rate:g} a second)")
+        exhausted = f"tokens left ({self.capacity:g} at once and {self.refill_rate:g} a second)"
+        self._queues = FairQueues(self.capacity, exhausted)
 
     async def is_allowed(self, key: str, cost: float = 1) -> bool:
         """Take `cost` tokens if they are there, and return whether they were.
@@ -110,7 +109,7 @@ class TokenBucketLimiter:
         try:
             request = self._cached_request(key, cost)
         except TypeError:  # the cache can't hash the key: say what is wrong with it
-            request = self._request(key, cost)
+            request = self._cached_request.__wrapped__(key, cost)
         return await self._fallback.guard(self._buckets.ask(request), request, GRANTED, any)
 
     async def try_acquire(self, key: str, cost: float = 1) -> Decision:
@@ -204,9 +203,6 @@ class TokenBucketLimiter:
         return own.left
 
     # ---- input
-
-    def _request(self, key: str, cost: float) -> Request:
-        return self._ask_for(key, self.limit.cost(cost))
 
     def _ask_for(self, key: str, microtokens: int, times: int = 1) -> Request:
         return Request((self._key(key),), self._limits, microtokens, times)

@@ -12,6 +12,7 @@ Source   Nygard, Release It!, 5.2; resilience4j (count and time windows, rates, 
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -70,8 +71,9 @@ class Period:
 
     state: ClassVar[State] = "isolated"
 
-    def __init__(self, breaker: CircuitBreaker) -> None:
+    def __init__(self, breaker: CircuitBreaker, until: float = math.inf) -> None:
         self.breaker = breaker
+        self.until = until  # when a call that finds no ticket begins the next period
         self.closed = self.state == "closed"  # then every call is admitted, even without `admit`
 
     def admit(self, now: float) -> Period | None:
@@ -136,10 +138,6 @@ class Open(Period):
 
     state = "open"
 
-    def __init__(self, breaker: CircuitBreaker, until: float) -> None:
-        super().__init__(breaker)
-        self.until = until
-
     def admit(self, now: float) -> Period | None:
         """Refuse the call, or begin the half open period with it."""
         if now < self.until:
@@ -159,16 +157,15 @@ class HalfOpen(Period):
 
     running = 0
     successes = 0
-    give_up_at = 0.0  # when probes that hold every permit count as failed
 
     def admit(self, now: float) -> Period | None:
         """Return a ticket if a permit for a probe is free, or if the probes that hold them all are given up."""
         breaker = self.breaker
         if self.running < breaker.half_open_max_calls:
             self.running += 1
-            self.give_up_at = now + max(breaker.recovery_timeout, MIN_PROBE_SECONDS)
+            self.until = now + max(breaker.recovery_timeout, MIN_PROBE_SECONDS)
             return self
-        if now < self.give_up_at:
+        if now < self.until:  # then probes that hold every permit count as failed
             return None
         breaker._probe_failed("no probe came back")
         return breaker.period.admit(now)

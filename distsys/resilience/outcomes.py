@@ -47,59 +47,49 @@ HTTP_STATUS: dict[int, Outcome] = {  # other 4xx: FATAL, other 5xx: BROKEN
 _CODES = "UNAVAILABLE DEADLINE_EXCEEDED CANCELLED INTERNAL UNKNOWN"
 GRPC_CODE = _table({NOT_DONE: "ABORTED RESOURCE_EXHAUSTED", UNKNOWN: _CODES, BROKEN: "DATA_LOSS"})  # others: FATAL
 
-SQLSTATE: dict[str, Outcome] = {  # the longest prefix that matches counts; others: FATAL
-    "08": UNKNOWN,  # the connection broke
-    "08001": NOT_DONE,  # it was never made
-    "08004": NOT_DONE,
-    "25006": NOT_DONE,  # read only: a primary that became a replica
-    "40": NOT_DONE,  # rolled back: 40001 serialization failure, 40P01 deadlock
-    "40003": UNKNOWN,  # statement completion unknown
-    "53": NOT_DONE,  # too many connections, out of memory
-    "55P03": NOT_DONE,  # lock not available
-    "57P": UNKNOWN,  # shut down or crashed, perhaps in the middle of a commit
-    "57P03": NOT_DONE,  # cannot connect now: it is starting
-    "57014": UNKNOWN,  # cancelled, by a server timeout or by a request
-    "58": BROKEN,  # system error, such as a full disk
-    "XX": BROKEN,  # internal errors, corrupted data
-}
+# The longest prefix that matches counts; others: FATAL.
+# 08     the connection broke; in 08001 and 08004 it was never made
+# 25006  read only: a primary that became a replica
+# 40     rolled back, as in 40001 serialization failure and 40P01 deadlock; but in 40003 the completion is unknown
+# 53     too many connections, out of memory
+# 55P03  lock not available
+# 57P    shut down or crashed, perhaps in the middle of a commit; in 57P03 it is starting and can't connect now
+# 57014  cancelled, by a server timeout or by a request
+# 58     system error, such as a full disk
+# XX     internal errors, corrupted data
+SQLSTATE = _table({NOT_DONE: "08001 08004 25006 40 53 55P03 57P03", UNKNOWN: "08 40003 57P 57014", BROKEN: "58 XX"})
 
-_CLASSES: dict[str, dict[Outcome, str]] = {  # by package
-    "builtins": {
-        NOT_DONE: "ConnectionRefusedError",
-        UNKNOWN: "ConnectionError TimeoutError EOFError",
-        FATAL: "ArithmeticError AssertionError AttributeError ImportError LookupError NameError SyntaxError TypeError "
-        "ValueError NotImplementedError RecursionError",
-    },
-    "socket": {NOT_DONE: "gaierror"},  # the name was not resolved
-    "ssl": {BROKEN: "SSLCertVerificationError", UNKNOWN: "SSLError"},
-    "http": {UNKNOWN: "HTTPException", FATAL: "InvalidURL"},
-    "httpx": {
-        NOT_DONE: "ConnectError ConnectTimeout PoolTimeout",
-        UNKNOWN: "TransportError",
-        FATAL: "LocalProtocolError UnsupportedProtocol RequestError",
-    },
-    "requests": {
-        NOT_DONE: "ConnectTimeout",
-        UNKNOWN: "Timeout ConnectionError ChunkedEncodingError",
-        BROKEN: "SSLError",
-    },
-    "urllib3": {NOT_DONE: "NewConnectionError ConnectTimeoutError", UNKNOWN: "ProtocolError ReadTimeoutError"},
-    "aiohttp": {
-        NOT_DONE: "ClientConnectorError ConnectionTimeoutError",
-        UNKNOWN: "ClientConnectionError ClientPayloadError",
-        BROKEN: "ClientConnectorCertificateError",
-    },
-    "redis": {
-        NOT_DONE: "BusyLoadingError MaxConnectionsError ReadOnlyError OutOfMemoryError TryAgainError ClusterDownError "
-        "MasterDownError",
-        UNKNOWN: "ConnectionError TimeoutError",
-        FATAL: "AuthenticationError AuthorizationError ResponseError",
-    },
-    "psycopg": {NOT_DONE: "ConnectionTimeout", UNKNOWN: "OperationalError"},
-    "psycopg_pool": {NOT_DONE: "PoolTimeout TooManyRequests"},
+_CLASSES = {  # by package
+    ("builtins", NOT_DONE): "ConnectionRefusedError",
+    ("builtins", UNKNOWN): "ConnectionError TimeoutError EOFError",
+    ("builtins", FATAL): "ArithmeticError AssertionError AttributeError ImportError LookupError NameError "
+    "SyntaxError TypeError ValueError NotImplementedError RecursionError",
+    ("socket", NOT_DONE): "gaierror",  # the name was not resolved
+    ("ssl", BROKEN): "SSLCertVerificationError",
+    ("ssl", UNKNOWN): "SSLError",
+    ("http", UNKNOWN): "HTTPException",
+    ("http", FATAL): "InvalidURL",
+    ("httpx", NOT_DONE): "ConnectError ConnectTimeout PoolTimeout",
+    ("httpx", UNKNOWN): "TransportError",
+    ("httpx", FATAL): "LocalProtocolError UnsupportedProtocol RequestError",
+    ("requests", NOT_DONE): "ConnectTimeout",
+    ("requests", UNKNOWN): "Timeout ConnectionError ChunkedEncodingError",
+    ("requests", BROKEN): "SSLError",
+    ("urllib3", NOT_DONE): "NewConnectionError ConnectTimeoutError",
+    ("urllib3", UNKNOWN): "ProtocolError ReadTimeoutError",
+    ("aiohttp", NOT_DONE): "ClientConnectorError ConnectionTimeoutError",
+    ("aiohttp", UNKNOWN): "ClientConnectionError ClientPayloadError",
+    ("aiohttp", BROKEN): "ClientConnectorCertificateError",
+    ("redis", NOT_DONE): "BusyLoadingError MaxConnectionsError ReadOnlyError OutOfMemoryError TryAgainError "
+    "ClusterDownError MasterDownError",
+    ("redis", UNKNOWN): "ConnectionError TimeoutError",
+    ("redis", FATAL): "AuthenticationError AuthorizationError ResponseError",
+    ("psycopg", NOT_DONE): "ConnectionTimeout",
+    ("psycopg", UNKNOWN): "OperationalError",
+    ("psycopg_pool", NOT_DONE): "PoolTimeout TooManyRequests",
 }
 EXCEPTION = {  # by package.name; a class that is not listed counts as the next of its bases that is
-    f"{package}.{name}": outcome for package, row in _CLASSES.items() for name, outcome in _table(row).items()
+    f"{package}.{name}": outcome for (package, outcome), names in _CLASSES.items() for name in names.split()
 }
 
 ERRNO: dict[int, Outcome] = {

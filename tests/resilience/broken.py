@@ -98,7 +98,7 @@ def no_retry_after(self: Any, reason: str, asked: float | None = None) -> None:
 
 def given_up_by_the_clock(self: Any) -> Any:
     """Give a half open period up by the clock alone."""
-    if isinstance(self.period, HalfOpen) and self.period.give_up_at <= self.clock():
+    if isinstance(self.period, HalfOpen) and self.period.until <= self.clock():
         self.period.running = self.half_open_max_calls
     return _admit(self)
 
@@ -106,7 +106,7 @@ def given_up_by_the_clock(self: Any) -> Any:
 def hangs_for_ever(self: Any) -> Any:
     """Never give a probe up."""
     if isinstance(self.period, HalfOpen):
-        self.period.give_up_at = float("inf")
+        self.period.until = float("inf")
     return _admit(self)
 
 
