@@ -72,8 +72,7 @@ class Fallback:
             logger.warning("limiter %r is %s while Redis does not decide: %r", self.name, policy, error)
         if policy == "local":
             return self._decide_here(request, self.on_failure.fraction)
-        passes = policy == "open"
-        wait = 0.0 if passes else CLOSED_RETRY_SECONDS
+        passes, wait = (True, 0.0) if policy == "open" else (False, CLOSED_RETRY_SECONDS)
         return [Decision(passes, limit.capacity, 0, wait, 0.0, policy) for limit in request.limits]
 
     def _decide_here(self, request: Request, share: float) -> list[Decision]:

@@ -143,7 +143,7 @@ class RateLimit:
             return await self._check_tier(tier, subjects, cost)
         key, (policy,) = _bounded(who), self._own
         if cost > policy.quota:
-            return _cost_exceeds_quota([policy], [policy.name])
+            return _refusal(429, [policy.name], None, [policy.header])
         decision = await self.limiter.try_acquire(key, cost=cost)
         if decision.allowed and self._plain and decision.source != "open":
             # Nearly always: what _headers_for says, in one line.
@@ -154,7 +154,8 @@ class RateLimit:
     async def _check_tier(self, tier: str, subjects: Mapping[str, str], cost: float) -> Answer:
         subjects, policies = {per: _bounded(subject) for per, subject in subjects.items()}, self._tiers.get(tier, [])
         if too_small := [policy.name for policy in policies if cost > policy.quota]:
-            return _cost_exceeds_quota(policies, too_small)
+            item = header("ratelimit-policy", ", ".join(policy.item for policy in policies))
+            return _refusal(429, too_small, None, [item])
         decision = await self.limiter.try_acquire(tier, subjects, cost=cost)
         return self._headers_for(policies, list(decision.quotas.values()), subjects)
 
@@ -260,10 +261,6 @@ def _refusal(status: int, names: list[str], wait: float | None, headers: Headers
     refusal.status, refusal.http_headers = status, headers
     refusal.problem_type = REDUCED_CAPACITY if status == 503 else RateLimited.problem_type
     return Answer(headers, refusal)
-
-
-def _cost_exceeds_quota(policies: list[Policy], names: list[str]) -> Answer:
-    return _refusal(429, names, None, [header("ratelimit-policy", ", ".join(policy.item for policy in policies))])
 
 
 def _partition(per: str | None, subjects: Mapping[Any, str]) -> str:

@@ -40,8 +40,7 @@ def by_client(
         who = await awaited(user(scope)) if user else None
         if who not in (None, ""):
             return f"user:{who}"
-        given = next(_header(scope, header), "") if api_key else ""
-        if given and api_key and await awaited(api_key(given)):
+        if api_key and (given := next(_header(scope, header), "")) and await awaited(api_key(given)):
             return f"key:{hashed(given)}"
         return f"address:{address(scope)}"
 
@@ -69,9 +68,8 @@ def client_address(*, proxies: int | Sequence[str] = 0) -> Callable[[Scope], str
             return _client(connected)
         found = _ip(connected)
         for hop, entry in enumerate(reversed(",".join(_header(scope, "x-forwarded-for")).split(","))):
-            if hop >= count and not (found and any(found in network for network in networks)):
-                break
-            if (before := _ip(entry)) is None:
+            trusted = hop < count or (found and any(found in network for network in networks))
+            if not trusted or (before := _ip(entry)) is None:
                 break
             found = before
         return _client(str(found or ""))

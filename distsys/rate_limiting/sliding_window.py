@@ -46,8 +46,7 @@ class _LocalLimit(Limit):
     """The limit of one process under the failure policy `local`: a bucket of `limit`, which a window refills once."""
 
     def __init__(self, limit: int, window: float) -> None:
-        self.full = limit * MICRO
-        self.capacity = limit
+        self.full, self.capacity = limit * MICRO, limit
         self.num, self.den = limit, window
 
 
@@ -82,6 +81,7 @@ class SlidingWindowLimiter:
             raise ValueError(f"window={self.window!r}: at least {MIN_WINDOW_SECONDS} s")
         self._fallback = Fallback(self.name, self.on_failure)
         self._local_limits = (_LocalLimit(_whole("limit", self.limit), self.window),)
+        self._script = SCRIPTS[self.precision]
         self._prefix = f"{KEY_PREFIXES[self.precision]}:{hash_tag(self.name)}:"
         self._scripts = Timed(self.redis, self._fallback.timeout)
         self._queues = FairQueues(self.limit, f"room left ({self.limit} in {self.window:g} s)")
@@ -140,7 +140,7 @@ class SlidingWindowLimiter:
     def _ask(self, key: str, cost: int, mode: int) -> Awaitable[Reply]:
         now = "" if self.clock is None else round(self.clock() * MICRO)
         packed = struct.pack("<dddd", self.limit, round(self.window * MICRO), cost, mode)
-        return self._scripts.run(SCRIPTS[self.precision], (self._key(key),), now, packed)
+        return self._scripts.run(self._script, (self._key(key),), now, packed)
 
     # ---- input
 

@@ -89,10 +89,7 @@ class TokenBucketLimiter:
         self._fallback = Fallback(self.name, self.on_failure)
         self._buckets = Buckets(self.redis, timeout=self._fallback.timeout, clock=self.clock)
         self._prefix = f"distsys:bucket:1:{hash_tag(self.name)}:"  # 1: the version of what the keys hold
-        # The same clients come again.
-        self._cached_request = lru_cache(CACHED_REQUESTS, typed=True)(
-            lambda key, cost: self._ask_for(key, self.limit.cost(cost))
-        )
+        self._cached_request = lru_cache(CACHED_REQUESTS, typed=True)(self._request)  # the same clients come again
         self._slices: dict[str, _Slice] = {}
         self._leasing: set[str] = set()  # keys whose slice is on its way
         exhausted = f"tokens left ({self.capacity:g} at once and {self.refill_rate:g} a second)"
@@ -109,7 +106,7 @@ class TokenBucketLimiter:
         try:
             request = self._cached_request(key, cost)
         except TypeError:  # the cache can't hash the key: say what is wrong with it
-            request = self._cached_request.__wrapped__(key, cost)
+            request = self._request(key, cost)
         return await self._fallback.guard(self._buckets.ask(request), request, GRANTED, any)
 
     async def try_acquire(self, key: str, cost: float = 1) -> Decision:
@@ -203,6 +200,9 @@ class TokenBucketLimiter:
         return own.left
 
     # ---- input
+
+    def _request(self, key: str, cost: float) -> Request:
+        return self._ask_for(key, self.limit.cost(cost))
 
     def _ask_for(self, key: str, microtokens: int, times: int = 1) -> Request:
         return Request((self._key(key),), self._limits, microtokens, times)

@@ -160,10 +160,8 @@ class Bulkhead(Policy):
         if not isinstance(capacity, SharedCapacity | None):
             raise TypeError(f"capacity={capacity!r} is a {type(capacity).__name__}; give a SharedCapacity")
         concurrent, waiting, patience = tier.value
-        if max_concurrent is not None:
-            concurrent = max_concurrent
-        elif capacity is not None:
-            concurrent = capacity.capacity
+        concurrent = concurrent if capacity is None else capacity.capacity
+        concurrent = concurrent if max_concurrent is None else max_concurrent
         self.tier, self.name, self.policy = tier, name, OnFull(policy)
         self.max_concurrent = check_count("max_concurrent", concurrent, 1, "calls")
         self.max_waiting = check_count("max_waiting", waiting if max_waiting is None else max_waiting, 0, "calls")

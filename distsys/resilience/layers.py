@@ -22,17 +22,14 @@ class Policy:
 
         Raises TypeError for what can't be guarded: a staticmethod or classmethod object, a generator function.
         """
-        rule = self.rule
+        got = f"@{self.rule} got"
         if isinstance(fn, staticmethod) or not callable(fn):
-            raise TypeError(
-                f"@{rule} got {fn!r}: put it below @classmethod and @staticmethod, directly on the function"
-            )
+            raise TypeError(f"{got} {fn!r}: put it below @classmethod and @staticmethod, directly on the function")
         if any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in _callables_of(fn)):
-            text = f"@{rule} got {name_of(fn)}, a generator, which runs after the call is over: wrap its calls"
-            raise TypeError(text)
+            raise TypeError(f"{got} {name_of(fn)}, a generator, which runs after the call is over: wrap its calls")
         self.name = self.name or name_of(fn)
         wrapper: Any = functools.update_wrapper((self.for_async if is_async(fn) else self.for_sync)(fn), fn)
-        wrapper.__distsys__ = (rule, *layers(fn))
+        wrapper.__distsys__ = (self.rule, *layers(fn))
         return cast(Function, wrapper)
 
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T:

@@ -38,11 +38,9 @@ def _table(rows: Mapping[Outcome, str]) -> dict[str, Outcome]:
     return {word: outcome for outcome, words in rows.items() for word in words.split()}
 
 
-HTTP_STATUS: dict[int, Outcome] = {  # other 4xx: FATAL, other 5xx: BROKEN
-    **dict.fromkeys((408, 425, 429), NOT_DONE),  # 408: the request never arrived whole
-    # A proxy that lost the reply answers 503; with Retry-After it is a refusal: NOT_DONE.
-    **dict.fromkeys((500, 502, 503, 504), UNKNOWN),
-}
+# Other 4xx: FATAL, other 5xx: BROKEN. 408: the request never arrived whole. A proxy that lost the reply answers 503;
+# with Retry-After it is a refusal: NOT_DONE.
+HTTP_STATUS = dict.fromkeys((408, 425, 429), NOT_DONE) | dict.fromkeys((500, 502, 503, 504), UNKNOWN)
 
 _CODES = "UNAVAILABLE DEADLINE_EXCEEDED CANCELLED INTERNAL UNKNOWN"
 GRPC_CODE = _table({NOT_DONE: "ABORTED RESOURCE_EXHAUSTED", UNKNOWN: _CODES, BROKEN: "DATA_LOSS"})  # others: FATAL
@@ -88,14 +86,11 @@ _CLASSES = {  # by package
     ("psycopg", UNKNOWN): "OperationalError",
     ("psycopg_pool", NOT_DONE): "PoolTimeout TooManyRequests",
 }
-EXCEPTION = {  # by package.name; a class that is not listed counts as the next of its bases that is
-    f"{package}.{name}": outcome for (package, outcome), names in _CLASSES.items() for name in names.split()
-}
+# By package.name; a class that is not listed counts as the next of its bases that is.
+EXCEPTION = {f"{home}.{name}": outcome for (home, outcome), names in _CLASSES.items() for name in names.split()}
 
-ERRNO: dict[int, Outcome] = {
-    **dict.fromkeys((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN), NOT_DONE),
-    **dict.fromkeys((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT), UNKNOWN),
-}
+ERRNO = dict.fromkeys((errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN), NOT_DONE)
+ERRNO |= dict.fromkeys((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ETIMEDOUT), UNKNOWN)
 
 
 def classify(error: BaseException) -> Outcome:

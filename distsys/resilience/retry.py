@@ -216,7 +216,7 @@ class Retry(Policy):
         delay = self._backoff(attempts)
         if (asked := retry_after(error)) is not None:
             delay += min(asked, self.max_delay)  # plus the jitter, or all clients that were told the same come together
-        if attempts.deadline is not None and attempts.now() + delay > attempts.deadline:
+        if attempts.now() + delay > attempts.deadline:
             why = f"the next attempt, {delay:.3g} s later, would pass the deadline of {self.timeout:g} s"
         elif self.budget is not None and not self.budget.take():
             why = f"the retry budget is used up: {self.budget.ratio:g} retries per call"
@@ -226,8 +226,7 @@ class Retry(Policy):
             return False
         emit("retry", self.name, "retry", attempt=attempts.number, delay=delay, error=error)
         attempts.failed.append((repr(error), delay))
-        attempts.number += 1
-        attempts.wait = delay
+        attempts.number, attempts.wait = attempts.number + 1, delay
         return True
 
     def _reason_not_to_retry(self, error: Exception) -> str:
@@ -251,15 +250,14 @@ class Retry(Policy):
     def _backoff(self, attempts: Attempts) -> float:
         """Return the seconds to wait before the next attempt, jitter included."""
         longest = min(self.max_delay, self.base_delay * 2.0 ** min(attempts.number - 1, 1_000))
-        if self.jitter == "full":
-            return longest * self.rng()
-        if self.jitter == "equal":
-            return longest / 2 + longest / 2 * self.rng()
+        if self.jitter == "none":
+            return longest
         if self.jitter == "decorrelated":
             span = max(0.0, 3 * (attempts.last_delay or self.base_delay) - self.base_delay)
             attempts.last_delay = min(self.max_delay, self.base_delay + span * self.rng())
             return attempts.last_delay
-        return longest
+        least = longest / 2 if self.jitter == "equal" else 0.0
+        return least + (longest - least) * self.rng()
 
 
 def _check_on(on: Any) -> None:
@@ -281,7 +279,7 @@ class Attempts:
     No exception is kept here, for its traceback would keep whatever its frames hold.
     """
 
-    deadline: float | None = None
+    deadline = math.inf
     number = 1  # of this attempt
     last_delay = 0.0  # of decorrelated jitter
     wait: float | None = 0.0  # before the next attempt; None: there is none

@@ -41,8 +41,7 @@ class LastSeconds:
 
     def __init__(self, length: float, clock: Clock) -> None:
         self._width = length / BUCKETS
-        self._clock = clock
-        self._lock = threading.RLock()
+        self._clock, self._lock = clock, threading.RLock()
         self._buckets: deque[list[int]] = deque()  # [number, calls, failures], oldest first
         self._newest_ends = -math.inf
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from itertools import takewhile
@@ -157,7 +158,7 @@ def retries_only(self: Any, *args: Any, **options: Any) -> None:
 def no_deadline(self: Any, policy: Any, now: Any) -> None:
     """Forget the deadline."""
     _attempts_init(self, policy, now)
-    self.deadline = None
+    self.deadline = math.inf
 
 
 class Least(float):
