@@ -46,8 +46,7 @@ class Limit:
     den: float
 
     def __init__(self, capacity: float, refill_rate: float) -> None:
-        self.full = micro("capacity", capacity)
-        self.capacity = capacity
+        self.full, self.capacity = micro("capacity", capacity), capacity
         self.refill_rate = check_positive("refill_rate", refill_rate, MAX_TOKENS, "tokens per second")
         # The rate as a fraction: 1/3600 and 0.1 exactly, others to 12 digits; the bound keeps products below 2^53.
         most = max(1, min(MICRO, math.isqrt(int(9e15 / max(1.0, refill_rate)))))

@@ -43,8 +43,7 @@ class Fallback:
 
     def __init__(self, name: str, on_failure: OnFailure | None) -> None:
         self.name = check_text("name", name, least=0)
-        self.on_failure = on_failure
-        self.timeout = on_failure.timeout if on_failure else None
+        self.on_failure, self.timeout = on_failure, on_failure.timeout if on_failure else None
         self._failing = False
         self._used: dict[str, tuple[float, float]] = {}  # key -> microtokens used, and when
 

@@ -84,8 +84,8 @@ class Policy:
         wait, taken = one.reset_after, one.limit - one.remaining - 1
         if self.refills and taken > 0:
             wait -= taken * self.window / one.limit
-        noise = 5e-7  # half a microsecond: a difference of floats may be that much too large
-        return min(math.ceil(wait - noise), MAX_SECONDS) if wait > 0 else 0
+        # A difference of floats may be half a microsecond too large.
+        return min(math.ceil(wait - 5e-7), MAX_SECONDS) if wait > 0 else 0
 
 
 class Answer(NamedTuple):
@@ -230,8 +230,7 @@ def rate_limit(limiter: Limiter, **options: Any) -> Callable[..., Awaitable[None
         def __init__(self, refusal: RateLimited) -> None:
             Exception.__init__(self, str(refusal))  # the two base classes disagree on the first argument
             self.__dict__ |= vars(refusal)
-            self.status_code = refusal.status
-            self.detail = refusal.problem()["detail"]
+            self.status_code, self.detail = refusal.status, refusal.problem()["detail"]
             headers = {name.decode(): value.decode() for name, value in refusal.http_headers or ()}
             self.headers = {"content-type": PROBLEM, **headers}
 

@@ -22,8 +22,7 @@ class FairQueues:
     """
 
     def __init__(self, limit: float, exhausted: str) -> None:
-        self._limit = limit
-        self._exhausted = exhausted
+        self._limit, self._exhausted = limit, exhausted
         self._locks = WeakValueDictionary[str, asyncio.Lock]()  # holds a key while somebody waits for it
 
     async def wait(self, key: str, ask: Ask, timeout: float | None, longest: float) -> Decision:

@@ -82,7 +82,7 @@ class SlidingWindowLimiter:
         self._fallback = Fallback(self.name, self.on_failure)
         self._local_limits = (_LocalLimit(_whole("limit", self.limit), self.window),)
         self._script = SCRIPTS[self.precision]
-        self._prefix = f"{KEY_PREFIXES[self.precision]}:{hash_tag(self.name)}:"
+        self._prefix = f"{KEY_PREFIXES[self.precision]}:{hash_tag(self.name)}:{{"
         self._scripts = Timed(self.redis, self._fallback.timeout)
         self._queues = FairQueues(self.limit, f"room left ({self.limit} in {self.window:g} s)")
 
@@ -145,8 +145,7 @@ class SlidingWindowLimiter:
     # ---- input
 
     def _key(self, key: str) -> str:
-        tag = hash_tag(check_text("key", key, "'user:42'"))
-        return f"{self._prefix}{{{tag}}}"
+        return self._prefix + hash_tag(check_text("key", key, "'user:42'")) + "}"
 
     def _cost(self, cost: int) -> int:
         if _whole("cost", cost) > self.limit:

@@ -88,7 +88,7 @@ class TokenBucketLimiter:
         self._limits = (self.limit,)
         self._fallback = Fallback(self.name, self.on_failure)
         self._buckets = Buckets(self.redis, timeout=self._fallback.timeout, clock=self.clock)
-        self._prefix = f"distsys:bucket:1:{hash_tag(self.name)}:"  # 1: the version of what the keys hold
+        self._prefix = f"distsys:bucket:1:{hash_tag(self.name)}:{{"  # 1: the version of what the keys hold
         self._cached_request = lru_cache(CACHED_REQUESTS, typed=True)(self._request)  # the same clients come again
         self._slices: dict[str, _Slice] = {}
         self._leasing: set[str] = set()  # keys whose slice is on its way
@@ -208,5 +208,4 @@ class TokenBucketLimiter:
         return Request((self._key(key),), self._limits, microtokens, times)
 
     def _key(self, key: str) -> str:
-        tag = hash_tag(check_text("key", key, "'user:42'"))
-        return f"{self._prefix}{{{tag}}}"
+        return self._prefix + hash_tag(check_text("key", key, "'user:42'")) + "}"
