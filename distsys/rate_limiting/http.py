@@ -197,6 +197,7 @@ class RateLimitMiddleware:
         self.app, self._limit = app, RateLimit(limiter, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through with its headers, or answer with the refusal."""
         answer = await self._limit.check(scope) if scope["type"] == "http" else None
         if answer is None:
             return await self.app(scope, receive, send)
