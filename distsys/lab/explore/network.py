@@ -199,7 +199,7 @@ class Network:
 
     def poll(self) -> None:
         """Give waiting clients what has come for them: an element for a BLPOP, a message, a timeout."""
-        blocked = [pipe for pipe in self.pipes if pipe.expected]
+        blocked = [pipe for pipe in list(self.pipes) if pipe.expected]
         if blocked:
             self.barrier()
             for pipe in blocked:

@@ -256,7 +256,7 @@ class ExploredRun:
             self.loop.now += COMMAND_SECONDS
         if deviation:
             self._deviate(deviation, worker, step)
-        if any(pipe.expected for pipe in self.network.pipes):
+        if any(pipe.expected for pipe in list(self.network.pipes)):
             self.network.poll()
             timeouts = [timeout_of(command) for command in step.commands]
             if any(timeouts):
@@ -294,7 +294,7 @@ class ExploredRun:
             step.pipe.reset()
         elif action == "cut":
             self.network.cut.add(worker.process)
-            for pipe in [pipe for pipe in self.network.pipes if pipe.process is worker.process]:
+            for pipe in [pipe for pipe in list(self.network.pipes) if pipe.process is worker.process]:
                 pipe.reset()
             self.loop.call_later(CUT_SPANS * self.span, self.network.cut.discard, worker.process, context=Context())
         elif action == "flush":
@@ -309,7 +309,7 @@ class ExploredRun:
                 self.loop.call_soon(worker.task.cancel, context=Context())
 
     def _hang(self, worker: Worker, send: Callable[[], None]) -> None:
-        pipes = [pipe for pipe in self.network.pipes if pipe.process is worker.process]
+        pipes = [pipe for pipe in list(self.network.pipes) if pipe.process is worker.process]
         for pipe in pipes:
             pipe.silent = True
 
@@ -323,7 +323,7 @@ class ExploredRun:
     def _kill(self, worker: Worker) -> None:
         worker.process.dead = True
         worker.phase = "dead"
-        for pipe in [pipe for pipe in self.network.pipes if pipe.process is worker.process]:
+        for pipe in [pipe for pipe in list(self.network.pipes) if pipe.process is worker.process]:
             pipe.close()
         self._gone(worker)
 
@@ -344,7 +344,7 @@ class ExploredRun:
         """Real time: sleep until a timer is due or the server says something."""
         import select
 
-        blocked = [pipe.socket for pipe in self.network.pipes if pipe.expected and not pipe.closed]
+        blocked = [pipe.socket for pipe in list(self.network.pipes) if pipe.expected and not pipe.closed]
         if seconds <= 0:
             return
         if blocked:
