@@ -89,8 +89,13 @@ class Lab:
 
     # ---- experiments
 
-    async def run(self, experiment: str | Experiment, *, runs: int | None = None, seed: int | None = None) -> Verdicts:
-        """Run all arms of an experiment, and return each one's verdict beside the one expected of it."""
+    async def run(
+        self, experiment: str | Experiment, *, runs: int | None = None, seed: int | None = None, keep: bool = True
+    ) -> Verdicts:
+        """Run all arms of an experiment, and return each one's verdict beside the one expected of it.
+
+        `keep=False` leaves the verdicts out of the summary, as for a server that not every machine has.
+        """
         chosen = experiments.load(experiment) if isinstance(experiment, str) else experiment
         at_once = asyncio.Semaphore(1 if chosen.alone else ARMS_AT_ONCE)
 
@@ -104,7 +109,7 @@ class Lab:
         except ExceptionGroup as errors:  # the first ended the others
             raise errors.exceptions[0] from None
         verdicts = Verdicts(task.result() for task in judged)
-        self.verdicts += verdicts
+        self.verdicts += verdicts if keep else ()
         return verdicts
 
     async def test(

@@ -388,3 +388,10 @@ async def test_a_point_that_has_no_effect_is_refused(lab: Lab) -> None:
         await lab.test(candidates.SetNxWithoutTtl, "killed-holder", point="in-between")
     with pytest.raises(ValueError, match="point='no-such-point': no worker came to a checkpoint of this name"):
         await lab.test(RedisLock, "late-release", point="no-such-point")
+
+
+async def test_an_experiment_can_be_left_out_of_the_summary(lab: Lab) -> None:
+    """As one that needs a server which not every machine has: the summary is the same everywhere."""
+    before = lab.summary()
+    assert (await lab.run("no-lock", keep=False)).summary()
+    assert lab.summary() == before
