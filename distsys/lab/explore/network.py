@@ -294,7 +294,7 @@ def timeout_of(command: list[bytes]) -> float:
     return 0.0
 
 
-def redis_client(network: Network) -> Any:
+def redis_client(network: Network, retries: int) -> Any:
     """Return a redis.asyncio client whose connections are pipes of this network."""
     import redis.asyncio
     from redis.asyncio.retry import Retry
@@ -306,5 +306,5 @@ def redis_client(network: Network) -> Any:
             self._reader = pipe.reader
             self._writer = pipe  # type: ignore[assignment]
 
-    pool = redis.asyncio.ConnectionPool(connection_class=PipedConnection, retry=Retry(ConstantBackoff(0.01), 3))
+    pool = redis.asyncio.ConnectionPool(connection_class=PipedConnection, retry=Retry(ConstantBackoff(0.01), retries))
     return redis.asyncio.Redis(connection_pool=pool)

@@ -88,6 +88,7 @@ class ExploredRun:
     real: bool = False
     set_clock: Callable[[float], None] = field(default=lambda now: None)
     seed: int = 7
+    retries: int = 3  # of the client: they hide some faults, and cause others
     aligned: bool = False  # begin at a whole second of the clock, in real time too
 
     # ---- for a subclass
@@ -200,7 +201,7 @@ class ExploredRun:
         await asyncio.sleep(delay)
         if self._shared is None or not self.world.tasks:
             self._shared = self.load()
-        await self.work(worker, self.build(self._shared, redis_client(self.network), self.span))
+        await self.work(worker, self.build(self._shared, redis_client(self.network, self.retries), self.span))
 
     def _gone(self, worker: Worker) -> None:
         """One worker fewer; the run is over when none is left."""

@@ -15,7 +15,7 @@ from typing import Any
 from distsys.locks.redis_lock import RedisLock
 
 OWNED = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('{}', KEYS[1]{}) end return 0"
-TURNS, LONG, LATE, HELD_BACK, KILLED, FROZEN, SILENT, BROKEN, FORGOTTEN, CANCELLED = range(10)
+TURNS, LONG, LATE, HELD_BACK, KILLED, FROZEN, SILENT, BROKEN, FORGOTTEN, CANCELLED, NO_RETRY = range(11)
 
 
 class Renewed:
@@ -247,6 +247,37 @@ class WaitsForEverOnAList(WaitsOnAList):
         return self
 
 
+class AsksAgainWithoutNx(Renewed):
+    """After a broken connection it sets the lock, whoever holds it."""
+
+    async def take(self) -> Any:
+        from redis.exceptions import ConnectionError as Broken
+
+        try:
+            return await super().take()
+        except Broken:
+            return await self.redis.set(self.name, self.me, px=self.ms)
+
+
+class RenewalRecreates(Renewed):
+    """A renewal that comes after the end makes the lock anew."""
+
+    async def extend(self) -> Any:
+        if await self.redis.get(self.name) in (None, self.me.encode()):
+            return await self.redis.set(self.name, self.me, px=self.ms)
+        return False
+
+
+class WaitersRenew(Renewed):
+    """Waiters prolong the lease of a holder that is dead."""
+
+    async def take(self) -> Any:
+        taken = await super().take()
+        if not taken:
+            await self.redis.pexpire(self.name, self.ms)
+        return taken
+
+
 RIGHT = (Renewed, TakenByScript, TakenByTransaction, WaitsOnAList, AcquireRelease, RedisLock)
 AT_ONCE, NOBODY = "inside at once", "nobody"
 WRONG = {
@@ -265,5 +296,8 @@ WRONG = {
     TtlTooShort: (TURNS, AT_ONCE),
     ForgetsOnCancel: (CANCELLED, NOBODY),
     WaitsForEverOnAList: (KILLED, NOBODY),
+    AsksAgainWithoutNx: (NO_RETRY, ""),
+    RenewalRecreates: (LATE, "thrown out"),
+    WaitersRenew: (KILLED, NOBODY),
 }
 """By mistake: the scene that has to show it, and words of its summary."""
