@@ -148,7 +148,7 @@ class Lab:
         """Search the interleavings of an async lock or limiter of yours: every command, with one disturbance each.
 
         The search runs in virtual time on a real Valkey with a patched clock. A violation counts only after the same
-        schedule has shown it again in real time, on a Valkey nobody has touched.
+        schedule has shown it again in real time, on an unmodified Valkey.
         kind      "lock", or "limiter": ten requests in a window, or a bucket if it takes a capacity
         ttl       of a lock, seconds: what the candidate is given, or the TTL it has built in
         window    of a limiter, seconds

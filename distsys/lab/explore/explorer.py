@@ -1,7 +1,7 @@
 """The search: every command of a candidate lock, with one disturbance each, in virtual time; then the confirmation.
 
 It runs in a worker process, because it shows the candidate other clocks, pids and host names than this machine has.
-What it finds is VIOLATED only after the same schedule has shown it again in real time, on a server nobody has touched.
+What it finds is VIOLATED only after the same schedule has shown it again in real time, on an unmodified server.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def explore(kind: Kind, candidate: Any, sockets: Sockets, span: float, tell: Cal
 
 
 def replay(kind: Kind, candidate: Any, sockets: Sockets, span: float, schedule: str) -> Found:
-    """Run one schedule in real time, on the server nobody has touched."""
+    """Run one schedule in real time, on the unmodified server."""
     deviations = tuple(Deviation.parse(part) for part in schedule.split(",") if part.strip())
     outcome = kind.run(candidate, span)(sockets.real, deviations, real=True).run()
     return Found("one schedule", outcome.status, outcome.summary, 1, schedule, tell_story(outcome))

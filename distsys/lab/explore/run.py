@@ -76,7 +76,7 @@ class ExploredRun:
 
     load    makes a copy of the candidate's module for each process
     span    seconds: the TTL of a lock, the window of a limiter
-    real    run in real time, on a server nobody has touched
+    real    run in real time, on an unmodified server
     """
 
     load: Callable[[], Any]

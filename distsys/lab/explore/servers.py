@@ -20,7 +20,7 @@ from distsys.lab.testbed.servers import Server, Servers, ServerUnavailable
 
 @dataclass(frozen=True)
 class Sockets:
-    """Where the explorer finds its two servers: one in virtual time, and one that nobody has touched."""
+    """Where the explorer finds its two servers: one in virtual time, and one unmodified."""
 
     virtual: str
     page: str

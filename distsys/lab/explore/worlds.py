@@ -1,4 +1,4 @@
-"""Who a process of the candidate believes to be, and what its clocks show."""
+"""Worlds: the host, pid and clocks that each process of a candidate sees."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -10,12 +9,6 @@ import pytest
 from distsys.lab import Lab
 from distsys.lab.explore.explorer import LOCK_SCENES, Found
 from tests.lab.zoo import locks as zoo
-
-
-@pytest.fixture(scope="module")
-async def lab() -> AsyncIterator[Lab]:
-    async with await Lab.open() as lab:
-        yield lab
 
 
 def name_of(candidate: Any) -> str:

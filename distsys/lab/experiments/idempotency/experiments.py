@@ -66,7 +66,7 @@ IN_REDIS = partial(endpoints.claimed, lease=SHORT, wait=10.0)
     expect_held("idempotency_key of the intent", partial(endpoints.in_one_transaction, keys="of the intent")),
 )
 async def sent_again(run: Run) -> None:
-    """The same payment, sent twice."""
+    """One payment, sent twice."""
     (w1,) = await run.start(1)
     await w1.ask()
     await w1.ask()
