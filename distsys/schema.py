@@ -25,5 +25,10 @@ async def ensure_schema(db: Database) -> None:
         if missing:
             # IF NOT EXISTS alone fails when two transactions create the same table at once.
             await rows(conn, "SELECT pg_advisory_xact_lock(hashtext('distsys.schema'))")
-            for package, script in _SCRIPTS.items():
-                await conn.execute(files(package).joinpath(script).read_bytes())
+            for script in scripts():
+                await conn.execute(script)
+
+
+def scripts() -> list[bytes]:
+    """Return the SQL that makes all tables which are missing."""
+    return [files(package).joinpath(script).read_bytes() for package, script in _SCRIPTS.items()]

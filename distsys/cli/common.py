@@ -10,6 +10,10 @@ class Usage(Exception):
     """A usage error. Its message is one line that says what to do, and all that the program prints."""
 
 
+class NothingTested(Exception):
+    """Nothing could be tested. Its message is one line that says why, and all that the program prints."""
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout."""
     print(json.dumps(document, indent=2, ensure_ascii=False, default=str))

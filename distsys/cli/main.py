@@ -1,6 +1,7 @@
 """distsys lab | run | prove | decide.
 
-Exit codes: 0 as expected, 1 a verdict is not as expected, 2 usage or something missing, 130 interrupted.
+Exit codes: 0 as expected or held, 1 not as expected or violated, 2 usage or something missing, 3 `prove` tested nothing
+or found out nothing, 130 interrupted.
 What a command started ends with it, also after Ctrl-C and kill -9: the lab's supervisor does that.
 """
 
@@ -10,13 +11,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from distsys import __version__
-from distsys.cli.common import Usage
+from distsys.cli.common import NothingTested, Usage
 from distsys.cli.decide import decide
 from distsys.cli.lab import lab
-from distsys.cli.prove import prove
+from distsys.cli.prove import GIVEN, prove
 from distsys.cli.run import run
 from distsys.decide.matrix import STAGES
 
@@ -31,7 +33,7 @@ Sixteen rules for distributed systems, each shown failing and then holding up on
 
 Servers are started for you and end with the command. To use your own, set DISTSYS_REDIS_URL and DISTSYS_POSTGRES_URL.
 """
-CODES = "exit codes: 0 as expected · 1 a verdict is not as expected · 2 usage or something missing · 130 interrupted"
+CODES = "exit codes: 0 as expected · 1 not as expected · 2 usage · 3 nothing could be tested · 130 interrupted"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,16 +61,19 @@ def parser() -> argparse.ArgumentParser:
     add_run("--story", action="store_true", help="print what happened in the run that decided the verdict")
     add_run("--runs", type=int, default=3, metavar="N", help="runs of each arm (default: %(default)s)")
 
-    text = "test your own class under the lab's faults, level by level, until one breaks it"
-    add_prove = command("prove", prove, text, "mypkg.locks:MyLock --as lock")
+    text = "search for what breaks a class of your own, scene by scene"
+    add_prove = command("prove", prove, text, f"mypkg.locks:MyLock --as lock\n\n{GIVEN}")
     add_prove("candidate", metavar="MODULE:NAME", help="importable from the current folder")
     kinds = ["lock", "limiter", "breaker", "retry", "endpoint"]
     add_prove("--as", dest="kind", choices=kinds, required=True, help="what kind of rule it is")
-    add_prove("--level", type=int, metavar="N", help="stop after level N (default: all)")
-    ttl = "seconds: the TTL that a lock is given, or has built in (default: %(default)s)"
-    schedule = 'of a lock: run this schedule alone, in real time, as in "w1#4 hold"'
-    add_prove("--schedule", metavar="S", help=schedule)
-    add_prove("--ttl", type=float, default=0.3, metavar="S", help=ttl)
+    add_prove("--all", action="store_true", help="go on after the first scene that breaks it")
+    add_prove("--only", type=int, nargs="+", metavar="N", help="only these scenes, by their numbers")
+    add_prove("--schedule", metavar="S", help='run this schedule alone, in real time, as in "w1#4 hold"')
+    add_prove("--ttl", type=float, default=0.3, metavar="S", help="TTL of a lock, or what it has built in: seconds")
+    add_prove("--window", type=float, default=1.0, metavar="S", help="window of a limiter: seconds")
+    add_prove("--runs", type=int, default=1, metavar="N", help="search so often, each time with another seed")
+    add_prove("--html", type=Path, metavar="FILE", help="write the verdicts with pictures into this file")
+    add_prove("--junit", type=Path, metavar="FILE", help="write a test report for a CI into this file")
 
     text = "whether a pattern pays off at your stage, and a simpler alternative"
     add_decide = command("decide", decide, text, "'rate limiting' --stage Growth --instances 4")
@@ -88,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.call(options)
-    except Usage as problem:
+    except (Usage, NothingTested) as problem:
         print(f"distsys: {problem}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(problem, Usage) else 3
     except KeyboardInterrupt:
         print("distsys: interrupted; everything it started has ended", file=sys.stderr)
         return 130

@@ -1,72 +1,112 @@
-"""`distsys prove`: test your own class under the lab's faults, level by level, until one breaks it."""
+"""`distsys prove`: search for what breaks a class of your own, scene by scene."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from distsys.cli.common import Usage, open_lab, print_json
+from distsys.cli.common import NothingTested, Usage, open_lab, print_json
+
+CODES = {"HELD": 0, "VIOLATED": 1, "INCONCLUSIVE": 3}
+GIVEN = """\
+what a candidate is given, of what its parameters name, and what it must have (sync code works, too):
+  lock      redis, conn or pool, name, ttl             acquire() and release(), or `async with`, or `with`
+  limiter   redis, limit and window,                   allow(key), try_acquire(key) or is_allowed(key)
+            or capacity and refill_rate
+  endpoint  redis, conn or pool, charge                pay(key, amount, user), which returns what charge returned:
+            await charge(amount) takes the money at once, await charge(amount, conn) in the transaction of conn
+  breaker   call, clock, failure_threshold (5),        a decorator, or call(fn, ...); or, if it names `call`,
+            recovery_timeout (30 s)                    the guarded call
+  retry     call, clock, sleep, max_attempts (3),      the same
+            base_delay (0.1 s), max_delay (1 s), idempotent
+"""
 
 
 def prove(options: argparse.Namespace) -> int:
-    """Test the candidate MODULE:NAME level by level. Return 1 if it fails one."""
-    module, _, name = options.candidate.partition(":")
+    """Explore the candidate MODULE:NAME. Return 0 if it held, 1 if it broke, 3 if nothing was tested."""
+    return asyncio.run(_prove(options, _imported(options.candidate)))
+
+
+def _imported(candidate: str) -> Any:
+    module, _, name = candidate.partition(":")
     if not (module and name):
-        raise Usage(f"{options.candidate!r} is not MODULE:NAME, as in mypkg.locks:MyLock")
+        raise Usage(f"{candidate!r} is not MODULE:NAME, as in mypkg.locks:MyLock")
     sys.path.insert(0, "")
     try:
-        candidate = import_module(module)
+        found = import_module(module)
         for part in name.split("."):
-            candidate = getattr(candidate, part)
+            found = getattr(found, part)
     except ModuleNotFoundError as missing:
-        raise Usage(f"cannot import {missing.name!r} from {Path.cwd()}: go to the folder that holds it") from missing
-    except AttributeError as missing:
-        raise Usage(f"{missing}") from missing
-    return asyncio.run(_climb(options, candidate))
+        raise NothingTested(
+            f"cannot import {missing.name!r} from {Path.cwd()}: go to the folder that holds it"
+        ) from None
+    except SyntaxError as wrong:
+        raise NothingTested(f"{wrong.filename}:{wrong.lineno}: {wrong.msg}") from None
+    except Exception as error:  # noqa: BLE001  whatever the module raises
+        raise NothingTested(f"importing {candidate} raised {_where(error)}{type(error).__name__}: {error}") from None
+    return found
 
 
-async def _climb(options: argparse.Namespace, candidate: Any) -> int:
-    lock, exploration = options.kind == "lock", None
-    if options.schedule is not None and not lock:
-        raise Usage(f"--schedule {options.schedule!r}: only a lock has schedules, use it with --as lock")
-    async with await open_lab(options.seed) as lab:
-        try:
-            if options.schedule is not None:
-                exploration = await lab.explore(candidate, ttl=options.ttl, schedule=options.schedule)
-                print_json(exploration.to_dict()) if options.json else print(exploration)
-                return 0 if exploration.passed else 1
-            ttl = {"ttl": options.ttl} if lock else {}
-            ladder = await getattr(lab, f"try_{options.kind}")(candidate, upto=options.level, **ttl)
-        except ValueError as problem:
-            raise Usage(str(problem)) from None
-        if not options.json:
-            print(ladder, flush=True)
-        if lock and ladder.level and options.level is None:
-            exploration = await _explore(lab, candidate, options.ttl)
-    if options.json:
-        print_json(ladder.to_dict() | {"exploration": exploration and exploration.to_dict()})
-    elif exploration:
-        print(f"\n{exploration}")
-    return 0 if ladder.passed and (exploration is None or exploration.status != "VIOLATED") else 1
+def _where(error: BaseException) -> str:
+    """Return the reader's own file and line."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        found = f"{file}:{trace.tb_lineno}: " if Path(file).is_relative_to(Path.cwd()) else found
+        trace = trace.tb_next
+    return found
 
 
-async def _explore(lab: Any, candidate: Any, ttl: float) -> Any:
-    """Search the schedules of a lock that passed a level; on a terminal, say how far the search has come."""
+async def _prove(options: argparse.Namespace, candidate: Any) -> int:
+    from distsys.lab.explore.build import WrongShape
     from distsys.lab.testbed.servers import ServerUnavailable
 
-    def heard(found: Any) -> None:
-        if sys.stderr.isatty():
-            print(f"\r  searched: {found.scene:<64}", end="", file=sys.stderr, flush=True)
-
-    try:
-        exploration = await lab.explore(candidate, ttl=ttl, heard=heard)
-    except ServerUnavailable as missing:
-        print(f"distsys: the schedules were not searched: {missing}", file=sys.stderr)
-        return None
+    settings = {"kind": options.kind, "ttl": options.ttl, "window": options.window, "schedule": options.schedule}
+    settings |= {"only": tuple(options.only or ()), "to_the_end": options.all, "heard": _progress()}
+    worst: Any = None
+    async with await open_lab(options.seed) as lab:
+        for seed in range(options.seed, options.seed + options.runs):
+            try:
+                exploration = await lab.explore(candidate, seed=seed, **settings)
+            except (WrongShape, ServerUnavailable) as wrong:
+                raise NothingTested(str(wrong)) from None
+            except ValueError as wrong:
+                raise Usage(str(wrong)) from None
+            if worst is None or CODES[exploration.status] > CODES[worst.status] or exploration.status == "VIOLATED":
+                worst = exploration
+            if worst.status == "VIOLATED":
+                break
     if sys.stderr.isatty():
-        print("\r" + " " * 76 + "\r", end="", file=sys.stderr, flush=True)
-    return exploration
+        print("\r" + " " * 78 + "\r", end="", file=sys.stderr, flush=True)
+    print_json(worst.to_dict()) if options.json else print(worst)
+    if options.html:
+        options.html.write_text(f"<!doctype html><meta charset=utf-8>{worst._repr_html_()}", "utf-8")
+    if options.junit:
+        _write_junit(options.junit, worst)
+    return CODES[worst.status]
+
+
+def _progress() -> Callable[[Any], None] | None:
+    """Return what tells a person at a terminal how far the search has come."""
+
+    def heard(found: Any) -> None:
+        print(f"\r  searched: {found.scene:<64.64}", end="", file=sys.stderr, flush=True)
+
+    return heard if sys.stderr.isatty() else None
+
+
+def _write_junit(path: Path, exploration: Any) -> None:
+    """Write a test case for each scene, as a CI reads it."""
+    suite = ElementTree.Element("testsuite", name=exploration.candidate, tests=str(len(exploration.found)))
+    for found in exploration.found:
+        case = ElementTree.SubElement(suite, "testcase", classname=exploration.candidate, name=found.scene)
+        if found.status != "HELD":
+            kind = "failure" if found.status == "VIOLATED" else "skipped"
+            ElementTree.SubElement(case, kind, message=found.summary).text = "\n".join([found.schedule, *found.story])
+    ElementTree.ElementTree(suite).write(path, "utf-8", xml_declaration=True)

@@ -1,9 +1,7 @@
-"""The ladders and the explorer as pytest fixtures: for rules of yours, in your own sync or async tests.
+"""The explorer as pytest fixtures: for rules of yours, in your own sync or async tests.
 
-def test_our_lock_survives(prove_lock, explore_lock):
-    climb = prove_lock(OurLock, ttl=10)
-    assert climb.passed, climb
-    exploration = explore_lock(OurLock)
+def test_our_lock(prove_lock):
+    exploration = prove_lock(OurLock, ttl=10)
     assert exploration.passed, exploration
 """
 
@@ -15,41 +13,35 @@ from typing import Any
 import pytest
 
 
-def _fixture(name: str, method: str, signature: str, what: str) -> Any:
-    """Return a fixture that calls a method of a lab of its own, with the text that `pytest --fixtures` shows."""
+def _fixture(kind: str, more: str, what: str, verb: str = "prove") -> Any:
+    """Return a fixture that explores in a lab of its own, with the text that `pytest --fixtures` shows."""
 
-    def call(candidate: Any, **options: Any) -> Any:
+    def prove(candidate: Any, **options: Any) -> Any:
         import asyncio  # not before it is used: pytest loads this plugin for everybody's tests
         from concurrent.futures import ThreadPoolExecutor
 
         from distsys.lab.session import Lab
 
-        async def called() -> Any:
+        async def explored() -> Any:
             async with await Lab.open() as lab:
-                return await getattr(lab, method)(candidate, **options)
+                return await lab.explore(candidate, kind=kind, **options)
 
         with ThreadPoolExecutor(1) as thread:  # an async test has a loop in its own thread
-            return thread.submit(asyncio.run, called()).result()
+            return thread.submit(asyncio.run, explored()).result()
 
     def fixture() -> Callable[..., Any]:
-        return call
+        return prove
 
-    fixture.__doc__ = f"`{name}({signature})`: {what}. It starts and ends its own servers."
-    return pytest.fixture(name=name)(fixture)
+    signature = f"candidate, *, {more}only=(), to_the_end=True, seed=7"
+    fixture.__doc__ = (
+        f"`{verb}_{kind}({signature})`: explore {what}, and return the Exploration. It starts its own servers."
+    )
+    return pytest.fixture(name=f"{verb}_{kind}")(fixture)
 
 
-def _ladder(kind: str, signature: str, what: str) -> Any:
-    return _fixture(f"prove_{kind}", f"try_{kind}", signature, f"climb the ladder {what}, and return the Climb")
-
-
-prove_lock = _ladder("lock", "candidate, *, ttl=0.3, upto=None", "of locks")
-prove_limiter = _ladder("limiter", "candidate, *, upto=None", "of limiters: ten requests in any second")
-prove_breaker = _ladder("breaker", "candidate, *, upto=None", "of breakers: five failures and 30 seconds")
-prove_retry = _ladder("retry", "candidate, *, upto=None", "of retries: three attempts")
-prove_endpoint = _ladder("endpoint", "candidate, *, upto=None", "of idempotent endpoints: pay once")
-explore_lock = _fixture(
-    "explore_lock",
-    "explore",
-    "candidate, *, ttl=0.3",
-    "search the interleavings of an async lock, return the Exploration",
-)
+prove_lock = _fixture("lock", "ttl=0.3, ", "a lock: acquire() and release(), or a context manager")
+explore_lock = _fixture("lock", "ttl=0.3, ", "a lock, as prove_lock does", "explore")
+prove_limiter = _fixture("limiter", "window=1.0, ", "a limiter: ten requests in a window, or a bucket of ten")
+prove_breaker = _fixture("breaker", "", "a breaker: five failures and 30 seconds")
+prove_retry = _fixture("retry", "", "a retry: three attempts")
+prove_endpoint = _fixture("endpoint", "", "an idempotent endpoint: pay(key, amount, user)")

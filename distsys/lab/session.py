@@ -8,11 +8,11 @@ from typing import Any
 
 from distsys._support.arguments import check_seconds
 from distsys.lab import experiments
-from distsys.lab.explore.explorer import KINDS, Exploration, Found, explored
+from distsys.lab.explore.build import named
+from distsys.lab.explore.exploration import Exploration, Found
+from distsys.lab.explore.explorer import KINDS, Order, explored
 from distsys.lab.explore.servers import start_servers
 from distsys.lab.history.history import Expected
-from distsys.lab.prove import ladder
-from distsys.lab.prove.ladder import Climb
 from distsys.lab.run.experiment import Arm, Experiment, name_of
 from distsys.lab.run.judge import Judge, Profile
 from distsys.lab.show.html import table
@@ -130,56 +130,71 @@ class Lab:
             self.verdicts.append(verdict)
         return verdict
 
-    # ---- ladders
-
-    async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Climb:
-        """Climb the ladder of faults with a lock of yours, up to the first level it fails.
-
-        ttl   seconds: what the candidate is given, or the TTL it has built in
-        upto  the last level to try
-        """
-        # Two holders at once are no failure when the account refuses the older one: what counts is the damage.
-        return await ladder.climb(self.judge, candidate, ladder.LOCK, upto, account=ladder.ACCOUNT, ttl=check_ttl(ttl))
+    # ---- candidates of yours
 
     async def explore(
         self, candidate: Any, *, kind: str = "lock", ttl: float = 0.3, window: float = 1.0, schedule: str | None = None,
+        seed: int | None = None, only: tuple[int, ...] = (), to_the_end: bool = True,
         heard: Callable[[Found], None] | None = None,
     ) -> Exploration:  # fmt: skip
-        """Search the interleavings of an async lock or limiter of yours: every command, with one disturbance each.
+        """Search for a schedule that breaks a promise of your lock, limiter, breaker, retry or endpoint.
 
-        The search runs in virtual time on a real Valkey with a patched clock. A violation counts only after the same
-        schedule has shown it again in real time, on an unmodified Valkey.
-        kind      "lock", or "limiter": ten requests in a window, or a bucket if it takes a capacity
-        ttl       of a lock, seconds: what the candidate is given, or the TTL it has built in
-        window    of a limiter, seconds
-        schedule  "w1#4 hold": run this one alone, in real time
-        heard     called with each scene's verdict as soon as there is one
+        Locks, limiters and endpoints are searched in virtual time on a real Valkey, and PostgreSQL if they ask for it,
+        whose clocks the lab sets: each command with one disturbance. A violation counts only after the same schedule
+        has shown it again in real time on unmodified servers. Breakers and retries stand before a scripted dependency,
+        in virtual time. What a candidate is given and must have, says `distsys prove --help`.
+        kind        "lock", "limiter", "endpoint", "breaker" or "retry"
+        ttl         of a lock, seconds: what the candidate is given, or the TTL it has built in
+        window      of a limiter, seconds: ten requests in it, or a bucket of ten if it takes a capacity
+        schedule    "w1#4 hold": run this one alone, in real time
+        seed        of chance, as the candidate sees it; the lab's own seed by default
+        only        numbers of scenes, from 1; () for all
+        to_the_end  go on after a scene that is violated, unless that is the first
+        heard       called with each scene's verdict as soon as there is one
+        Raises WrongShape for a candidate that can't be used so, ServerUnavailable without Linux and a C compiler.
         """
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: one of {', '.join(map(repr, KINDS))}")
-        sockets = await start_servers(self.testbed.servers)
-        span = check_ttl(ttl) if kind == "lock" else check_seconds("window", window)
-        work = self.testbed.processes, sockets, kind, candidate, name_of(candidate), span
-        return await explored(*work, schedule, heard)
+        chosen = KINDS[kind]
+        if wrong := [n for n in only if not 1 <= n <= len(chosen.scenes)]:
+            raise ValueError(f"only={wrong[0]}: the scenes of a {kind} have the numbers 1 to {len(chosen.scenes)}")
+        if schedule is not None and not chosen.served:
+            raise ValueError(f"schedule={schedule!r}: a {kind} has scenes, and no schedules")
+        span = check_seconds("window", window) if kind == "limiter" else check_ttl(ttl)
+        sockets = None
+        if chosen.served:
+            postgres = bool(named(candidate) & {"conn", "pool"})
+            sockets = await start_servers(self.testbed.servers, postgres=postgres)
+        seed = self.judge.seed if seed is None else seed
+        order = Order(kind, candidate, span, sockets, schedule, tuple(only), to_the_end, seed)
+        return await explored(self.testbed.processes, name_of(candidate), order, heard)
 
-    async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Climb:
-        """Climb the ladder with a limiter of yours: ten requests in any second, whoever asks."""
-        return await ladder.climb(self.judge, candidate, ladder.LIMITER, upto)
+    async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Exploration:
+        """Explore a lock of yours up to the first scene that breaks it; `upto` is the last scene to try."""
+        return await self._climb("lock", candidate, upto, ttl=ttl)
 
-    async def try_breaker(self, candidate: Any, *, upto: int | None = None) -> Climb:
-        """Climb the ladder with a breaker of yours: a decorator, a class with call(fn, ...), or a function."""
-        return await ladder.climb(self.judge, candidate, ladder.BREAKER, upto)
+    async def try_limiter(self, candidate: Any, *, upto: int | None = None) -> Exploration:
+        """Explore a limiter of yours up to the first scene that breaks it: ten requests in any second."""
+        return await self._climb("limiter", candidate, upto)
 
-    async def try_retry(self, candidate: Any, *, upto: int | None = None) -> Climb:
-        """Climb the ladder with a retry of yours: three attempts, and none where a retry does harm."""
-        return await ladder.climb(self.judge, candidate, ladder.RETRY, upto)
+    async def try_breaker(self, candidate: Any, *, upto: int | None = None) -> Exploration:
+        """Explore a breaker of yours up to the first scene that breaks it."""
+        return await self._climb("breaker", candidate, upto)
 
-    async def try_endpoint(self, candidate: Any, *, upto: int | None = None) -> Climb:
-        """Climb the ladder with an idempotent endpoint of yours: pay once.
+    async def try_retry(self, candidate: Any, *, upto: int | None = None) -> Exploration:
+        """Explore a retry of yours up to the first scene that breaks it."""
+        return await self._climb("retry", candidate, upto)
 
-        `distsys.lab.experiments.idempotency.workload.attempts` says what the candidate is given.
-        """
-        return await ladder.climb(self.judge, candidate, ladder.ENDPOINT, upto)
+    async def try_endpoint(self, candidate: Any, *, upto: int | None = None) -> Exploration:
+        """Explore an idempotent endpoint of yours up to the first scene that breaks it."""
+        return await self._climb("endpoint", candidate, upto)
+
+    async def _climb(self, kind: str, candidate: Any, upto: int | None, **more: Any) -> Exploration:
+        scenes = len(KINDS[kind].scenes)
+        if upto is not None and not 1 <= upto <= scenes:
+            raise ValueError(f"upto={upto}: a {kind} has the scenes 1 to {scenes}")
+        only = tuple(range(1, (upto or scenes) + 1))
+        return await self.explore(candidate, kind=kind, only=only, to_the_end=False, **more)
 
     # ---- simulations
 

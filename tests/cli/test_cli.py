@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psutil
 import pytest
@@ -58,8 +59,6 @@ def test_help_shows_every_command_an_example_of_each_and_the_exit_codes(capsys: 
         (["run", "no-such"], "no experiment 'no-such': run  distsys run --list"),
         (["run", "no-lock", "--runs", "0"], "--runs must be at least 1 (got 0)"),
         (["prove", "MyLock", "--as", "lock"], "'MyLock' is not MODULE:NAME"),
-        (["prove", "no_such.module:MyLock", "--as", "lock"], "cannot import 'no_such'"),
-        (["prove", "distsys.errors:Nope", "--as", "lock"], "has no attribute 'Nope'"),
         (["lab", "99_missing"], "no 99_missing.ipynb: there are 00_start_here"),
     ],
 )
@@ -113,7 +112,7 @@ def test_prove_is_1_for_a_lock_that_breaks_and_says_where(tmp_path: Path) -> Non
     (tmp_path / "mine.py").write_text(BAD_LOCK)
     done = run("prove", "mine:MyLock", "--as", "lock", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "MyLock: passed" in done.stdout
+    assert "MyLock: VIOLATED" in done.stdout
     assert "✗" in done.stdout
 
 
@@ -150,17 +149,48 @@ def test_prove_replays_one_schedule_of_a_lock(tmp_path: Path) -> None:
     assert (broken.returncode, broken.stderr) == (1, "")
     assert "were inside at once, and neither had been disturbed" in broken.stdout
     assert run("prove", "mine:MyLock", "--as", "lock", "--schedule", "", cwd=tmp_path).returncode == 0
-    assert (
-        "only a lock has schedules"
-        in run("prove", "mine:MyLock", "--as", "retry", "--schedule", "x", cwd=tmp_path).stderr
-    )
+    none = run("prove", "mine:MyLock", "--as", "retry", "--schedule", "x", cwd=tmp_path)
+    assert (none.returncode, none.stderr) == (2, "distsys: schedule='x': a retry has scenes, and no schedules\n")
 
 
 def test_prove_is_0_for_a_lock_that_holds() -> None:
     """Our own, by the name anybody would use."""
-    done = run("prove", "distsys.locks.redis_lock:RedisLock", "--as", "lock", "--level", "2", "--json")
+    done = run("prove", "distsys.locks.redis_lock:RedisLock", "--as", "lock", "--only", "1", "2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)
+
+
+def test_prove_writes_a_page_and_a_report(tmp_path: Path) -> None:
+    """For a colleague, and for a CI."""
+    (tmp_path / "mine.py").write_text(CAREFUL_LOCK)
+    page, report = tmp_path / "found.html", tmp_path / "found.xml"
+    done = run("prove", "mine:MyLock", "--as", "lock", "--html", str(page), "--junit", str(report), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "data:image/svg+xml" in page.read_text()
+    suite = ElementTree.parse(report).getroot()
+    assert [case.get("name") for case in suite if case.find("failure") is not None] == [
+        "a command is held back until another worker is inside"
+    ]
+
+
+WRONG = {
+    "syntax": ("def f(:\n", "mine.py:1: invalid syntax"),
+    "raises": ("raise RuntimeError('at import')\n", "mine.py:1: RuntimeError: at import"),
+    "shape": ("class MyLock:\n    def __init__(self, redis, config): ...\n", "MyLock asks for 'config'"),
+    "no lock": ("class MyLock:\n    def __init__(self, redis): ...\n", "is no lock"),
+    "nothing of this name": ("", "module 'mine' has no attribute 'MyLock'"),
+    "missing": ("import no_such_module\n", "cannot import 'no_such_module'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
+def test_what_could_not_be_tested_is_3_and_one_line(text: str, message: str, tmp_path: Path) -> None:
+    """No verdict, no hint, no traceback of ours."""
+    (tmp_path / "mine.py").write_text(text)
+    done = run("prove", "mine:MyLock", "--as", "lock", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("candidate", "kind"), [("circuit_breaker", "breaker"), ("retry", "retry")])

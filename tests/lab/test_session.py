@@ -6,9 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from functools import partial
 
-import broken_guards
 import psutil
 import psycopg
 import pytest
@@ -19,8 +17,8 @@ from distsys.lab.experiments.idempotency import candidates as endpoints
 from distsys.lab.experiments.locks import candidates
 from distsys.lab.experiments.rate_limiting import candidates as limiters
 from distsys.lab.experiments.resilience import candidates as guards
+from distsys.lab.explore.exploration import Exploration
 from distsys.lab.notebook.knobs import EndpointKnob, LimitKnob, LockKnob
-from distsys.lab.prove import ladder
 from distsys.lab.run.experiment import Run
 from distsys.lab.simulate.simulation import simulate
 from distsys.lab.testbed.servers import Server
@@ -155,138 +153,34 @@ async def test_bad_input_is_refused_before_anything_starts(wrong: dict[str, obje
         await Lab.open(**wrong)  # type: ignore[arg-type]
 
 
-# ---- the ladder
+# ---- candidates of the reader
 
 
-class Blocking:
-    """A blocking lock, as most code bases have it."""
-
-    def __init__(self, redis: redis.Redis, name: str, ttl: float) -> None:
-        self.lock = redis.lock(name, timeout=ttl)
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+async def test_a_candidate_is_explored_up_to_the_first_scene_that_breaks_it(lab: Lab) -> None:
+    """With a hint, a schedule that shows it again, and the picture of that run."""
+    found = await lab.try_lock(candidates.SetNxWithoutTtl)
+    assert (found.level, found.passed) == (4, False)
+    assert found.found[-1].hint in str(found)
+    assert "not tried" in str(found)
+    assert "<details><summary>a hint" in found._repr_html_()
+    assert "data:image/svg+xml" in found._repr_html_()
+    assert found.to_dict()["level"] == 4
 
 
-class Unfenced(RedisLock):
-    """RedisLock that keeps its token to itself."""
-
-    async def __aenter__(self) -> None:  # type: ignore[override]
-        await super().__aenter__()
-
-
-LEVELS = [
-    (candidates.NoLock, 0),
-    (candidates.SetNxWithoutTtl, 1),
-    (candidates.TtlNoRenewal, 2),
-    (Blocking, 2),
-    (Unfenced, 4),
-    (candidates.IncrToken, 2),
-    (RedisLock, 6),
-    (candidates.select_for_update, 6),
-]
-
-
-@pytest.mark.parametrize(("candidate", "level"), LEVELS, ids=[c.__name__ for c, _ in LEVELS])
-async def test_a_lock_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
-    """And stops at the first level that it fails, with a counterexample."""
-    climb = await lab.try_lock(candidate)
-    assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.LOCK))
-    if not climb.passed:
-        assert climb.verdicts[-1].status == "VIOLATED"
-        assert ladder.LOCK[level].hint in str(climb)
-        assert "<details><summary>a hint" in climb._repr_html_()
-    assert climb.to_dict()["level"] == level
-
-
-async def test_the_climb_can_end_at_a_level(lab: Lab) -> None:
+async def test_the_scenes_can_end_at_a_number(lab: Lab) -> None:
     """Then passing means passing that far."""
-    climb = await lab.try_lock(candidates.TtlNoRenewal, upto=2)
-    assert climb.passed
-    with pytest.raises(ValueError, match="levels 1 to 6"):
-        await lab.try_lock(candidates.TtlNoRenewal, upto=7)
+    found = await lab.try_lock(candidates.TtlNoRenewal, upto=1)
+    assert found.passed
+    with pytest.raises(ValueError, match="scenes 1 to 11"):
+        await lab.try_lock(candidates.TtlNoRenewal, upto=12)
 
 
-LIMITERS = [
-    (limiters.CounterInMemory, 0),
-    (limiters.GetThenSet, 1),
-    (limiters.LogByMillisecond, 0),  # four processes under one virtual clock share its moments
-    (limiters.RefusalsCount, 3),
-    (limiters.FixedWindow, 4),
-    (limiters.Log, 5),
-    (SlidingWindowLimiter, 5),
-]
-
-
-@pytest.mark.parametrize(("candidate", "level"), LIMITERS, ids=[c.__name__ for c, _ in LIMITERS])
-async def test_a_limiter_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
-    """The same ladder, with the traps of a shared count: ten in any second."""
-    climb = await lab.try_limiter(candidate)
-    assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.LIMITER))
-    assert climb.passed or ladder.LIMITER[level].hint in str(climb)
-
-
-BREAKERS = [
-    (guards.nothing, 0),
-    (guards.Textbook, 1),
-    (guards.CountedProbes, 1),
-    (broken_guards.Windowed, 2),
-    (broken_guards.DeafWhileOpen, 3),
-    (broken_guards.LeaksProbes, 4),
-    (circuit_breaker, 5),
-]
-
-
-@pytest.mark.parametrize(("candidate", "level"), BREAKERS, ids=[c.__name__ for c, _ in BREAKERS])
-async def test_a_breaker_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
-    """One mistake less, one level more."""
-    climb = await lab.try_breaker(candidate)
-    assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.BREAKER))
-    assert climb.passed or climb.verdicts[-1].status == "VIOLATED"
-    assert climb.passed or ladder.BREAKER[level].hint in str(climb)
-
-
-RETRIES = [
-    (guards.nothing, 0),
-    (broken_guards.three_more, 1),
-    (guards.RetryEverything, 2),
-    (broken_guards.does_not_know_what_is_lost, 3),
-    (retry, 4),
-]
-
-
-@pytest.mark.parametrize(("candidate", "level"), RETRIES, ids=[c.__name__ for c, _ in RETRIES])
-async def test_a_retry_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
-    """From one that never tries again to one that knows when not to."""
-    climb = await lab.try_retry(candidate)
-    assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.RETRY))
-    assert climb.passed or ladder.RETRY[level].hint in str(climb)
-
-
-ENDPOINTS = [
-    (endpoints.no_key, 0),
-    (partial(endpoints.mark_after, scoped=False), 1),
-    (partial(endpoints.mark_after, checked=False), 2),
-    (endpoints.mark_after, 3),
-    (endpoints.claimed, 5),
-    (endpoints.in_one_transaction, 6),
-]
-
-
-@pytest.mark.parametrize(("candidate", "level"), ENDPOINTS, ids=[str(level) for _, level in ENDPOINTS])
-async def test_an_endpoint_climbs_as_far_as_it_is_right(lab: Lab, candidate: object, level: int) -> None:
-    """From one that knows no key to one whose effect and mark are one commit."""
-    climb = await lab.try_endpoint(candidate)
-    assert climb.level == level, str(climb)
-    assert climb.passed == (level == len(ladder.ENDPOINT))
-    assert climb.passed or ladder.ENDPOINT[level].hint in str(climb)
+async def test_every_kind_has_a_door(lab: Lab) -> None:
+    """Each stops where its candidate breaks."""
+    assert (await lab.try_limiter(limiters.FixedWindow)).level == 1
+    assert (await lab.try_breaker(guards.Textbook)).level == 4
+    assert (await lab.try_retry(guards.RetryEverything)).level == 3
+    assert (await lab.try_endpoint(endpoints.mark_after)).level == 1
 
 
 class Mute:
@@ -296,20 +190,11 @@ class Mute:
         raise KeyError("card")
 
 
-class Blocked:
-    """Not async, as a beginner writes it."""
-
-    def pay(self, key: str, amount: int, user: str) -> str:
-        return "paid"
-
-
-@pytest.mark.parametrize(("candidate", "why"), [(Mute, "KeyError"), (Blocked, "TypeError")])
-async def test_an_endpoint_that_answers_nobody_climbs_nowhere_and_is_told_why(
-    lab: Lab, candidate: object, why: str
-) -> None:
-    climb = await lab.try_endpoint(candidate)
-    assert (climb.level, climb.verdicts[0].status) == (0, "INCONCLUSIVE")
-    assert f"nobody was answered: {why}" in str(climb)
+async def test_an_endpoint_that_answers_nobody_is_told_why(lab: Lab) -> None:
+    """It shows nothing, so it is neither held nor violated."""
+    found = await lab.try_endpoint(Mute)
+    assert found.status == "INCONCLUSIVE"
+    assert "nobody was answered: KeyError" in str(found)
 
 
 async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
@@ -360,26 +245,23 @@ async def test_the_knob_of_endpoints_pays_under_the_fault_that_is_chosen(lab: La
 # ---- in your own tests
 
 
-def test_the_pytest_fixture_climbs_the_same_ladder(prove_lock: Callable[..., ladder.Climb]) -> None:
-    """It needs no event loop and no server of its own."""
-    climb = prove_lock(candidates.SetNxWithoutTtl)
-    assert not climb.passed
-    assert climb.level == 1
-
-
-def test_the_pytest_fixture_for_limiters_climbs_theirs(prove_limiter: Callable[..., ladder.Climb]) -> None:
-    assert prove_limiter(limiters.Log, upto=2).passed
-
-
-def test_the_pytest_fixtures_for_guards_climb_theirs(
-    prove_breaker: Callable[..., ladder.Climb], prove_retry: Callable[..., ladder.Climb]
+def test_the_pytest_fixtures_explore_in_a_sync_test(
+    prove_lock: Callable[..., Exploration], prove_breaker: Callable[..., Exploration]
 ) -> None:
-    assert prove_breaker(guards.Textbook).level == 1
-    assert prove_retry(retry, upto=1).passed
+    """They need no event loop and no server of their own."""
+    assert prove_lock(candidates.NoLock, only=[1]).status == "VIOLATED"
+    assert prove_breaker(circuit_breaker).passed
 
 
-def test_the_pytest_fixture_for_endpoints_climbs_theirs(prove_endpoint: Callable[..., ladder.Climb]) -> None:
-    assert prove_endpoint(endpoints.in_one_transaction, upto=1).passed
+async def test_and_in_an_async_test(
+    prove_limiter: Callable[..., Exploration],
+    prove_retry: Callable[..., Exploration],
+    prove_endpoint: Callable[..., Exploration],
+) -> None:
+    """Beside a loop that runs."""
+    assert prove_limiter(SlidingWindowLimiter, only=[1]).passed
+    assert prove_retry(retry).passed
+    assert prove_endpoint(endpoints.in_one_transaction, only=[2]).passed
 
 
 async def test_a_point_that_has_no_effect_is_refused(lab: Lab) -> None:

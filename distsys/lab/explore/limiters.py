@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from distsys.lab.check.combine import all_of
 from distsys.lab.check.limits import Allowance, at_most, no_needless_refusal
-from distsys.lab.explore.run import ExploredRun, Outcome, Worker
-from distsys.lab.history.history import History, Op
-from distsys.lab.run.guard import plain
+from distsys.lab.explore.blocking import in_greenlet
+from distsys.lab.explore.build import WrongShape, build, method_of
+from distsys.lab.explore.run import BOTH, ExploredRun, Outcome, Scene, Worker
+from distsys.lab.explore.worlds import SKEWED_CLOCKS, WORLDS
+from distsys.lab.history.history import Op
 
 LIMIT = 10
 Plan = tuple[tuple[str, float, int], ...]
@@ -44,8 +47,12 @@ class LimiterRun(ExploredRun):
     keys: bool = False  # look for keys that are left behind for ever
 
     def __post_init__(self) -> None:
-        self.ops: list[Op] = []
         self.left_behind = 0
+
+    def build(self, candidate: Any, **clients: Any) -> Any:
+        """Call the candidate with what its parameters name: limit and window, or capacity and refill_rate."""
+        facts = {"limit": LIMIT, "window": self.span, "capacity": LIMIT, "refill_rate": LIMIT / self.span}
+        return build(candidate, **clients, **facts, name="explored", clock=self.common_time)
 
     async def work(self, worker: Worker, made: Any) -> None:
         """Make the requests that the plan has for this worker."""
@@ -57,15 +64,15 @@ class LimiterRun(ExploredRun):
         worker.phase = "done"
 
     async def _request(self, worker: Worker, ask: Callable[..., Any]) -> None:
-        called, number = self.loop.now, len(self.ops)
-        self.ops.append(Op(worker.name, "admit", "info", called, None))
+        number = self.begin(worker, "admit")
         try:
-            answer = bool(await plain(ask, "explored"))
+            answer = await in_greenlet(ask, "explored")
+            answer = bool(await answer if inspect.isawaitable(answer) else answer)
         except Exception as error:  # noqa: BLE001  whatever the candidate raises is no answer
-            self.ops[number] = Op(worker.name, "admit", "info", called, self.loop.now, detail=type(error).__name__)
+            self.end(number, "info", f"{type(error).__name__}: {error}")
             self.tell(worker, f"got no answer: {type(error).__name__}")
             return
-        self.ops[number] = Op(worker.name, "admit", "ok" if answer else "fail", called, self.loop.now)
+        self.end(number, "ok" if answer else "fail")
         self.tell(worker, "was admitted" if answer else "was refused")
         if answer:
             self.progressed(worker)
@@ -89,19 +96,41 @@ class LimiterRun(ExploredRun):
             return self.outcome("VIOLATED", f"{self.left_behind} keys are left behind that no TTL will ever remove")
         if not any(op.status == "ok" for op in self.ops):
             return self.outcome("INCONCLUSIVE", (self.crashes() or ["nobody was admitted"])[0])
-        history = History(tuple(sorted(self.ops, key=lambda op: op.called)), (), 0.0, self.loop.now)
-        finding = all_of(at_most(self.allowance), no_needless_refusal(self.allowance))(history)
+        finding = all_of(at_most(self.allowance), no_needless_refusal(self.allowance))(self.history())
         if finding.status == "VIOLATED":
-            return self.outcome("VIOLATED", finding.summary)
+            return self.found(finding)
         admitted = sum(op.status == "ok" for op in self.ops)
         return self.outcome("HELD", f"{admitted} of {len(self.ops)} admitted")
 
 
 def asks(limiter: Any) -> Callable[..., Any]:
     """Return the method that decides: allow, try_acquire or is_allowed, or the limiter itself if it is a function."""
-    for name in ("allow", "try_acquire", "is_allowed"):
-        if (found := getattr(limiter, name, None)) is not None:
-            return found  # type: ignore[no-any-return]
-    if callable(limiter):
-        return limiter  # type: ignore[no-any-return]
-    raise TypeError(f"{type(limiter).__name__} is no limiter: it needs an async allow(key), try_acquire or is_allowed")
+    found = method_of(limiter, "allow", "try_acquire", "is_allowed", "__call__")
+    if found is None:
+        raise WrongShape(
+            f"{type(limiter).__name__} is no limiter: it needs allow(key), try_acquire(key) or is_allowed(key)"
+        )
+    return found
+
+
+LIMITER_SCENES = (
+    Scene("three workers ask at once, and come again later", worlds=WORLDS[:2], options={"plan": BURST},
+          hint="Each process has a memory of its own. What do all of them share, and which one step decides?"),
+    Scene("a burst on both sides of a second", options={"plan": BOUNDARY},
+          hint="Ten a second means in any second, not in each of the clock. When may a request be forgotten?"),
+    Scene("an impatient client is refused again and again", options={"plan": IMPATIENT},
+          hint="What does a refused request leave behind in your count?"),
+    Scene("the clocks of three hosts are 30 s apart", worlds=(SKEWED_CLOCKS,), options={"plan": SKEWED},
+          hint="Whose clock says when a second is over?"),
+    Scene("a command is held back until another request is admitted", (("hold", False),), options={"plan": RACE},
+          hint="Between reading the count and writing it others come by. Which one command, or script, does both?"),
+    Scene("a process is killed", tuple(("kill", after) for after in BOTH), options={"plan": RACE},
+          hint="What is half done when a process dies between two commands, and for how long does it stay so?"),
+    Scene("a process stands still until another is admitted", tuple(("freeze", after) for after in BOTH),
+          options={"plan": RACE},
+          hint="It wakes up and goes on with what it had read. What has changed since?"),
+    Scene("a connection breaks", (("reset", False), ("lost", True), ("cut", True)), options={"plan": RACE},
+          hint="A reply that is lost is not a command that is lost. What does a second try count?"),
+    Scene("what is left behind", options={"plan": HOUR, "keys": True},
+          hint="A key that nobody asks for any more: who removes it?"),
+)  # fmt: skip

@@ -8,9 +8,13 @@ network execute one command, and only when no command is pending does time pass.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import math
+import select
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from functools import partial
 from heapq import heappop
 from time import monotonic, sleep  # bound before a world changes the module
 from time import time as wall_clock
@@ -19,6 +23,10 @@ from typing import Any
 from distsys.lab.simulate.virtual_loop import Stuck, VirtualLoop
 
 running_process: ContextVar[Process | None] = ContextVar("distsys_explored_process", default=None)
+
+
+class Hung(SystemExit):
+    """A run that blocks its process. A task lets a SystemExit through, and no other error."""
 
 
 class Process:
@@ -42,6 +50,28 @@ class ExploreLoop(VirtualLoop):
         self._step = step
         self._wait = wait
         self._zero = monotonic()
+        self.readers: dict[int, Any] = {}  # callbacks by file descriptor, called before time passes
+
+    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+        """Call when there is something to read."""
+        self.readers[fd if isinstance(fd, int) else fd.fileno()] = partial(
+            self.call_soon, callback, *args, context=copy_context()
+        )
+
+    def remove_reader(self, fd: Any) -> bool:
+        """Stop to call; return whether there was anybody to call."""
+        return self.readers.pop(fd if isinstance(fd, int) else fd.fileno(), None) is not None
+
+    def _read(self, seconds: float) -> bool:
+        """Call the readers that can read, after waiting for at most so many seconds."""
+        try:
+            ready = select.select(list(self.readers), [], [], seconds)[0] if self.readers else []
+        except OSError:  # one was closed without a word, as a killed process does
+            self.readers.clear()
+            return False
+        for fd in ready:
+            self.readers[fd]()
+        return bool(ready)
 
     def begin_at_whole_second(self) -> None:
         """Wait, in real time, for the next whole second of the wall clock: time 0 is then."""
@@ -49,11 +79,25 @@ class ExploreLoop(VirtualLoop):
         self._zero = monotonic()
         self.now = 0.0
 
+    def leap(self, seconds: float) -> None:
+        """Let the clock of a loop in real time jump."""
+        self._zero -= seconds
+        self.until += seconds
+
     def resume(self, process: Process) -> None:
         """Let a frozen process run on: what came due meanwhile is due now."""
         process.frozen = False
         self._ready.extend(process.parked)
         process.parked.clear()
+
+    def end(self) -> None:
+        """Close the loop and every coroutine now: the garbage collector would do it in the middle of the next run."""
+        for task in asyncio.all_tasks(self):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            with contextlib.suppress(BaseException):
+                task.get_coro().close()
+        self.close()
+        gc.collect()
 
     def run_until_complete(self, future: Any) -> Any:
         """Run until the future is done. Raises Stuck beyond `until`, or when nothing is left that could happen."""
@@ -84,6 +128,8 @@ class ExploreLoop(VirtualLoop):
                 self._ready.append(handle)
 
     def _pass_time(self, main: Any) -> None:
+        if self._read(0):
+            return
         if not self._timers and self._wait is None:
             raise Stuck(f"at {self.now:g} s nothing is left that could happen, but {main!r} waits")
         due = self._timers[0][0] if self._timers else math.inf

@@ -178,7 +178,7 @@ class Network:
         if self.closed or step.pipe.closed:
             raise ConnectionResetError(104, "Connection reset by peer")
         step.pipe.unsent += 1
-        if all(command[0].upper() in HANDSHAKE for command in step.commands):
+        if step.commands and all(command[0].upper() in HANDSHAKE for command in step.commands):
             step.pipe.execute(step)
         elif not step.process.dead:
             self.admit(step)

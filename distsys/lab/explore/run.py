@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from distsys.lab.explore.blocking import blocking_redis_client, in_greenlet
+from distsys.lab.explore.build import WrongShape, blocks, named
 from distsys.lab.explore.loop import ExploreLoop, Process, running_process
 from distsys.lab.explore.network import COMMAND_SECONDS, Network, Step, redis_client, timeout_of
-from distsys.lab.explore.worlds import WORLDS, World, inhabited
-from distsys.lab.history.history import Status
+from distsys.lab.explore.postgres import Postgres
+from distsys.lab.explore.worlds import EPOCH, WORLDS, World, inhabited
+from distsys.lab.history.history import Fault, Finding, History, Op, Status
 from distsys.lab.simulate.virtual_loop import Stuck
 
 EXCUSED = {"hold", "freeze", "hang", "kill", "lost", "reset", "cut", "cancel"}
 """Actions after which nothing that happens to the disturbed worker counts against the candidate."""
+FAULT_KINDS = {"late": "held", "hold": "held", "hang": "held", "freeze": "stopped", "kill": "killed", "flush": "server",
+               "lost": "without a reply", "reset": "disconnected", "cut": "cut off", "cancel": "cancelled"}  # fmt: skip
+"""What a history calls these actions."""
 LATE_SPANS = 0.4
 CUT_SPANS = 12.0
 TIMEOUT_GRANULARITY = 0.003  # seconds: the server rounds a timeout up to the next millisecond, and one more
 STARVED_SPANS = 80.0
+LOCK_SECONDS = 1.0  # between two looks at statements that wait for locks
+AGE = """
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local left = redis.call('PTTL', key)
+  if left >= 0 then redis.call('PEXPIRE', key, left - ARGV[1]) end
+end
+"""
+"""Makes every key older by so many milliseconds."""
 REAL_STARVED_SPANS = 15.0  # in real time a reader waits for it
 
 
 class Violated(Exception):
-    """A promise is broken; the run ends here."""
+    """A promise is broken; the run ends here. `witness` are the ops that broke it together."""
+
+    def __init__(self, why: str, *witness: Op) -> None:
+        super().__init__(why)
+        self.witness = witness
 
 
 @dataclass(frozen=True)
@@ -47,14 +64,38 @@ class Deviation:
         return cls(step, action, rest == ["after"])
 
 
+@dataclass(frozen=True)
+class Scene:
+    """One kind of disturbance, and one verdict on it."""
+
+    title: str
+    actions: tuple[tuple[str, bool], ...] = ()  # (action, after the step)
+    worlds: tuple[World, ...] = WORLDS[:1]
+    options: dict[str, Any] = field(default_factory=dict)  # of the run
+    hint: str = ""  # for those whose candidate breaks here, without giving the answer away
+
+
+BOTH = (False, True)
+
+
 @dataclass
 class Outcome:
-    """What one run showed."""
+    """What one run showed: as a finding, as lines, and as a history that can be drawn."""
 
-    status: Status
-    summary: str
+    finding: Finding
     steps: list[tuple[str, str, str]]  # (label, worker's phase, the commands), in order of their sending
     story: list[tuple[float, str, str]]  # (seconds, worker, what it did)
+    history: History
+
+    @property
+    def status(self) -> Status:
+        """The status of the finding."""
+        return self.finding.status
+
+    @property
+    def summary(self) -> str:
+        """The summary of the finding."""
+        return self.finding.summary
 
 
 @dataclass(eq=False)
@@ -80,18 +121,23 @@ class ExploredRun:
     """
 
     load: Callable[[], Any]
-    build: Callable[[Any, Any, float], Any]  # (candidate, redis, span) -> what the workers use
     path: str  # the server's unix socket
     schedule: tuple[Deviation, ...] = ()
     world: World = WORLDS[0]
     span: float = 0.3
     real: bool = False
     set_clock: Callable[[float], None] = field(default=lambda now: None)
+    dsn: str = ""  # of the PostgreSQL beside it
     seed: int = 7
     retries: int = 3  # of the client: they hide some faults, and cause others
+    starved_spans: float = STARVED_SPANS  # after so many the run has no end
     aligned: bool = False  # begin at a whole second of the clock, in real time too
 
     # ---- for a subclass
+
+    def build(self, candidate: Any, **clients: Any) -> Any:
+        """Call the candidate with what it names."""
+        raise NotImplementedError
 
     async def work(self, worker: Worker, made: Any) -> None:
         """Use what was built, as one worker."""
@@ -111,6 +157,10 @@ class ExploredRun:
         """Return what a run shows that ended without a violation."""
         raise NotImplementedError
 
+    def common_time(self) -> float:
+        """Return the seconds since 1970 by a clock that all workers share: what a candidate gets that names `clock`."""
+        return EPOCH + self.loop.now
+
     def progressed(self, worker: Worker) -> None:
         """Let those go on that wait for another worker to get what it asked for."""
         for waiting, go_on in list(self._waiting):
@@ -118,19 +168,41 @@ class ExploredRun:
                 self._waiting.remove((waiting, go_on))
                 self.loop.call_soon(go_on, context=Context())
 
-    def violated(self, why: str) -> None:
+    def violated(self, why: str, *witness: Op) -> None:
         """End the run: a promise is broken."""
         if not self._over.done():
-            self._over.set_exception(Violated(why))
+            self._over.set_exception(Violated(why, *witness))
+
+    def begin(self, worker: Worker, name: str, value: Any = None) -> int:
+        """Record that a call is made; `end` records its outcome under the number that this returns."""
+        self.ops.append(Op(worker.name, name, "info", self.loop.now, None, value))
+        return len(self.ops) - 1
+
+    def end(self, number: int, status: Any, detail: str = "", value: Any = None) -> Op:
+        """Record the outcome of a call."""
+        op = self.ops[number]
+        value = op.value if value is None else value
+        self.ops[number] = Op(op.process, op.name, status, op.called, self.loop.now, value, detail=detail)
+        return self.ops[number]
+
+    def history(self) -> History:
+        """Return what was recorded."""
+        ops = tuple(sorted(self.ops, key=lambda op: op.called))
+        return History(ops, tuple(self.faults), 0.0, self.loop.now)
 
     def tell(self, worker: Worker, what: str) -> None:
         """Put a line into the story."""
         if not self._over.done():
             self.story.append((self.loop.now, worker.name, what))
 
-    def outcome(self, status: Status, summary: str) -> Outcome:
+    def outcome(self, status: Status, summary: str, *witness: Op) -> Outcome:
         """Return an outcome of this run."""
-        return Outcome(status, summary, self.steps, self.story)
+        rows = ((self.history().at(self.loop.now), "", summary),) if status == "VIOLATED" else ()
+        return self.found(Finding(status, summary, witness, rows))
+
+    def found(self, finding: Finding) -> Outcome:
+        """Return the outcome with this finding."""
+        return Outcome(finding, self.steps, self.story, self.history())
 
     def crashes(self) -> list[str]:
         """Return what workers raised that no scene expects."""
@@ -142,31 +214,35 @@ class ExploredRun:
         """Run to the end, or to the first violation."""
         self.steps: list[tuple[str, str, str]] = []
         self.story: list[tuple[float, str, str]] = []
+        self.ops: list[Op] = []
+        self.faults: list[Fault] = []
         self.flushed = False
         self._seen: set[Any] = set()
         self._after: dict[Step, Deviation] = {}
         self._waiting: list[tuple[Worker, Callable[[], None]]] = []
         self._shared: Any = None
-        self.patience = (STARVED_SPANS if not self.real else REAL_STARVED_SPANS) * self.span
+        self.patience = (self.starved_spans if not self.real else REAL_STARVED_SPANS) * self.span
         until = self.patience + 10 * self.span
         self.loop = ExploreLoop(step=self._step, until=until, wait=self._wait if self.real else None)
         self.workers = [Worker(name, Process(name)) for name in ("w1", "w2", "w3")]
         people = [worker.process for worker in self.workers]
         outcome: Outcome | None = None
-        with inhabited(self.world, people, self.loop.time, self.seed):
+        with inhabited(self.world, people, self.loop.time, self.seed, self._block):
             try:
                 self.loop.run_until_complete(self._main())
             except Violated as broken:
-                outcome = self.outcome("VIOLATED", str(broken))
+                outcome = self.outcome("VIOLATED", str(broken), *broken.witness)
             except Stuck:
                 outcome = self.starved()
             finally:
-                self._close()
+                self.loop.end()
         return outcome or self.ended()
 
     async def _main(self) -> None:
         self.network = Network(self.path, self.set_clock)
         self.network.admit = self._admit
+        self.wants = named(self.load())
+        self.postgres = Postgres(self.network, self.dsn) if self.wants & {"conn", "pool"} else None
         self.set_clock(self.loop.now)
         self.network.control("FLUSHALL")
         self.network.control("SCRIPT", "FLUSH")
@@ -180,15 +256,8 @@ class ExploredRun:
             await self.over()
         finally:
             self.network.end()
-
-    def _close(self) -> None:
-        """Close every coroutine now: the garbage collector would do it in the middle of the next run."""
-        for task in asyncio.all_tasks(self.loop):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            with contextlib.suppress(BaseException):
-                task.get_coro().close()
-        self.loop.close()
-        gc.collect()
+            if self.postgres:
+                self.postgres.end()
 
     def _start(self, worker: Worker, n: int) -> asyncio.Task[None]:
         context = copy_context()
@@ -201,11 +270,20 @@ class ExploredRun:
         await asyncio.sleep(delay)
         if self._shared is None or not self.world.tasks:
             self._shared = self.load()
-        await self.work(worker, self.build(self._shared, redis_client(self.network, self.retries), self.span))
+        clients = {"redis_sync": blocking_redis_client(self.network, self.retries)}
+        clients["redis"] = clients["redis_sync"] if blocks(self._shared) else redis_client(self.network, self.retries)
+        if self.postgres:
+            for kind in self.wants & {"conn", "pool"}:
+                clients[kind] = await self.postgres.open(kind)
+        await self.work(worker, await in_greenlet(partial(self.build, self._shared, **clients)))
 
     def _gone(self, worker: Worker) -> None:
         """One worker fewer; the run is over when none is left."""
         worker.gone = True
+        task = worker.task
+        error = task.exception() if task and task.done() and not task.cancelled() else None
+        if isinstance(error, WrongShape) and not self.schedule and not self._over.done():
+            self._over.set_exception(error)
         if all(other.gone for other in self.workers) and not self._over.done():
             self._over.set_result(None)
 
@@ -262,21 +340,42 @@ class ExploredRun:
             timeouts = [timeout_of(command) for command in step.commands]
             if any(timeouts):
                 self.loop.call_later(max(timeouts) + TIMEOUT_GRANULARITY, self.network.poll, context=Context())
+            if step.pipe.expected and not step.commands:
+                self.loop.call_later(LOCK_SECONDS, self._look_again, context=Context())
+
+    def _look_again(self) -> None:
+        """Let the server notice a timeout or a deadlock of statements that wait for locks."""
+        self.set_clock(self.loop.now)
+        if self.postgres and self.postgres.look_again():
+            self.loop.call_later(LOCK_SECONDS, self._look_again, context=Context())
+
+    async def leap(self, seconds: float) -> None:
+        """Let time pass. In real time, all clocks and the keys' TTLs move on at once."""
+        if self.real and seconds > 1:
+            self.loop.leap(seconds)
+            self.network.control("EVAL", AGE, "0", str(int(seconds * 1000)))
+        await asyncio.sleep(0.001 if self.real and seconds > 1 else seconds)
 
     def _deviate(self, deviation: Deviation, worker: Worker, step: Step) -> None:
         """Disturb the worker at this step; `after` means that the server has executed it already."""
         action, after = deviation.action, deviation.after
         if after and action in ("lost", "cut"):
             self.repeated(worker)
+        when = f"{'after' if after else 'before'} {step.label}"
         self.tell(worker, f"-- {action}{' after' if after else ''} {step.label}")
+        kind, target = FAULT_KINDS.get(action, action), "redis" if action == "flush" else worker.name
+        self.faults.append(Fault(self.loop.now, kind, target, "forgets everything" if action == "flush" else when))
         worker.disturbed = worker.disturbed or action in EXCUSED
 
         def send() -> None:
+            self.faults.append(Fault(self.loop.now, "released", worker.name))
             if not after:
                 self.network.pending.append(step)
 
         def resume() -> None:
-            send()
+            self.faults.append(Fault(self.loop.now, "resumed", worker.name))
+            if not after:
+                self.network.pending.append(step)
             self.loop.resume(worker.process)
 
         if action == "late":
@@ -303,9 +402,10 @@ class ExploredRun:
             for other in self.workers:
                 other.disturbed = other.disturbed or other.phase in ("inside", "asking")
             self.network.control("FLUSHALL")
-            send()
+            self.network.pending.append(step)
         elif action == "cancel":
-            send()
+            if not after:
+                self.network.pending.append(step)
             if worker.task:
                 self.loop.call_soon(worker.task.cancel, context=Context())
 
@@ -340,6 +440,13 @@ class ExploredRun:
         self.loop.call_later(CUT_SPANS * self.span, enough, context=Context())
 
     # ---- time
+
+    def _block(self, seconds: float) -> None:
+        """Stand for time.sleep."""
+        if not self.real:
+            self.loop.now += seconds
+        else:
+            _real_sleep(seconds)
 
     def _wait(self, seconds: float) -> None:
         """Real time: sleep until a timer is due or the server says something."""

@@ -1,4 +1,4 @@
-"""A Valkey whose clock is a number: the real server, with the time of day read from a shared page."""
+"""Servers whose clock is a number: a real Valkey and PostgreSQL that read the time of day from a shared page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from distsys.lab.testbed.servers import Server, Servers, ServerUnavailable
 
 @dataclass(frozen=True)
 class Sockets:
-    """Where the explorer finds its two servers: one in virtual time, and one unmodified."""
+    """Where the explorer finds its servers: those in virtual time, and those unmodified."""
 
     virtual: str
+    virtual_dsn: str
     page: str
     real: str
+    real_dsn: str
     version: str
 
 
@@ -40,12 +42,13 @@ class VirtualClock:
         self._page[:8] = struct.pack("<q", int((EPOCH + now) * 1e6))
 
 
-async def start_servers(servers: Servers) -> Sockets:
-    """Start both servers, once per lab. Raises ServerUnavailable where a virtual clock can't be had."""
+async def start_servers(servers: Servers, *, postgres: bool = False) -> Sockets:
+    """Start the servers, once per lab. Raises ServerUnavailable where a virtual clock can't be had."""
     library = await asyncio.to_thread(_clock_library)
     page = servers.home("explored") / "clock"
     if not page.exists():
         page.write_bytes(struct.pack("<q", int(EPOCH * 1e6)))
+        page.chmod(0o644)  # PostgreSQL may run as another user
     patched = ["env", f"LD_PRELOAD={library}", f"DISTSYS_VIRTUAL_CLOCK={page}"]
 
     async def start(name: str, before: list[str]) -> tuple[Server, str]:
@@ -59,7 +62,11 @@ async def start_servers(servers: Servers) -> Sockets:
 
     _, virtual = await start("explored", patched)
     server, real = await start("confirming", [])
-    return Sockets(virtual, str(page), real, server.version)
+    if not postgres:
+        return Sockets(virtual, "", str(page), real, "", server.version)
+    one = await servers.postgres("explored-pg", before=patched, args=["--autovacuum=off", "--deadlock_timeout=20ms"])
+    other = await servers.postgres("confirming-pg")
+    return Sockets(virtual, one.url, str(page), real, other.url, f"{server.version} and {other.version}")
 
 
 def _clock_library() -> Path:

@@ -27,9 +27,12 @@ def looks_sync(candidate: Any) -> bool:
 
 
 class Guard:
-    """A lock with `async with`, `with`, or acquire() and release(). A blocking lock runs on a thread of its own."""
+    """A lock with `async with`, `with`, or acquire() and release().
 
-    def __init__(self, lock: Any) -> None:
+    `blocking` calls a function of a blocking lock; without it that is done on a thread of its own.
+    """
+
+    def __init__(self, lock: Any, blocking: Callable[..., Any] | None = None) -> None:
         if hasattr(lock, "__aenter__"):
             self._enter, self._exit = lock.__aenter__, lock.__aexit__
         elif hasattr(lock, "acquire") and hasattr(lock, "release"):
@@ -39,7 +42,7 @@ class Guard:
         else:
             raise TypeError(f"{lock!r} is no lock: it needs `async with`, `with`, or acquire() and release()")
         # One thread: locks may keep state per thread.
-        self._call = partial(_threaded, ThreadPoolExecutor(1)) if looks_sync(lock) else plain
+        self._call = (blocking or partial(_threaded, ThreadPoolExecutor(1))) if looks_sync(lock) else plain
 
     async def enter(self) -> Any:
         """Return what the lock gives its holder. A lock that answers False is asked again, as its users do."""

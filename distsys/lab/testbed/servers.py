@@ -181,12 +181,17 @@ class Servers:
             await _wait_for_info(server, "replication", {"master_link_status": "up"})
         return server
 
-    async def postgres(self, name: str = "postgres", *, fsync: bool = False, wal_folder: Path | None = None) -> Server:
+    async def postgres(
+        self, name: str = "postgres", *, fsync: bool = False, wal_folder: Path | None = None,
+        before: Sequence[str] = (), args: Sequence[str] = (),
+    ) -> Server:  # fmt: skip
         """Return a PostgreSQL with an empty database "postgres".
 
         name        "postgres" is the one at the given URL, if there is one; any other is started beside it
         fsync       commits wait for the disk; by default a crash of the machine may lose them
         wal_folder  where its write-ahead log is kept; by default with its data, in memory if there is room
+        before      words of the command line before the program
+        args        more options after it
         Raises ServerUnavailable.
         """
 
@@ -194,9 +199,9 @@ class Servers:
             data = str(home / "data")
             copy = ["sh", "-c", _COPY_AND_START, str(await self._template()), data, str(wal_folder or "")]
             own = ["-D", data, "-p", str(port), f"--unix_socket_directories={home}"]
-            return [*copy, program, *own, *_POSTGRES, *(["--fsync=on"] if fsync else [])]
+            return [*copy, *before, program, *own, *_POSTGRES, *args, *(["--fsync=on"] if fsync else [])]
 
-        url, anywhere = "postgresql://postgres@127.0.0.1:{port}/postgres", not (fsync or wal_folder)
+        url, anywhere = "postgresql://postgres@127.0.0.1:{port}/postgres", not (fsync or wal_folder or before)
         return await self.serve(name, "postgres", url, argv, anywhere=anywhere)
 
     async def pgbouncer(self, postgres: Server, *, pool_mode: str = "transaction", pool_size: int = 20) -> Server:

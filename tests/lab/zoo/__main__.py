@@ -7,49 +7,51 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from distsys.lab import Lab
-from tests.lab.zoo import limiters, locks
+from tests.lab.zoo import ZOO, name_of, scene_of, zoo
 
 TRUTH = Path(__file__).parents[3] / "references/truth.md"
 HEAD = """# What the explorer finds
 
 Written by `make zoo`: every candidate of [`tests/lab/zoo/`](../tests/lab/zoo/locks.py) is explored, and this table
-says what was found. A mistake is found for the right reason when the scene that is about it shows it, with a schedule
-that was seen again in real time on an unmodified server. A false alarm is a right candidate that does not hold in
-every scene.
+says what was found. A mistake is found for the right reason when the scene that is about it shows it; for a lock, a
+limiter or an endpoint with a schedule that was seen again in real time on unmodified servers. A false alarm is a right
+candidate that does not hold in every scene.
 
-The zoo was written by the authors of the explorer, so it is a rehearsal. Candidates that they have not seen do worse.
+The scenes have been mended with this zoo in sight, so it is a rehearsal. Candidates that nobody has seen do worse: the
+breakers and retries were written by somebody who did not know the scenes, and at first 21 of 26 and 21 of 26 were found,
+of 16 right ones three were accused.
 
 """
 
 
 async def main() -> int:
-    """Explore both zoos; 1 if a mistake was missed or a right one accused."""
+    """Explore every kind; 1 if a mistake was missed or a right one accused."""
     rows, missed = list[tuple[str, ...]](), list[str]()
     async with await Lab.open() as lab:
-        for kind, zoo in (("lock", locks), ("limiter", limiters)):
-            wrong: dict[Any, Any] = zoo.WRONG
+        for kind in ZOO:
+            candidates = zoo(kind)
+            not_found = getattr(candidates, "NOT_FOUND", {})
             caught, right_reason, alarms, seconds, schedules = 0, 0, 0, list[float](), list[int]()
-            for candidate in (*wrong, *zoo.RIGHT):
+            for candidate in (*candidates.WRONG, *not_found, *candidates.RIGHT):
                 began = time.monotonic()
                 exploration = await lab.explore(candidate, kind=kind)
                 seconds.append(time.monotonic() - began)
                 schedules.append(exploration.schedules)
-                if candidate in wrong:
-                    expected = wrong[candidate]
-                    scene = expected[0] if isinstance(expected, tuple) else expected
-                    caught += exploration.status == "VIOLATED"
-                    found = exploration.found[scene].status == "VIOLATED"
-                    right_reason += found
-                    missed += [] if found else [candidate.__name__]
+                violated = [found.scene for found in exploration.violated()]
+                if candidate in candidates.WRONG:
+                    caught += bool(violated)
+                    right_reason += scene_of(kind, candidate) in violated
+                    missed += [] if scene_of(kind, candidate) in violated else [name_of(candidate)]
+                elif candidate in not_found:
+                    caught += bool(violated)
                 elif not exploration.passed:
                     alarms += 1
-                    missed.append(candidate.__name__)
-                print(f"{exploration.status:<13} {candidate.__name__}", flush=True)
-            n = len(wrong)
-            cells = f"{caught} of {n}", f"{right_reason} of {n}", f"{alarms} of {len(zoo.RIGHT)}"
+                    missed.append(name_of(candidate))
+                print(f"{exploration.status:<13} {kind:<9} {name_of(candidate)}", flush=True)
+            n = len(candidates.WRONG) + len(not_found)
+            cells = f"{caught} of {n}", f"{right_reason} of {n}", f"{alarms} of {len(candidates.RIGHT)}"
             rows.append((kind, *cells, f"{statistics.median(schedules):g}", f"{statistics.median(seconds):.1f}"))
     titles = "kind", "VIOLATED", "for the right reason", "false alarms", "schedules (median)", "seconds (median)"
     table = [titles, ("---",) * len(titles), *rows]

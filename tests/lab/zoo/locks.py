@@ -56,7 +56,7 @@ class TakenByScript(Renewed):
     """Right: the grant is a script."""
 
     async def take(self) -> Any:
-        script = "if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) return 1 end return 0"  # noqa: E501
+        script = "if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) return 1 end return 0"
         return await self.redis.eval(script, 1, self.name, self.me, self.ms)
 
 
@@ -83,7 +83,7 @@ class WaitsOnAList(Renewed):
     """Right: waiters block on a list, and look again when its element comes or a short while is over."""
 
     async def drop(self) -> Any:
-        script = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[2], 1) redis.call('PEXPIRE', KEYS[2], 1000) end"  # noqa: E501
+        script = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) redis.call('LPUSH', KEYS[2], 1) redis.call('PEXPIRE', KEYS[2], 1000) end"
         await self.redis.eval(script, 2, self.name, f"{self.name}:free", self.me)
 
     async def __aenter__(self) -> Renewed:

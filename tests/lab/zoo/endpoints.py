@@ -1,0 +1,4 @@
+"""Endpoints."""
+
+RIGHT: list = []
+WRONG: dict = {}
