@@ -68,6 +68,7 @@ async def _prove(options: argparse.Namespace, candidate: Any) -> int:
     from distsys.lab.testbed.servers import ServerUnavailable
 
     settings = {"kind": options.kind, "ttl": options.ttl, "window": options.window, "schedule": options.schedule}
+    settings["promise"] = options.promise
     settings |= {"only": tuple(options.only or ()), "to_the_end": options.all, "heard": _progress()}
     worst: Any = None
     async with await open_lab(options.seed) as lab:
@@ -103,8 +104,8 @@ def _progress() -> Callable[[Any], None] | None:
 
 def _write_junit(path: Path, exploration: Any) -> None:
     """Write a test case for each scene, as a CI reads it."""
-    suite = ElementTree.Element("testsuite", name=exploration.candidate, tests=str(len(exploration.found)))
-    for found in exploration.found:
+    suite = ElementTree.Element("testsuite", name=exploration.candidate, tests=str(len(exploration.verdicts)))
+    for found in exploration.verdicts:
         case = ElementTree.SubElement(suite, "testcase", classname=exploration.candidate, name=found.scene)
         if found.status != "HELD":
             kind = "failure" if found.status == "VIOLATED" else "skipped"

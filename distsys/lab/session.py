@@ -9,7 +9,7 @@ from typing import Any
 from distsys._support.arguments import check_seconds
 from distsys.lab import experiments
 from distsys.lab.explore.build import named
-from distsys.lab.explore.exploration import Exploration, Found
+from distsys.lab.explore.exploration import Exploration, SceneVerdict
 from distsys.lab.explore.explorer import KINDS, Order, explored
 from distsys.lab.explore.servers import start_servers
 from distsys.lab.history.history import Expected
@@ -133,9 +133,9 @@ class Lab:
     # ---- candidates of yours
 
     async def explore(
-        self, candidate: Any, *, kind: str = "lock", ttl: float = 0.3, window: float = 1.0, schedule: str | None = None,
-        seed: int | None = None, only: tuple[int, ...] = (), to_the_end: bool = True,
-        heard: Callable[[Found], None] | None = None,
+        self, candidate: Any, *, kind: str = "lock", ttl: float = 0.3, window: float = 1.0, promise: str | None = None,
+        schedule: str | None = None, seed: int | None = None, only: tuple[int, ...] = (), to_the_end: bool = True,
+        heard: Callable[[SceneVerdict], None] | None = None,
     ) -> Exploration:  # fmt: skip
         """Search for a schedule that breaks a promise of your lock, limiter, breaker, retry or endpoint.
 
@@ -145,7 +145,8 @@ class Lab:
         in virtual time. What a candidate is given and must have, says `distsys prove --help`.
         kind        "lock", "limiter", "endpoint", "breaker" or "retry"
         ttl         of a lock, seconds: what the candidate is given, or the TTL it has built in
-        window      of a limiter, seconds: ten requests in it, or a bucket of ten if it takes a capacity
+        window      of a limiter, seconds: ten requests in it, or a bucket of ten that is full again after it
+        promise     of a limiter: "window", "bucket" or "approximate"; None finds out by what the candidate names
         schedule    "w1#4 hold": run this one alone, in real time
         seed        of chance, as the candidate sees it; the lab's own seed by default
         only        numbers of scenes, from 1; () for all
@@ -155,6 +156,8 @@ class Lab:
         """
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: one of {', '.join(map(repr, KINDS))}")
+        if promise not in (None, "window", "bucket", "approximate"):
+            raise ValueError(f"promise={promise!r}: 'window', 'bucket' or 'approximate'")
         chosen = KINDS[kind]
         if wrong := [n for n in only if not 1 <= n <= len(chosen.scenes)]:
             raise ValueError(f"only={wrong[0]}: the scenes of a {kind} have the numbers 1 to {len(chosen.scenes)}")
@@ -166,7 +169,7 @@ class Lab:
             postgres = bool(named(candidate) & {"conn", "pool"})
             sockets = await start_servers(self.testbed.servers, postgres=postgres)
         seed = self.judge.seed if seed is None else seed
-        order = Order(kind, candidate, span, sockets, schedule, tuple(only), to_the_end, seed)
+        order = Order(kind, candidate, span, sockets, schedule, tuple(only), to_the_end, seed, promise)
         return await explored(self.testbed.processes, name_of(candidate), order, heard)
 
     async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Exploration:

@@ -160,7 +160,7 @@ async def test_a_candidate_is_explored_up_to_the_first_scene_that_breaks_it(lab:
     """With a hint, a schedule that shows it again, and the picture of that run."""
     found = await lab.try_lock(candidates.SetNxWithoutTtl)
     assert (found.level, found.passed) == (4, False)
-    assert found.found[-1].hint in str(found)
+    assert found.verdicts[-1].hint in str(found)
     assert "not tried" in str(found)
     assert "<details><summary>a hint" in found._repr_html_()
     assert "data:image/svg+xml" in found._repr_html_()

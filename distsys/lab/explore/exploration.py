@@ -12,7 +12,7 @@ from distsys.lab.show.verdict import MARK, Verdict
 
 
 @dataclass
-class Found:
+class SceneVerdict:
     """What one scene showed: how many schedules, and the counterexample if there is one."""
 
     scene: str
@@ -22,7 +22,7 @@ class Found:
     schedule: str = ""  # "w1#4 hold"
     story: list[str] = field(default_factory=list)
     hint: str = ""
-    verdict: Verdict | None = None  # on the run that showed the counterexample
+    card: Verdict | None = None  # on the run that showed the counterexample
 
 
 @dataclass
@@ -33,19 +33,19 @@ class Exploration:
     searched: str  # "three workers, each command disturbed in turn"
     server: str  # on which a counterexample was seen again in real time; "" where none took part
     scenes: tuple[str, ...]  # all there are; those after the last one found were not tried
-    found: list[Found]
+    verdicts: list[SceneVerdict]
     broken_shape: str = ""  # why it could not be tried at all
 
     @property
     def status(self) -> Status:
         """VIOLATED if one scene is; else INCONCLUSIVE if one is, or nothing was tried; else HELD."""
-        statuses = {found.status for found in self.found}
+        statuses = {found.status for found in self.verdicts}
         return "VIOLATED" if "VIOLATED" in statuses else "INCONCLUSIVE" if statuses != {"HELD"} else "HELD"
 
     @property
     def schedules(self) -> int:
         """How many schedules were run."""
-        return sum(found.schedules for found in self.found)
+        return sum(found.schedules for found in self.verdicts)
 
     @property
     def passed(self) -> bool:
@@ -55,13 +55,13 @@ class Exploration:
     @property
     def level(self) -> int:
         """How many scenes it held, up to the first that it did not."""
-        return next((n for n, found in enumerate(self.found) if found.status != "HELD"), len(self.found))
+        return next((n for n, found in enumerate(self.verdicts) if found.status != "HELD"), len(self.verdicts))
 
     def __str__(self) -> str:
         lines = [f"{self.candidate}: {self.status}, held in {self.level} of {count(len(self.scenes), 'scene')}"]
         lines += [f"  searched: {count(self.schedules, 'schedule')}; {self.searched}"]
         for n, scene in enumerate(self.scenes):
-            found = self.found[n] if n < len(self.found) else None
+            found = self.verdicts[n] if n < len(self.verdicts) else None
             what = f" - {found.summary}" if found and found.status != "HELD" else "" if found else " - not tried"
             lines.append(f"  {MARK[found.status] if found else '·'} {n + 1}. {scene}{what}")
         for found in self.violated():
@@ -71,11 +71,11 @@ class Exploration:
 
     __repr__ = __str__
 
-    def violated(self) -> list[Found]:
+    def violated(self) -> list[SceneVerdict]:
         """Return the scenes that were violated."""
-        return [found for found in self.found if found.status == "VIOLATED"]
+        return [found for found in self.verdicts if found.status == "VIOLATED"]
 
-    def _seen(self, found: Found) -> str:
+    def _seen(self, found: SceneVerdict) -> str:
         again = f", seen again in real time on {self.server}" if self.server else ""
         return f"schedule: {found.schedule or 'no disturbance'}{again}"
 
@@ -83,13 +83,13 @@ class Exploration:
         head = f"<p><b>{escape(str(self).partition(chr(10))[0])}</b></p>"
         rows = [
             (str(n), MARK[f.status], f.scene, f"{f.schedules:,}", "" if f.status == "HELD" else f.summary)
-            for n, f in enumerate(self.found, 1)
+            for n, f in enumerate(self.verdicts, 1)
         ]
         rows += [(str(n + 1), "·", scene, "", "not tried") for n, scene in enumerate(self.scenes) if n >= len(rows)]
         page = head + table(("", "", "scene", "schedules", "what happened"), rows)
         page += f"<p>Searched: {escape(self.searched)}.</p>"
         for n, found in enumerate(self.violated()):
-            card = found.verdict._repr_html_() if found.verdict else ""
+            card = found.card._repr_html_() if found.card else ""
             story = f"<pre>{escape(chr(10).join(found.story))}</pre>"
             line = f"{self._seen(found)}: {found.summary}"
             page += f"<details{'' if n else ' open'}><summary>{escape(line)}</summary>{card}{story}</details>"
@@ -98,6 +98,6 @@ class Exploration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON knows it."""
-        found = [{**vars(found), "verdict": found.verdict and found.verdict.to_dict()} for found in self.found]
+        found = [{**vars(found), "card": found.card and found.card.to_dict()} for found in self.verdicts]
         facts = {"candidate": self.candidate, "status": self.status, "passed": self.passed, "level": self.level}
         return {**facts, "searched": self.searched, "schedules": self.schedules, "scenes": found}

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from distsys.lab.check.limits import Allowance
 from distsys.lab.explore import breakers, retries
 from distsys.lab.explore.build import WrongShape, loader, named
 from distsys.lab.explore.endpoints import ENDPOINT_SCENES, EndpointRun
-from distsys.lab.explore.exploration import Exploration, Found
+from distsys.lab.explore.exploration import Exploration, SceneVerdict
 from distsys.lab.explore.guards import GuardRun, Scripts
-from distsys.lab.explore.limiters import LIMIT, LIMITER_SCENES, LimiterRun
+from distsys.lab.explore.limiters import LIMITER_SCENES, LimiterRun
 from distsys.lab.explore.locks import LOCK_SCENES, LockRun
 from distsys.lab.explore.loop import Hung
 from distsys.lab.explore.run import Deviation, Outcome, Scene
@@ -56,10 +55,7 @@ def _lock(candidate: Any, span: float) -> Any:
 
 
 def _limiter(candidate: Any, span: float) -> Any:
-    """Return a run of a limiter: a bucket if it takes a capacity, else a window."""
-    bucket = "capacity" in named(candidate)
-    allowance = Allowance(LIMIT, refill_rate=LIMIT / span) if bucket else Allowance(LIMIT, span)
-    return partial(LimiterRun, loader(candidate), span=span, allowance=allowance)
+    return partial(LimiterRun, loader(candidate), span=span)
 
 
 def _guard(candidate: Any, span: float, settings: dict[str, Any]) -> Any:
@@ -95,6 +91,7 @@ class Order:
     only: tuple[int, ...] = ()  # the numbers of the scenes; () for all
     to_the_end: bool = True  # go on after a scene that is violated
     seed: int = 7
+    promise: str | None = None  # of a limiter
 
 
 class Search:
@@ -105,6 +102,15 @@ class Search:
         self.hung = False
         self.make = partial(self.kind.run(order.candidate, order.span), seed=order.seed)
         self.clock = VirtualClock(order.sockets.page) if order.sockets else None
+        if order.kind == "limiter":
+            self.make = partial(self.make, promise=order.promise or self._promise(named(order.candidate)))
+
+    def _promise(self, names: set[str]) -> str:
+        """Return what a limiter promises: by what it names, or else by what it does undisturbed."""
+        if names & {"limit", "window", "capacity", "refill_rate"}:
+            return "bucket" if names & {"capacity", "refill_rate"} else "window"
+        undisturbed = self.kind.scenes[0].options
+        return "window" if self.run(promise="window", **undisturbed).status != "VIOLATED" else "bucket"
 
     def run(self, *, real: bool = False, **options: Any) -> Outcome:
         """Run once, in virtual or in real time; not for ever, whatever the candidate does."""
@@ -132,7 +138,7 @@ class Search:
         own = {"dsn": self.sockets.virtual_dsn, "set_clock": self.clock.set}
         return self.make(self.sockets.virtual, **own, **options).run()  # type: ignore[no-any-return]
 
-    def scene(self, scene: Scene) -> Found:
+    def scene(self, scene: Scene) -> SceneVerdict:
         """Search one scene, up to the first violation that is confirmed."""
         tried, unclear = 0, ""
         for schedule, world in self._schedules(scene):
@@ -151,14 +157,14 @@ class Search:
                 if not schedule:
                     break
         if unclear or not tried:
-            return Found(scene.title, "INCONCLUSIVE", unclear or "no command was seen to disturb", tried)
-        return Found(scene.title, "HELD", f"{count(tried, 'schedule')}, no violation", tried)
+            return SceneVerdict(scene.title, "INCONCLUSIVE", unclear or "no command was seen to disturb", tried)
+        return SceneVerdict(scene.title, "HELD", f"{count(tried, 'schedule')}, no violation", tried)
 
-    def _found(self, scene: Scene, outcome: Outcome, tried: int, schedule: str) -> Found:
+    def _found(self, scene: Scene, outcome: Outcome, tried: int, schedule: str) -> SceneVerdict:
         verdict = Verdict.of(
             [(outcome.history, outcome.finding)], title=scene.title, claim=schedule or "no disturbance", stats={}
         )
-        return Found(
+        return SceneVerdict(
             scene.title, "VIOLATED", outcome.summary, tried, schedule, tell_story(outcome), scene.hint, verdict
         )
 
@@ -168,12 +174,27 @@ class Search:
             if not scene.actions:
                 yield (), world
                 continue
-            for label, *_ in self.run(world=world, **scene.options).steps:
+            steps = self.run(world=world, **scene.options).steps
+            for label in _protocol(steps):
                 for action, after in scene.actions:
                     yield (Deviation(label, action, after),), world
 
 
-def search(order: Order, tell: Callable[[Found], None]) -> None:
+def _protocol(steps: list[tuple[str, str, str]]) -> list[str]:
+    """Return the labels of the steps without those that make tables, and the advisory lock around them.
+
+    Every copy of a candidate makes its tables in its first call; in production that is done once, at a deployment.
+    """
+    making = set[str]()
+    for worker in dict.fromkeys(label.partition("#")[0] for label, *_ in steps):
+        own = [(label, text) for label, _, text in steps if label.startswith(f"{worker}#")]
+        for n, (label, text) in enumerate(own):
+            if text.upper().startswith(("CREATE ", "ALTER ", "DROP ")):
+                making |= {label, *(near for near, other in own[max(0, n - 1) : n + 2] if "advisory" in other)}
+    return [label for label, *_ in steps if label not in making]
+
+
+def search(order: Order, tell: Callable[[SceneVerdict], None]) -> None:
     """Run every scene that was ordered, and tell of each; called in a worker process."""
     found = Search(order)
     if order.schedule is not None:
@@ -225,13 +246,13 @@ def serve(payload: bytes, sock: socket.socket) -> None:
 
 
 async def explored(
-    processes: Any, name: str, order: Order, heard: Callable[[Found], None] | None = None
+    processes: Any, name: str, order: Order, heard: Callable[[SceneVerdict], None] | None = None
 ) -> Exploration:
     """Fork the worker that explores, and gather what it tells. Raises WrongShape if the candidate can't be tried."""
     import cloudpickle
 
     process = await processes.fork("distsys.lab.explore.explorer:serve", cloudpickle.dumps(order), name="explorer")
-    found, data, loop = list[Found](), b"", asyncio.get_running_loop()
+    found, data, loop = list[SceneVerdict](), b"", asyncio.get_running_loop()
     try:
         while more := await loop.sock_recv(process.sock, 1 << 16):
             data += more

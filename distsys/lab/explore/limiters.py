@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from distsys.lab.check.combine import all_of
@@ -38,11 +38,12 @@ return left
 class LimiterRun(ExploredRun):
     """Three workers ask a limiter as planned; `span` is its window in seconds.
 
-    allowance  what the limiter promises: so many in any window, or a bucket
+    promise  "window": so many in any window; "bucket": so many at once and so many a second; "approximate": half as
+             many again in any window, and no refusal below a half
     """
 
     plan: Plan = BURST
-    allowance: Allowance = field(default_factory=lambda: Allowance(LIMIT, 1.0))
+    promise: str = "window"
     aligned: bool = True
     keys: bool = False  # look for keys that are left behind for ever
 
@@ -96,7 +97,12 @@ class LimiterRun(ExploredRun):
             return self.outcome("VIOLATED", f"{self.left_behind} keys are left behind that no TTL will ever remove")
         if not any(op.status == "ok" for op in self.ops):
             return self.outcome("INCONCLUSIVE", (self.crashes() or ["nobody was admitted"])[0])
-        finding = all_of(at_most(self.allowance), no_needless_refusal(self.allowance))(self.history())
+        most = least = Allowance(LIMIT, self.span)
+        if self.promise == "bucket":
+            most = least = Allowance(LIMIT, refill_rate=LIMIT / self.span)
+        elif self.promise == "approximate":
+            most, least = Allowance(1.5 * LIMIT, self.span), Allowance(0.5 * LIMIT, self.span)
+        finding = all_of(at_most(most), no_needless_refusal(least))(self.history())
         if finding.status == "VIOLATED":
             return self.found(finding)
         admitted = sum(op.status == "ok" for op in self.ops)

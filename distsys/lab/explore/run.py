@@ -407,7 +407,7 @@ class ExploredRun:
             if not after:
                 self.network.pending.append(step)
             if worker.task:
-                self.loop.call_soon(worker.task.cancel, context=Context())
+                worker.task.cancel()
 
     def _hang(self, worker: Worker, send: Callable[[], None]) -> None:
         pipes = [pipe for pipe in list(self.network.pipes) if pipe.process is worker.process]

@@ -8,32 +8,32 @@ import pytest
 
 from distsys.lab import Lab
 from distsys.lab.explore.build import WrongShape
-from distsys.lab.explore.exploration import Found
+from distsys.lab.explore.exploration import SceneVerdict
 from tests.lab.zoo import locks as zoo
 
 
 async def test_the_search_is_the_same_every_time(lab: Lab) -> None:
     """The same candidate gives the same schedules and the same verdicts, whatever the machine does."""
     first, second = [await lab.explore(zoo.GetThenDel) for _ in range(2)]
-    assert [(f.scene, f.status, f.schedules, f.schedule) for f in first.found] == [
-        (f.scene, f.status, f.schedules, f.schedule) for f in second.found
+    assert [(f.scene, f.status, f.schedules, f.schedule) for f in first.verdicts] == [
+        (f.scene, f.status, f.schedules, f.schedule) for f in second.verdicts
     ]
 
 
 async def test_a_schedule_can_be_replayed_alone(lab: Lab) -> None:
     """In real time, with its story: what a reader does with the schedule that a counterexample names."""
-    found = (await lab.explore(zoo.GetThenDel)).found[zoo.HELD_BACK]
-    (again,) = (await lab.explore(zoo.GetThenDel, schedule=found.schedule)).found
+    found = (await lab.explore(zoo.GetThenDel)).verdicts[zoo.HELD_BACK]
+    (again,) = (await lab.explore(zoo.GetThenDel, schedule=found.schedule)).verdicts
     assert (again.status, again.schedule) == ("VIOLATED", found.schedule)
-    (undisturbed,) = (await lab.explore(zoo.GetThenDel, schedule="")).found
+    (undisturbed,) = (await lab.explore(zoo.GetThenDel, schedule="")).verdicts
     assert undisturbed.status == "HELD"
 
 
 async def test_each_scene_is_told_as_soon_as_it_is_known(lab: Lab) -> None:
     """A reader sees the verdicts come."""
-    heard = list[Found]()
+    heard = list[SceneVerdict]()
     exploration = await lab.explore(zoo.Renewed, heard=heard.append)
-    assert heard == exploration.found
+    assert heard == exploration.verdicts
 
 
 async def test_what_cannot_be_explored_says_why(lab: Lab) -> None:

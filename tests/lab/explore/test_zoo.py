@@ -26,7 +26,7 @@ async def test_a_right_one_holds_in_every_scene(lab: Lab, kind: str, candidate: 
     """No false alarm."""
     exploration = await lab.explore(candidate, kind=kind)
     assert exploration.passed, exploration
-    assert len(exploration.found) == len(KINDS[kind].scenes)
+    assert len(exploration.verdicts) == len(KINDS[kind].scenes)
 
 
 @pytest.mark.parametrize(("kind", "candidate"), [case for kind in KINDS for case in some(kind, "WRONG")])
@@ -35,7 +35,7 @@ async def test_a_mistake_is_found_by_the_scene_about_it(lab: Lab, kind: str, can
     exploration = await lab.explore(candidate, kind=kind)
     violated = {found.scene: found for found in exploration.violated()}
     assert scene_of(kind, candidate) in violated, exploration
-    assert all(found.verdict and found.verdict.svg() for found in violated.values())
+    assert all(found.card and found.card.svg() for found in violated.values())
     assert str(exploration).startswith(f"{name_of(candidate)}: VIOLATED")
 
 
