@@ -29,7 +29,7 @@ check: $(READY)
 	@$(VENV)/bin/lint-imports --no-cache
 
 notebooks: $(READY)
-	@$(PY) -m distsys.lab.notebook.execute $(ARGS)
+	@$(PY) -m tests.notebooks.execute $(ARGS)
 
 zoo: $(READY)
 	@$(PY) -m tests.lab.zoo

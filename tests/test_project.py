@@ -31,9 +31,9 @@ from distsys.cli import main as cli
 from distsys.decide.matrix import Rule
 from distsys.decide.tables import refresh
 from distsys.lab import experiments
-from distsys.lab.notebook.execute import KERNELSPEC, MAX_BYTES
-from distsys.lab.notebook.execute import faults as faults_of_outputs
 from distsys.schema import ensure_schema
+from tests.notebooks.execute import KERNELSPEC, MAX_BYTES
+from tests.notebooks.execute import faults as faults_of_outputs
 
 ROOT = Path(__file__).parents[1]
 RULE_FOLDERS = ("locks", "resilience", "idempotency", "rate_limiting", "edge", "events")

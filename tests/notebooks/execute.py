@@ -69,7 +69,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 def main(arguments: Sequence[str]) -> int:
     """Run the notebooks named, or all of them. Return 1 if one must not be committed; that one is left unchanged."""
     root = Path.cwd()
-    parser = argparse.ArgumentParser(prog="python -m distsys.lab.notebook.execute", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.notebooks.execute", description=main.__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="NOTEBOOK")
     paths: list[Path] = parser.parse_args(arguments).paths or sorted((root / "notebooks").rglob("[!.]*.ipynb"))
     if missing := [str(path) for path in paths if not path.is_file()]:
