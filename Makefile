@@ -38,7 +38,7 @@ bench: $(READY)
 	@for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do $(PY) "$$script" $(ARGS) || exit 1; done
 
 readme: $(READY)
-	@$(PY) -m distsys.decide README.md
+	@$(PY) -m tests.decide.readme
 
 lock: $(READY)
 	@$(PY) -m uv pip compile pyproject.toml --all-extras --universal --upgrade --generate-hashes --no-header \

@@ -29,9 +29,9 @@ import distsys
 from distsys import decide
 from distsys.cli import main as cli
 from distsys.decide.matrix import Rule
-from distsys.decide.tables import refresh
 from distsys.lab import experiments
 from distsys.schema import ensure_schema
+from tests.decide.readme import refresh
 from tests.notebooks.execute import KERNELSPEC, MAX_BYTES
 from tests.notebooks.execute import faults as faults_of_outputs
 

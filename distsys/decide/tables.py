@@ -54,12 +54,3 @@ def promise(rule: Rule) -> str:
     if found is None:
         raise ValueError(f"{path}: its docstring has no line that begins with 'Promise'")
     return re.split(r"[;:.] |\.$", " ".join(found[1].split()))[0]
-
-
-MARKS = "<!-- the rules: written by `make readme` -->", "<!-- end of the rules -->"
-
-
-def refresh(text: str) -> str:
-    """Return a README with a new table between its two marks."""
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n{rules_markdown()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
