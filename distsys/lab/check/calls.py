@@ -39,7 +39,8 @@ def answered(history: History, process: str = "", name: str = "call") -> Finding
 
     process  only the calls of this one
     """
-    last = max((f for f in history.faults if f.kind != "held"), key=lambda f: f.at, default=None)
+    faults = (f for f in history.faults if f.kind not in ("held", "released"))  # these two belong to the script
+    last = max(faults, key=lambda f: f.at, default=None)
     begin, since = (last.at, f" after {fault_text(last)}") if last else (history.started, "")
     calls = [op for op in history.where(name, process=process or None) if op.called >= begin]
     if failed := [op for op in calls if op.status != "ok"]:

@@ -10,7 +10,7 @@ from distsys.lab.history.words import count, error_text
 
 
 def exactly_once(history: History) -> Finding:
-    """Check that each key with a successful "request" was applied once, however often it was requested.
+    """Check that each key with a successful "request" was applied once, however often it was requested, or who died.
 
     The key is the value of an op. facts["applied"] = {key: times}, as read from the store at the end, replaces the
     count of the "apply" ops.
@@ -35,8 +35,9 @@ def exactly_once(history: History) -> Finding:
         return violated(summary, witness, *rows)
     repeated = sum(len(ops) > 1 for ops in requests.values())
     lost = sum(len(ops) == 1 and ops[0].status == "info" and applied[key] > 0 for key, ops in requests.items())
-    if not (repeated or lost):
-        return inconclusive(f"no request was repeated, {count(len(history.where('request')), 'request')}")
+    if not (repeated or lost or any(fault.kind == "killed" for fault in history.faults)):
+        requested = count(len(history.where("request")), "request")
+        return inconclusive(f"no request was repeated and nobody was killed, {requested}")
     unknown = f", {lost:,} without an answer" if lost else ""
     keys = count(len(requests), "key")
     return Finding("HELD", f"{keys} applied as asked, {repeated:,} asked for more than once{unknown}")

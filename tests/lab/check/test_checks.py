@@ -179,6 +179,7 @@ FEW_CALLS = history(*guarded(TRIED, TRIED))
 OPENS_AND_CLOSES = history(*guarded(WELL, WELL, TRIED, TRIED, SHUT, SHUT, WELL, WELL), faults=[DOWN, BACK])
 STAYS_OPEN = history(*guarded(WELL, WELL, TRIED, TRIED, SHUT, SHUT, SHUT, WELL), faults=[DOWN, BACK])
 HELD_BACK_BY_A_SCRIPT = history(*STAYS_OPEN.ops, faults=[DOWN, BACK, (7.5, "held", "w1")])
+RELEASED_BY_A_SCRIPT = history(op("w1", "call", 3, None), op("w1", "call", 5, 6), faults=[DOWN, (4, "released", "w2")])
 NOBODY_CAME = history(*guarded(WELL, TRIED), faults=[DOWN])
 MAYBE_SENT = history(*guarded(TRIED, TRIED, SHUT), op("w1", "request", 9, None))
 CALL_UNANSWERED = history(op("w1", "call", 3, None), faults=[DOWN])
@@ -239,7 +240,7 @@ VERDICTS: dict[Check, dict[str, str]] = {
     },
     answered: {
         "HELD": "OPENS_AND_CLOSES ALL_IS_WELL",
-        "VIOLATED": "STAYS_OPEN HELD_BACK_BY_A_SCRIPT CALL_UNANSWERED OTHERS_WAIT OPENS",
+        "VIOLATED": "STAYS_OPEN HELD_BACK_BY_A_SCRIPT RELEASED_BY_A_SCRIPT CALL_UNANSWERED OTHERS_WAIT OPENS",
         "INCONCLUSIVE": "EMPTY NOBODY_CAME",
     },
     fast_answered: {"HELD": "OTHERS_WAIT", "VIOLATED": "FAST_WAITS", "INCONCLUSIVE": "EMPTY ALL_IS_WELL"},
@@ -483,6 +484,7 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (answered, "looks at the whole run", faultless(answered, "killed", "restarted"), "OPENS_AND_CLOSES"),
     (answered, "overlooks a call that waits for ever", edited(answered, in_the_end), "CALL_UNANSWERED"),
     (answered, "takes a script's hold for a fault", faults(answered, kind="x"), "HELD_BACK_BY_A_SCRIPT"),
+    (answered, "takes a script's release for a recovery", faults(answered, kind="x"), "RELEASED_BY_A_SCRIPT"),
     (fast_answered, "looks at all", answered, "OTHERS_WAIT"),
     (fast_answered, "overlooks a call that waits for ever", edited(fast_answered, in_the_end), "FAST_WAITS"),
     (fast_answered, "takes nobody for everybody", unless_violated(fast_answered), "ALL_IS_WELL"),

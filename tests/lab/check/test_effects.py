@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distsys.lab.check.effects import one_answer, right_answers
-from distsys.lab.experiments.idempotency.experiments import each_message_once, never_held_up
+from distsys.lab.check.effects import exactly_once, one_answer, right_answers
 from distsys.lab.history.history import Check, History
 from distsys.lab.show.story import story
 from tests.lab.histories import history, op
@@ -17,8 +16,6 @@ LATER = op("w2", "told", 4, 4.1, "order-1: 10 from ann → 10 from ann, receipt 
 LEAKED = op("w2", "told", 3, 3.1, "order-2: 10 from bob → 10 from ann, receipt of w1")
 PUBLISHED = op("w1", "request", 0, 1, "m")
 KILLED = [(2, "killed", "w2")]
-CLEANED = op("w1", "cleanup", 2, 3)
-LET_GO = [(5, "released", "w2")]
 
 CASES: list[tuple[Check, History, str]] = [
     (right_answers, history(), "INCONCLUSIVE"),
@@ -31,17 +28,11 @@ CASES: list[tuple[Check, History, str]] = [
     (one_answer, history(*ASKED, ANN, AGAIN), "HELD"),
     (one_answer, history(*ASKED, ANN, LEAKED), "INCONCLUSIVE"),  # of another intent
     (one_answer, history(*ASKED, ANN, AGAIN, LATER), "VIOLATED"),
-    (each_message_once, history(PUBLISHED, applied={"m": 1}), "INCONCLUSIVE"),
-    (each_message_once, history(PUBLISHED, faults=KILLED, applied={"m": 1}), "HELD"),
-    (each_message_once, history(PUBLISHED, faults=KILLED, applied={"m": 2}), "VIOLATED"),
-    (each_message_once, history(PUBLISHED, faults=KILLED, applied={}), "VIOLATED"),
-    (each_message_once, history(op("w1", "request", 0, None, "m"), faults=KILLED, applied={}), "HELD"),  # not published
-    (never_held_up, history(), "INCONCLUSIVE"),
-    (never_held_up, history(CLEANED, faults=LET_GO), "INCONCLUSIVE"),
-    (never_held_up, history(CLEANED, op("w3", "request", 3, 4), faults=LET_GO), "HELD"),
-    (never_held_up, history(CLEANED, op("w3", "request", 3, 6), faults=LET_GO), "VIOLATED"),
-    (never_held_up, history(CLEANED, op("w3", "request", 3, None), faults=LET_GO), "VIOLATED"),
-    (never_held_up, history(CLEANED, op("w3", "request", 3, 4)), "INCONCLUSIVE"),  # nobody was held
+    (exactly_once, history(PUBLISHED, applied={"m": 1}), "INCONCLUSIVE"),
+    (exactly_once, history(PUBLISHED, faults=KILLED, applied={"m": 1}), "HELD"),
+    (exactly_once, history(PUBLISHED, faults=KILLED, applied={"m": 2}), "VIOLATED"),
+    (exactly_once, history(PUBLISHED, faults=KILLED, applied={}), "VIOLATED"),
+    (exactly_once, history(op("w1", "request", 0, None, "m"), faults=KILLED, applied={}), "HELD"),  # not published
 ]
 
 
