@@ -28,7 +28,7 @@ class TcpProxy:
         self.target = (host, port)
         self.port = 0  # known once the proxy is entered
         self.delay_seconds = 0.0
-        self.losing = {"requests": False, "replies": False}
+        self.losing = False
         self._replies_left = 0  # until one is cut; 0 or less: none will be
         self._links: set[_Link] = set()
         self._server: asyncio.Server | None = None
@@ -58,15 +58,11 @@ class TcpProxy:
 
     def drop(self) -> None:
         """Start a partition: every byte in both directions is lost, and neither side gets an error."""
-        self.losing = {"requests": True, "replies": True}
-
-    def drop_replies(self) -> None:
-        """Start half a partition: the server carries out every request, and every reply is lost."""
-        self.losing = {"requests": False, "replies": True}
+        self.losing = True
 
     def heal(self) -> None:
         """End a partition. Connections that lost bytes are reset; the others continue."""
-        self.losing = {"requests": False, "replies": False}
+        self.losing = False
         for link in self._links:
             if link.lost:
                 link.reset()
@@ -146,7 +142,7 @@ class _Link:
         while data:
             due, data = await queue.get()
             await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
-            if self.proxy.losing[kind]:
+            if self.proxy.losing:
                 self.lost = True
             elif kind == "replies" and data and self.proxy._is_reply_to_cut():
                 raise ConnectionResetError("cut")

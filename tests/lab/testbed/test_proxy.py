@@ -90,17 +90,6 @@ async def test_after_a_partition_connections_that_lost_nothing_go_on(link: TcpPr
     assert await through.client_id() == before
 
 
-async def test_half_a_partition_carries_out_what_it_never_confirms(
-    link: TcpProxy, through: Redis, redis: Redis
-) -> None:
-    """The client times out, the server has obeyed."""
-    link.drop_replies()
-    await silence(through.incr("n"))
-    await soon(lambda: redis.get("n"), b"1")
-    link.heal()
-    assert await through.incr("n") == 2
-
-
 async def test_a_cut_reply_belongs_to_a_request_that_was_carried_out(
     link: TcpProxy, through: Redis, redis: Redis
 ) -> None:

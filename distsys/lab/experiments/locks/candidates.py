@@ -96,16 +96,6 @@ class IncrToken(Textbook):
         return self
 
 
-def redis_py_lock(redis: Any, name: str, ttl: float) -> Any:
-    """Return the Lock that redis-py ships."""
-    return redis.lock(name, timeout=ttl, sleep=0.01)
-
-
-def redis_py_lock_without_timeout(redis: Any, name: str) -> Any:
-    """Return the Lock that redis-py ships, with its default: no TTL."""
-    return redis.lock(name, sleep=0.01)
-
-
 @contextlib.asynccontextmanager
 async def confirmed_by_a_replica(redis: Any, name: str, ttl: float) -> AsyncIterator[Any]:
     """Hold a RedisLock whose grant counts only if a replica confirms it, which narrows the window of a failover."""

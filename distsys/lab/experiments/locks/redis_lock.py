@@ -5,10 +5,8 @@ from __future__ import annotations
 from distsys.lab.check.locks import progress
 from distsys.lab.experiments.locks import candidates
 from distsys.lab.experiments.locks.scripts import AT_ONCE, RULE, locking, overlap, turn
-from distsys.lab.experiments.locks.workload import increments_by_tasks
 from distsys.lab.experiments.servers import on_both, on_three_nodes
 from distsys.lab.run.experiment import Run, expect_held, expect_violated
-from distsys.lab.testbed.proxy import TcpProxy
 from distsys.locks.redlock import Redlock
 
 EXPERIMENTS = experiment = locking()
@@ -103,60 +101,3 @@ experiment(
     RULE,
     check=AT_ONCE, patience_ttls=3,
 )(overlap)  # fmt: skip
-
-
-@experiment(
-    "shared-by-two-tasks",
-    "One lock object used by two tasks must keep their leases apart.",
-    expect_violated("redis-py's Lock", candidates.redis_py_lock),
-    RULE,
-    workload=increments_by_tasks, params={"tasks": "ab"}, patience_ttls=3,
-)  # fmt: skip
-async def shared_by_two_tasks(run: Run) -> None:
-    """Let task a of w1 outlive its lease; task b uses the same object; a releases; w2 comes while b is inside."""
-    w1, w2 = await run.start(2)
-    for point in ("start-b", "a-before-release", "b-before-write"):
-        w1.send(do="arm", point=point, action="hold")
-    w1.go()
-    await w1.reached("a-before-release")
-    w1.release("start-b")
-    # With a renewed lease b waits for a instead, and nothing can go wrong.
-    if await run.until(w1.at("b-before-write"), w1.waiting("acquire", "w1.b")) == w1.at("b-before-write"):
-        w1.release("a-before-release")
-        await run.until(w1.did("release", "w1.a"), w1.broke("release", "w1.a"), w1.failed("release", "w1.a"))
-    w2.send(do="arm", point="start-b", action="hold")
-    w2.go()
-    await run.until(w2.did("write", "w2.a"), w2.waiting("acquire", "w2.a"))
-    w1.release("a-before-release")
-    w1.release("b-before-write")
-    w2.release("start-b")
-
-
-@experiment(
-    "cancelled-in-flight",
-    "An acquire that is cancelled after the server granted it must be undone, or no worker enters again.",
-    expect_violated("redis-py's Lock, no timeout", candidates.redis_py_lock_without_timeout),
-    RULE,
-    workload=increments_by_tasks, params={"tasks": "a"}, check=progress, patience=1.0, ttl=10.0,
-)  # fmt: skip
-async def cancelled_in_flight(run: Run) -> None:
-    """Cancel w1 after its request reached the server and before the answer reached w1; w2 needs the lock."""
-    import redis.asyncio
-
-    server = await run.testbed.servers.redis()
-    link = await run.cleanup.enter_async_context(TcpProxy(server.host, server.port))
-    w1, w2 = await run.start(2, redis=[link.through(run.urls["redis"]), run.urls["redis"]])
-    link.drop_replies()
-    w1.go()
-    async with redis.asyncio.Redis.from_url(run.urls["redis"]) as client:
-        for _ in range(2000):
-            if await client.keys(f"*{run.resource}*"):
-                break
-    w1.cancel("a")
-    await run.until(w1.at("cancelled"))
-    link.heal()
-    if await run.until(w1.broke("acquire", "w1.a"), w1.waiting("acquire", "w1.a")) != w1.broke("acquire", "w1.a"):
-        w1.kill()  # Python 3.11's wait_for, inside the client, swallowed the cancellation: it asks for ever
-    w2.go()
-    if await run.until(w2.did("write", "w2.a"), w2.waiting("acquire", "w2.a")) == w2.waiting("acquire", "w2.a"):
-        w2.kill()
