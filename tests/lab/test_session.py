@@ -201,7 +201,8 @@ async def test_a_simulation_joins_the_summary(lab: Lab) -> None:
     """Simulated arms stand beside those that ran live; in processes of their own, to the same last bit."""
     simulation = await lab.simulate(["no retries", "full jitter"], clients=2_000)
     assert simulation.seed == lab.seed
-    assert simulation == simulate(["no retries", "full jitter"], clients=2_000)
+    again = simulate(["no retries", "full jitter"], clients=2_000)
+    assert [arm.digest for arm in simulation.arms] == [arm.digest for arm in again.arms]
     assert lab.summary().endswith("no retries: HELD (as expected)\nfull jitter: VIOLATED (as expected)")
 
 

@@ -54,9 +54,12 @@ class Fault:
     detail: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class History:
-    """All calls of one run by the time they were made, its faults, and what the stores held at the end."""
+    """All calls of one run by the time they were made, its faults, and what the stores held at the end.
+
+    Two histories are never equal: what is derived from one is cached by its identity.
+    """
 
     ops: tuple[Op, ...] = ()
     faults: tuple[Fault, ...] = ()

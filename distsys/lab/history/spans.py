@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache
 from itertools import pairwise
-from typing import TypeVar
 
 from distsys.lab.history.history import History, Op
 
-T = TypeVar("T")
+once_per_history = lru_cache(maxsize=8)  # one picture asks for the holds fifteen times
 RECOVERIES = ("resumed", "released", "restarted", "healed")  # "faults" that end one
 
 
@@ -23,20 +22,6 @@ class Span:
     end: float
     op: Op
     lease_end: float | None = None  # when the server may drop the grant, if the history records a TTL
-
-
-def once_per_history(read: Callable[[History], T]) -> Callable[[History], T]:
-    """Cache the result on the history, because one picture asks for the holds fifteen times."""
-
-    @wraps(read)
-    def kept(history: History) -> T:
-        known = vars(history)
-        if read.__name__ not in known:
-            known[read.__name__] = read(history)
-        found: T = known[read.__name__]
-        return found
-
-    return kept
 
 
 @once_per_history
