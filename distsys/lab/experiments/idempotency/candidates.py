@@ -133,18 +133,6 @@ def two_layers(pool: Any, redis: Any, charge: Charge) -> Pay:
     return pay
 
 
-def one_layer(redis: Any, charge: Charge) -> Pay:
-    """Read Redis, pay, and mark in Redis: nothing else remembers."""
-
-    async def pay(key: str, amount: int, user: str) -> str:
-        if not await redis.exists(f"seen:{key}"):
-            await charge(amount)
-            await redis.set(f"seen:{key}", 1, px=DAY_MS)
-        return f"{amount} from {user}"
-
-    return pay
-
-
 class Cleaning:
     """An endpoint whose expired keys are deleted by one DELETE, or by delete_expired."""
 

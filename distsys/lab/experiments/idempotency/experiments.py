@@ -194,7 +194,7 @@ async def with_own_redis(run: Run) -> None:
 @experiment(
     "redis-only-dedup",
     "What only Redis remembers is gone after a restart or an eviction; commit the mark with the effect.",
-    expect_violated("EXISTS, pay, SET in Redis", endpoints.one_layer),
+    expect_violated("GET, pay, SET in Redis", endpoints.mark_after),
     expect_held("Dedup, two layers", endpoints.two_layers),
     prepare=with_own_redis,
 )
