@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as JSON types; any other type becomes its repr."""
-        return dict(_plain(self))
+        return dict(json.loads(json.dumps(self, default=_fields_or_repr), parse_constant=str))
 
     def svg(self) -> str:
         """Return the card as SVG: badge, timeline and story in one picture."""
@@ -201,12 +201,7 @@ class Verdicts(list[Verdict]):
         return f"<div>{table(head, rows)}{''.join(cards)}</div>"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+def _fields_or_repr(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    simple = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
-    return value if simple else repr(value)
+        return {f.name: getattr(value, f.name) for f in fields(value)}
+    return repr(value)
