@@ -1,8 +1,8 @@
 """A retry storm in virtual time: thousands of clients, one dependency, and the policies as they run in production.
 
-The trigger takes servers away for some seconds, or brings more calls. Meanwhile requests pile up in the dependency's
-queue, and the dependency also serves requests whose client has given up. Once the trigger is gone there is capacity for
-every call; whether the calls get it depends on the retries. A system that stays down is *metastable*.
+The trigger takes servers away for some seconds. Meanwhile requests pile up in the dependency's queue, and it also
+serves requests whose client has given up. Once the trigger is gone there is capacity for every call; whether the calls
+get it depends on the retries. A system that stays down is *metastable*.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Storm:
 
     outage: float = 5.0  # how long the trigger lasts
     failure_share: float = 1.0  # of the servers, gone during the outage; busy ones finish first
-    spike: float = 1.0  # times as many calls during the outage
     clients: int = 10_000
     rate: float = 0.0  # 0: each client calls every 20 seconds
     processes: int = 0  # each with its own breaker, budget and bulkhead; 0: one for 25 calls a second
@@ -55,7 +54,7 @@ class Storm:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rate", self.rate or self.clients / 20)
         object.__setattr__(self, "processes", self.processes or math.ceil(self.rate / 25))
-        bounds = {"outage": (0.1, 3_600), "failure_share": (0, 1), "spike": (1, 100), "rate": (100, 1e6)}
+        bounds = {"outage": (0.1, 3_600), "failure_share": (0, 1), "rate": (100, 1e6)}
         bounds |= {"deadline": (0.01, 600), "timeout": (0.01, 600), "utilisation": (0.01, 0.99), "queue": (0, 600)}
         bounds |= {"error_rate": (0, 0.05), "calm": (1, 3_600), "recover_within": (1, 3_600)}
         bounds |= {"after": (self.recover_within + 2, 7_200), "clients": (1, 1e7), "processes": (1, 1e5)}
@@ -79,9 +78,8 @@ class Storm:
 
     def __str__(self) -> str:
         rate = f"{self.rate:,.0f} calls/s, {self.utilisation:.0%} of what the dependency can do"
-        trigger = f"{self.failure_share:.0%} of it gone for {self.outage:g} s" if self.failure_share else ""
-        more = f"{self.spike:g} times the calls for {self.outage:g} s" if self.spike > 1 else ""
-        return f"{self.clients:,} clients, {rate}; {' and '.join(filter(None, (trigger, more)))}"
+        trigger = f"{self.failure_share:.0%} of it gone for {self.outage:g} s"
+        return f"{self.clients:,} clients, {rate}; {trigger}"
 
     @property
     def claim(self) -> str:
@@ -194,7 +192,7 @@ def simulate_arm(name: str, make: Make, storm: Storm, seed: int, expected: Any =
     times: dict[int, list[float]] = {}
     while at < storm.end:
         times.setdefault(demand.randrange(storm.clients), []).append(at)
-        at += demand.expovariate(storm.rate * (storm.spike if storm.calm <= at < storm.over else 1))
+        at += demand.expovariate(storm.rate)
     calls: list[tuple[float, float, bool]] = []  # begun, ended, good
 
     last = storm.end + storm.deadline

@@ -237,13 +237,6 @@ async def test_the_same_seed_gives_the_same_trace(storm: Simulation) -> None:
     assert len({sum(arm.calls[:4]) for arm in storm.arms}) == 1
 
 
-def test_a_spike_of_load_is_a_trigger_too() -> None:
-    """No server is lost, and yet the naive policy never recovers."""
-    spike = simulate(["fixed retries", "all of them"], failure_share=0, spike=4, **SMALL)
-    spike.verdicts.assert_expected()
-    assert spike["fixed retries"].metastable
-
-
 def test_a_trigger_that_does_no_harm_proves_nothing() -> None:
     """One server of ten is gone, and there was room for that."""
     (arm,) = simulate(["no retries"], failure_share=0.1, utilisation=0.5, **SMALL).arms
