@@ -1080,7 +1080,7 @@ async def test_a_connection_which_the_body_closed_is_lost(connect: Connect) -> N
 async def test_a_killed_server_cancels_the_body(servers: Servers) -> None:
     """SIGKILL to the whole server, while the body is idle."""
     victim = await servers.postgres("victim")
-    if not victim.controllable:
+    if victim.process is None:
         pytest.skip("the server is not ours to kill")
     conn = await AsyncConnection.connect(victim.url, autocommit=True)
     with pytest.raises(LockLost):
@@ -1277,7 +1277,7 @@ async def test_a_cancelled_release_still_frees_the_lock(connect: Connect, pg_poo
 @pytest.fixture
 def backends(postgres: Server) -> None:
     """The tests that stop a single backend need its process."""
-    if sys.platform != "linux" or not postgres.controllable:
+    if sys.platform != "linux" or postgres.process is None:
         pytest.skip("needs Linux's /proc and a server that this run has started")
 
 

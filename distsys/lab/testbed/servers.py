@@ -73,7 +73,7 @@ class Server:
     origin: Origin
     host: str = "127.0.0.1"
     port: int = 0
-    process: Process | None = None
+    process: Process | None = None  # None: this lab did not start the server, and so can't kill or pause it
     _start: Callable[[], Awaitable[Process]] | None = field(default=None, init=False, repr=False)
 
     def __str__(self) -> str:
@@ -83,11 +83,6 @@ class Server:
     def address(self) -> str:
         """Host and port: "127.0.0.1:6379"."""
         return f"{self.host}:{self.port}"
-
-    @property
-    def controllable(self) -> bool:
-        """Whether this lab started the server, and so can kill, pause and restart it."""
-        return self.process is not None
 
     async def kill(self) -> None:
         """Send SIGKILL to all processes of the server, as the kernel does when memory runs out. Idempotent."""

@@ -74,8 +74,8 @@ async def test_without_any_setting_the_wheels_serve(lab: Servers) -> None:
         assert f"Valkey {(await r.info('server'))['valkey_version']}, embedded" == str(redis)
     assert await ask(postgres, "SHOW server_version") == (postgres.version.removeprefix("PostgreSQL "),)
     assert str(postgres) == f"{postgres.version}, embedded"
-    assert redis.controllable
-    assert postgres.controllable
+    assert redis.process is not None
+    assert postgres.process is not None
 
 
 async def test_the_newest_postgres_of_a_wheel_is_taken() -> None:
@@ -134,14 +134,14 @@ async def test_a_server_at_a_url_is_used_as_it_is_and_cannot_be_harmed(
         ("127.0.0.1", postgres.port),
     ]
     for server in theirs:
-        assert not server.controllable
+        assert server.process is None
         for fault in (server.kill, server.pause, server.resume, server.restart):
             with pytest.raises(ServerUnavailable, match=rf"{server.name} .*, url\) was not started by this lab"):
                 await fault()
     dsn = f"host=127.0.0.1 port={postgres.port} user=postgres dbname=postgres"
     assert (await Servers(lab._processes, pg_dsn=dsn).postgres()).port == postgres.port
     beside = await given.redis("beside")
-    assert beside.controllable
+    assert beside.process is not None
 
 
 @pytest.mark.parametrize(("kind", "variable"), [("redis", "DISTSYS_REDIS_URL"), ("postgres", "DISTSYS_POSTGRES_URL")])
