@@ -17,6 +17,8 @@ from distsys.lab.check.combine import all_of
 from distsys.lab.check.effects import exactly_once
 from distsys.lab.check.limits import Allowance, at_most, no_needless_refusal
 from distsys.lab.check.locks import mutual_exclusion, progress
+from distsys.lab.check.register import linearizable_register
+from distsys.lab.check.tokens import monotonic_tokens, no_stale_write
 from distsys.lab.check.updates import no_lost_update
 from distsys.lab.history.history import Check, Fault, Finding, History, Op
 from distsys.lab.history.spans import holds
@@ -92,6 +94,28 @@ ALONE = history(
     op("w1", "read", 0, 1, 5), op("w1", "write", 2, 3, 6), op("w2", "read", 4, 5, 6), op("w2", "write", 6, 7, 7)
 )
 
+
+def grant(process: str, called: float, returned: float, token: int, status: str = "ok") -> Op:
+    return op(process, "acquire", called, returned, token=token, status=status)
+
+
+def put(process: str, called: float, returned: float | None, token: int, **more: Any) -> Op:
+    return op(process, "write", called, returned, 1, token=token, **more)
+
+
+RISING = history(grant("w1", 0, 1, 10**15), grant("w2", 2, 3, 10**15 + 1))
+SAME_TOKEN = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 7))
+FALLING = history(grant("w1", 0, 1, 8), grant("w2", 2, 3, 7))
+SIDE_BY_SIDE = history(grant("w1", 0, 3, 8), grant("w2", 1, 2, 7))  # either may have been first
+REFUSED_TOKEN = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), grant("w1", 4, 5, 7, "fail"))
+STALE = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w1", 6, 7, 7))
+STALE_REFUSED = history(
+    grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w1", 6, 7, 7, status="fail")
+)
+STALE_UNKNOWN = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w1", 6, None, 7))
+STALE_FIRST = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w1", 4, 5, 7))  # granted is not yet written
+SAME_TOKEN_TWICE = history(grant("w1", 0, 1, 7), grant("w2", 2, 3, 8), put("w2", 4, 5, 8), put("w2", 6, 7, 8))
+STALE_MEANWHILE = history(put("w2", 4, 7, 8), put("w1", 5, 6, 7))
 
 GOES_ON = history(op("w1", "acquire", 0, 1), op("w2", "acquire", 1.5, 4), faults=[(2, "killed", "w1")])
 STUCK = history(op("w1", "acquire", 0, 1), op("w2", "acquire", 1.5, None), faults=[(2, "killed", "w1")])
@@ -194,6 +218,16 @@ ANOTHER_WAITS = history(*guarded(TRIED, SHUT), op("w2", "wait", 1.1, 1.2, 1.0))
 MAYBE_REFUSED = history(op("w1", "call", 0, None))
 LOST_REPLY = history(call("request", 0, "a", "info"), call("apply", 0, "a"))
 
+CONCURRENT = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 1.5, 2.5, 1))
+FRESH_WHILE_WRITING = history(op("w1", "write", 0, 3, 1), op("w2", "read", 1, 2, None), op("w3", "read", 1.5, 2.5, 1))
+STALE_READ = history(op("w1", "write", 0, 1, 1), op("w1", "write", 2, 3, 2), op("w2", "read", 4, 5, 1))
+UNKNOWN_WRITE = history(op("w1", "write", 0, 1, 1), op("w1", "write", 2, None, 2), op("w2", "read", 8, 9, 2))
+FAILED_WRITE_READ = history(
+    op("w1", "write", 0, 1, 1, status="fail"), op("w2", "read", 2, 3, 1), op("w1", "write", 5, 6, 2)
+)
+BACK_AND_FORTH = history(op("w1", "write", 0, 9, 1), op("w2", "read", 1, 2, 1), op("w3", "read", 3, 4, None))
+ONE_PROCESS = history(op("w1", "write", 0, 1, 1), op("w1", "read", 2, 3, 1))
+
 EMPTY = history()
 
 VERDICTS: dict[Check, dict[str, str]] = {
@@ -206,6 +240,16 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "HELD": "COUNTED MAYBE_LANDED MAYBE_NOT LOT_LANDED REFUSED_TWIN TWICE_BY_ONE",
         "VIOLATED": "LOST VANISHED LOT_IN_PART",
         "INCONCLUSIVE": "EMPTY ALONE MAYBE_TWIN",
+    },
+    monotonic_tokens: {
+        "HELD": "RISING SIDE_BY_SIDE REFUSED_TOKEN STALE_REFUSED STALE_UNKNOWN SAME_TOKEN_TWICE",
+        "VIOLATED": "SAME_TOKEN FALLING STALE",
+        "INCONCLUSIVE": "EMPTY IN_TURN",
+    },
+    no_stale_write: {
+        "HELD": "STALE_REFUSED",
+        "VIOLATED": "STALE",
+        "INCONCLUSIVE": "EMPTY RISING STALE_UNKNOWN STALE_FIRST STALE_MEANWHILE SAME_TOKEN_TWICE",
     },
     progress: {
         "HELD": "GOES_ON GOES_ON_THEN_RESUMED KILLED_WHILE_ASKING REDIS_DIED GOES_ON_THEN_HELD",
@@ -248,6 +292,11 @@ VERDICTS: dict[Check, dict[str, str]] = {
         "HELD": "OPENS WAITS_THEN_SENDS ANOTHER_WAITS",
         "VIOLATED": "WAITS_IN_VAIN",
         "INCONCLUSIVE": "EMPTY ALL_IS_WELL GOES_ON_ASKING",
+    },
+    linearizable_register: {
+        "HELD": "CONCURRENT FRESH_WHILE_WRITING UNKNOWN_WRITE",
+        "VIOLATED": "STALE_READ FAILED_WRITE_READ BACK_AND_FORTH",
+        "INCONCLUSIVE": "EMPTY ONE_PROCESS",
     },
 }
 CASES = [(c, s, n) for c, by in VERDICTS.items() for s, names in by.items() for n in names.split()]
@@ -301,6 +350,7 @@ def test_rows_say_when_who_and_what() -> None:
     assert needless(BURNED).violations == (
         ("0.41 s", "w1", "refused with 2 of 2 left for bob and 1 of 3 left for acme"),
     )
+    assert monotonic_tokens(STALE).violations == (("7.00 s", "w1 (#1)", "after w2 (#2)"),)
 
 
 def test_three_holders_are_counted_as_three() -> None:
@@ -309,6 +359,14 @@ def test_three_holders_are_counted_as_three() -> None:
         *section("w1", 0, 1, 9), *section("w2", 0, 2, 8), *section("w3", 0, 3, 7), *section("w4", 0, 9.5, 9.9)
     )
     assert mutual_exclusion(crowd).summary == "3 holders at once, 2 of 4 acquisitions"
+
+
+def test_the_search_for_an_order_gives_up_at_its_bound() -> None:
+    """Twelve concurrent writes and a read of none of them need more orders than allowed: neither held nor violated."""
+    writes = [op(f"w{i}", "write", 0, 9, i) for i in range(12)]
+    hard = history(*writes, op("w99", "read", 0, 9, "never written"))
+    assert linearizable_register(hard, bound=1000).status == "INCONCLUSIVE"
+    assert "given up" in linearizable_register(hard, bound=1000).summary
 
 
 def test_all_of_reports_the_first_broken_promise_then_the_first_untested_one() -> None:
@@ -322,8 +380,7 @@ def test_all_of_reports_the_first_broken_promise_then_the_first_untested_one() -
 
 def test_tokens_are_shown_by_their_order() -> None:
     """Sixteen digits become #1 and #2."""
-    rising = history(op("w1", "acquire", 0, 1, token=10**15), op("w2", "acquire", 2, 3, token=10**15 + 1))
-    assert rising.labels == {10**15: "#1", 10**15 + 1: "#2"}
+    assert RISING.labels == {10**15: "#1", 10**15 + 1: "#2"}
 
 
 def test_a_hold_ends_with_the_next_grant_and_only_by_what_came_after_it() -> None:
@@ -412,6 +469,10 @@ def within_bounds(h: History) -> bool:
     return h.facts["initial"] + 2 <= h.facts["final"] <= h.facts["initial"] + 12
 
 
+def never_falls(h: History) -> bool:
+    return all((a.token or 0) <= (b.token or 0) for a, b in pairwise(h.where("acquire")))
+
+
 def at_least_once(h: History) -> bool:
     return {o.value for o in h.where("request")} <= {o.value for o in h.where("apply")}
 
@@ -420,7 +481,18 @@ def at_most_once(h: History) -> bool:
     return max(Counter(o.value for o in h.where("apply")).values(), default=0) <= 1
 
 
-exclusion, lost_update, once = mutual_exclusion, no_lost_update, exactly_once
+def ever_written(h: History) -> bool:
+    values = {o.value for o in h.where("write")} | {h.facts.get("initial")}
+    return all(o.value in values for o in h.where("read"))
+
+
+exclusion, lost_update, tokens = mutual_exclusion, no_lost_update, monotonic_tokens
+stale, progress, once, register = (
+    no_stale_write,
+    progress,
+    exactly_once,
+    linearizable_register,
+)
 refused = refused_at_once
 MUTANTS: list[tuple[Check, str, Check, str]] = [
     (exclusion, "counts dead holders", faultless(exclusion, "killed"), "DEAD"),
@@ -439,6 +511,16 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (lost_update, "looks at the bounds alone", held_if(within_bounds), "LOT_IN_PART"),
     (lost_update, "counts refused writes as done", edited(lost_update, becomes("write", "fail", "ok")), "REFUSED_TWIN"),
     (lost_update, "computes every write from the last read", edited(lost_update, first_write_unseen), "TWICE_BY_ONE"),
+    (tokens, "lets a token return", held_if(never_falls), "SAME_TOKEN"),
+    (tokens, "orders grants by their call", edited(tokens, at_once), "SIDE_BY_SIDE"),
+    (tokens, "counts refused grants", edited(tokens, becomes("acquire", "fail", "ok")), "REFUSED_TOKEN"),
+    (tokens, "does not look at writes", edited(tokens, without("write")), "STALE"),
+    (tokens, "counts refused writes", edited(tokens, becomes("write", "fail", "ok")), "STALE_REFUSED"),
+    (stale, "takes no answer for a refusal", edited(stale, becomes("write", "info", "fail")), "STALE_UNKNOWN"),
+    (stale, "takes a refusal for an answer", edited(stale, becomes("write", "fail", "ok")), "STALE_REFUSED"),
+    (stale, "compares with grants", edited(stale, lambda o: replace(o, name="write")), "STALE_FIRST"),
+    (stale, "orders writes by their call", edited(stale, at_once), "STALE_MEANWHILE"),
+    (stale, "asks for no attempt", unless_violated(stale), "RISING"),
     (progress, "looks at the whole run", faults(progress, at=0), "STUCK_SINCE"),
     (progress, "takes a recovery for the last fault", faults(progress, kind="killed"), "GOES_ON_THEN_RESUMED"),
     (progress, "takes a script's hold for a fault", faults(progress, kind="stopped"), "GOES_ON_THEN_HELD"),
@@ -491,6 +573,11 @@ MUTANTS: list[tuple[Check, str, Check, str]] = [
     (refused, "takes every wait for one in vain", edited(refused, without("request")), "WAITS_THEN_SENDS"),
     (refused, "blames the wrong process", edited(refused, lambda o: replace(o, process="w1")), "ANOTHER_WAITS"),
     (refused, "asks for no refusal", unless_violated(refused), "GOES_ON_ASKING"),
+    (register, "takes calls one by one", edited(register, at_once), "FRESH_WHILE_WRITING"),
+    (register, "ignores info writes", edited(register, without("write", "info")), "UNKNOWN_WRITE"),
+    (register, "forgives refused writes", edited(register, becomes("write", "fail", "info")), "FAILED_WRITE_READ"),
+    (register, "knows no real time", edited(register, lambda o: replace(o, called=0.0)), "STALE_READ"),
+    (register, "accepts any value ever written", held_if(ever_written), "BACK_AND_FORTH"),
 ]  # fmt: skip
 
 
@@ -634,6 +721,16 @@ def test_an_exact_window_is_never_accused(
     assert at_most(Allowance(n, refill_rate=n / window))(history(*ops, ended=50)).status != "VIOLATED"
     for past in (ops, bucket):
         assert no_needless_refusal(allowed)(history(*past, ended=50)).status != "VIOLATED"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.floats(0, 3), st.floats(0, 3)), max_size=12))
+def test_a_register_that_is_atomic_is_never_accused(steps: list[tuple[int, bool, float, float]]) -> None:
+    """Each call takes effect at t=n, and is seen from some time before to some time after."""
+    value, ops = None, []
+    for n, (who, writes, before, after) in enumerate(steps):
+        value = n if writes else value
+        ops.append(op(f"w{who}", "write" if writes else "read", n - before, n + after, value))
+    assert register(history(*ops, ended=50)).status != "VIOLATED"
 
 
 @settings(max_examples=200)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from distsys.lab.check.effects import exactly_once
 from distsys.lab.check.limits import Allowance, at_most, no_needless_refusal
 from distsys.lab.check.locks import mutual_exclusion, progress
+from distsys.lab.check.tokens import no_stale_write
 from distsys.lab.check.updates import no_lost_update
 from distsys.lab.history.history import Check, Fault, Finding, History, Op
 from distsys.lab.show import svg
@@ -58,7 +59,7 @@ SCENES = {
     "eighty": verdict(queue(20), no_lost_update),
     "killed": verdict(killed(0.5), progress),
     "stuck": verdict(killed(None), progress),
-    "refused": verdict(paused(last="fail"), no_lost_update),
+    "refused": verdict(paused(last="fail"), no_stale_write),
     "nasty": overlap(title=NASTY, claim=NASTY, replay=NASTY, params={NASTY: NASTY}, servers={NASTY: NASTY}),
     "empty": verdict(History(), mutual_exclusion),
     "boundary": verdict(BOUNDARY, at_most(TEN_A_SECOND)),
@@ -250,7 +251,7 @@ def test_faults_tokens_values_and_leases_are_on_the_picture() -> None:
     texts = list(ElementTree.fromstring(drawn).itertext())
     for expected in ("w1 paused (before-write)", "#1", "#2", "w 101", "lease ends", "paused", "waiting", "2 holders"):
         assert expected in texts
-    refused = timeline_svg(paused("fail"), no_lost_update(paused("fail")))
+    refused = timeline_svg(paused("fail"), no_stale_write(paused("fail")))
     assert "refused" in list(ElementTree.fromstring(refused).itertext())
     assert "url(#both)" in refused
     assert 'class="violation"' not in refused, "two holders are no violation of this check"
@@ -276,7 +277,7 @@ def test_the_story_tells_what_was_survived() -> None:
         "2 processes acquired 2 times, never two at once; 1 of 2 requests came while another held.",
         "t=0.25 s: w1 killed (before-release), its lease ran until 0.56 s; w2 acquired 320 ms later.",
     ]
-    assert "w1's write of 101 under #1 was refused at 0.42 s." in story(paused("fail"), no_lost_update(paused("fail")))
+    assert "w1's write of 101 under #1 was refused at 0.42 s." in story(paused("fail"), no_stale_write(paused("fail")))
 
 
 def test_the_story_of_a_limit_tells_who_was_admitted_and_refused() -> None:
