@@ -14,6 +14,7 @@ from redis.asyncio import Redis, RedisCluster
 from distsys.lab.testbed.processes import Processes
 from distsys.lab.testbed.servers import Server, Servers
 from tests import bugs
+from tests.clusters import start_cluster
 
 settings.register_profile("distsys", deadline=None)  # a loaded machine is no bug
 settings.load_profile("distsys")
@@ -44,7 +45,7 @@ async def redis_server(servers: Servers) -> Server:
 @pytest.fixture(scope="session")
 async def redis_cluster(servers: Servers) -> AsyncIterator[RedisCluster]:
     """A client of three masters, which keep what tests leave: each uses names of its own."""
-    nodes = await servers.cluster(3)
+    nodes = await start_cluster(servers)
     async with RedisCluster(host=nodes[0].host, port=nodes[0].port) as client:
         yield client
 

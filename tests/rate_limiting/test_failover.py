@@ -16,6 +16,7 @@ from distsys.rate_limiting.distributed import EVERYBODY, Quota, TieredLimiter
 from distsys.rate_limiting.fallback import OnFailure
 from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter
+from tests.clusters import start_cluster
 from tests.rate_limiting.test_token_bucket import MICRO, Clock
 
 Redis, RedisCluster = redis.asyncio.Redis, redis.asyncio.RedisCluster
@@ -28,7 +29,7 @@ PRO = {"pro": [Quota(per="user", **SLOW), Quota(per=EVERYBODY, capacity=100, ref
 @pytest.fixture
 async def nodes(servers: Servers) -> AsyncIterator[list[Server]]:
     """Three masters, then the replica of each."""
-    nodes = await servers.cluster(3, replicas=1, name=f"failover{next(_numbers)}-")
+    nodes = await start_cluster(servers, replicas=1, name=f"failover{next(_numbers)}-")
     yield nodes
     for node in nodes:
         await node.kill()

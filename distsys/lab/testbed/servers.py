@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,7 @@ class Servers:
         url = "redis://127.0.0.1:{port}/0"
         server = await self.serve(name, "redis", url, argv, anywhere=not (args or master))
         if master:
-            await _wait_for_info(server, "replication", {"master_link_status": "up"})
+            await linked(server)
         return server
 
     async def postgres(
@@ -220,33 +220,6 @@ class Servers:
         """Make a replica the master, with the writes that it has received so far: a failover."""
         async with _client(replica.url) as client:
             await client.replicaof("NO", "ONE")
-
-    async def cluster(self, masters: int = 3, *, replicas: int = 0, name: str = "cluster") -> list[Server]:
-        """Return a Redis Cluster: first the masters, then `replicas` of each. It takes 2 to 3 s.
-
-        Raises ValueError for fewer than 3 masters, and ServerUnavailable.
-        """
-        if masters < 3:
-            raise ValueError(f"a cluster has at least 3 masters, not {masters}")
-        size = masters * (1 + replicas)
-        bus = [free_port() for _ in range(size)]
-        args = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port"]
-        servers = await asyncio.gather(*(self.redis(f"{name}{i}", args=[*args, str(bus[i])]) for i in range(size)))
-        async with AsyncExitStack() as stack:
-            nodes = [await stack.enter_async_context(_client(server.url)) for server in servers]
-            for i, node in enumerate(nodes):
-                await _command(node, "CLUSTER SET-CONFIG-EPOCH", i + 1)
-                if i < masters:
-                    slots = 16384 * i // masters, 16384 * (i + 1) // masters - 1
-                    await _command(node, "CLUSTER ADDSLOTSRANGE", *slots)
-                if i:
-                    await _command(node, "CLUSTER MEET", "127.0.0.1", servers[0].port, bus[0])
-            for server in servers:
-                await _wait_for_info(server, "cluster", {"cluster_state": "ok", "cluster_known_nodes": str(size)})
-            for i in range(masters, size):
-                await _command(nodes[i], "CLUSTER REPLICATE", await _command(nodes[i % masters], "CLUSTER MYID"))
-                await _wait_for_info(servers[i], "replication", {"master_link_status": "up"})
-        return servers
 
     async def aclose(self) -> None:
         """End the containers. Servers that are processes end with the lab's Processes."""
@@ -441,19 +414,14 @@ def _client(url: str) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_url(url, decode_responses=True, retry=Retry(NoBackoff(), 0))
 
 
-async def _command(client: redis.asyncio.Redis, *words: str | int) -> Any:
-    return await client.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own gap
+async def linked(replica: Server) -> None:
+    """Wait until a replica has caught up with its master."""
+    async with _client(replica.url) as client:
 
+        async def up() -> bool:
+            return bool((await client.info("replication")).get("master_link_status") == "up")
 
-async def _wait_for_info(server: Server, section: str, wanted: dict[str, str]) -> None:
-    """Wait until the INFO of a Redis holds these entries."""
-    async with _client(server.url) as client:
-
-        async def matches() -> bool:
-            info: Any = await (_command(client, "CLUSTER INFO") if section == "cluster" else client.info(section))
-            return bool(wanted.items() <= info.items())
-
-        await poll(matches, f"{server.name} ({server}) never had {wanted} in its INFO {section}")
+        await poll(up, f"{replica.name} ({replica}) did not catch up with its master")
 
 
 def _start_container(kind: Kind, image: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -296,20 +296,6 @@ async def test_a_replica_follows_its_master_and_can_be_promoted(lab: Servers) ->
         await lab.promote(replica)
         assert await r.get("k") == "v"
         assert await r.set("k", "w")
-
-
-async def test_a_cluster_takes_keys_of_every_slot(lab: Servers) -> None:
-    """Formed through the client alone, each master with its replica; fewer than three masters are refused."""
-    with pytest.raises(ValueError, match="not 2"):
-        await lab.cluster(2)
-    nodes = await lab.cluster(replicas=1)
-    async with RedisCluster.from_url(nodes[0].url) as cluster:
-        for key in range(50):
-            assert await cluster.set(f"k{key}", key)
-        assert {node.port for node in cluster.get_primaries()} == {node.port for node in nodes[:3]}
-    for master, replica in zip(nodes[:3], nodes[3:], strict=True):
-        async with client(replica) as r:
-            assert (await r.role())[:3] == ["slave", master.host, master.port]
 
 
 async def test_pgbouncer_lends_one_connection_to_two_clients(lab: Servers) -> None:
