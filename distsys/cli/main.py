@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add_prove("--window", type=float, default=1.0, metavar="S", help="window of a limiter: seconds")
     promises = ["window", "bucket", "approximate"]
     add_prove("--promise", choices=promises, help="of a limiter (default: by the parameters that it names)")
+    add_prove("--setup", type=Path, metavar="FILE", help="SQL that makes the tables that the candidate needs")
     add_prove("--runs", type=int, default=1, metavar="N", help="search so often, each time with another seed")
     add_prove("--html", type=Path, metavar="FILE", help="write the verdicts with pictures into this file")
     add_prove("--junit", type=Path, metavar="FILE", help="write a test report for a CI into this file")

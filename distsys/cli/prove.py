@@ -68,7 +68,7 @@ async def _prove(options: argparse.Namespace, candidate: Any) -> int:
     from distsys.lab.testbed.servers import ServerUnavailable
 
     settings = {"kind": options.kind, "ttl": options.ttl, "window": options.window, "schedule": options.schedule}
-    settings["promise"] = options.promise
+    settings |= {"promise": options.promise, "setup": options.setup.read_text("utf-8") if options.setup else ""}
     settings |= {"only": tuple(options.only or ()), "to_the_end": options.all, "heard": _progress()}
     worst: Any = None
     async with await open_lab(options.seed) as lab:

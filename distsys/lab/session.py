@@ -134,8 +134,8 @@ class Lab:
 
     async def explore(
         self, candidate: Any, *, kind: str = "lock", ttl: float = 0.3, window: float = 1.0, promise: str | None = None,
-        schedule: str | None = None, seed: int | None = None, only: tuple[int, ...] = (), to_the_end: bool = True,
-        heard: Callable[[SceneVerdict], None] | None = None,
+        schedule: str | None = None, seed: int | None = None, setup: str = "", only: tuple[int, ...] = (),
+        to_the_end: bool = True, heard: Callable[[SceneVerdict], None] | None = None,
     ) -> Exploration:  # fmt: skip
         """Search for a schedule that breaks a promise of your lock, limiter, breaker, retry or endpoint.
 
@@ -148,6 +148,7 @@ class Lab:
         window      of a limiter, seconds: ten requests in it, or a bucket of ten that is full again after it
         promise     of a limiter: "window", "bucket" or "approximate"; None finds out by what the candidate names
         schedule    "w1#4 hold": run this one alone, in real time
+        setup       SQL that makes the tables that the candidate needs
         seed        of chance, as the candidate sees it; the lab's own seed by default
         only        numbers of scenes, from 1; () for all
         to_the_end  go on after a scene that is violated, unless that is the first
@@ -169,7 +170,7 @@ class Lab:
             postgres = bool(named(candidate) & {"conn", "pool"})
             sockets = await start_servers(self.testbed.servers, postgres=postgres)
         seed = self.judge.seed if seed is None else seed
-        order = Order(kind, candidate, span, sockets, schedule, tuple(only), to_the_end, seed, promise)
+        order = Order(kind, candidate, span, sockets, schedule, tuple(only), to_the_end, seed, promise, setup)
         return await explored(self.testbed.processes, name_of(candidate), order, heard)
 
     async def try_lock(self, candidate: Any, *, ttl: float = 0.3, upto: int | None = None) -> Exploration:
@@ -188,9 +189,9 @@ class Lab:
         """Explore a retry of yours up to the first scene that breaks it."""
         return await self._climb("retry", candidate, upto)
 
-    async def try_endpoint(self, candidate: Any, *, upto: int | None = None) -> Exploration:
-        """Explore an idempotent endpoint of yours up to the first scene that breaks it."""
-        return await self._climb("endpoint", candidate, upto)
+    async def try_endpoint(self, candidate: Any, *, setup: str = "", upto: int | None = None) -> Exploration:
+        """Explore an idempotent endpoint of yours up to the first scene that breaks it; `setup` makes its tables."""
+        return await self._climb("endpoint", candidate, upto, setup=setup)
 
     async def _climb(self, kind: str, candidate: Any, upto: int | None, **more: Any) -> Exploration:
         scenes = len(KINDS[kind].scenes)

@@ -7,6 +7,7 @@ What it finds is VIOLATED only after the same schedule has shown it again in rea
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import pickle
 import signal
@@ -25,6 +26,7 @@ from distsys.lab.explore.guards import GuardRun, Scripts
 from distsys.lab.explore.limiters import LIMITER_SCENES, LimiterRun
 from distsys.lab.explore.locks import LOCK_SCENES, LockRun
 from distsys.lab.explore.loop import Hung
+from distsys.lab.explore.postgres import make_tables
 from distsys.lab.explore.run import Deviation, Outcome, Scene
 from distsys.lab.explore.servers import Sockets, VirtualClock
 from distsys.lab.explore.worlds import World, deceive
@@ -63,7 +65,7 @@ def _guard(candidate: Any, span: float, settings: dict[str, Any]) -> Any:
 
 
 def _endpoint(candidate: Any, span: float) -> Any:
-    return partial(EndpointRun, loader(candidate))
+    return partial(EndpointRun, loader(candidate), learned={})
 
 
 def _scripted(scripts: Scripts, settings: dict[str, Any]) -> Kind:
@@ -92,6 +94,7 @@ class Order:
     to_the_end: bool = True  # go on after a scene that is violated
     seed: int = 7
     promise: str | None = None  # of a limiter
+    setup: str = ""  # SQL that makes the candidate's tables
 
 
 class Search:
@@ -102,6 +105,9 @@ class Search:
         self.hung = False
         self.make = partial(self.kind.run(order.candidate, order.span), seed=order.seed)
         self.clock = VirtualClock(order.sockets.page) if order.sockets else None
+        for dsn in (order.sockets.virtual_dsn, order.sockets.real_dsn) if order.sockets else ():
+            if dsn:
+                make_tables(dsn, order.setup)
         if order.kind == "limiter":
             self.make = partial(self.make, promise=order.promise or self._promise(named(order.candidate)))
 
@@ -171,8 +177,8 @@ class Search:
     def _schedules(self, scene: Scene) -> Iterator[tuple[tuple[Deviation, ...], World | None]]:
         """Yield the schedules of a scene: one deviation at each distinct step of an undisturbed run."""
         for world in scene.worlds:
+            yield (), world
             if not scene.actions:
-                yield (), world
                 continue
             steps = self.run(world=world, **scene.options).steps
             for label in _protocol(steps):
@@ -239,6 +245,7 @@ def serve(payload: bytes, sock: socket.socket) -> None:
         sock.sendall(struct.pack("<I", len(data)) + data)
 
     deceive()  # before the candidate and its libraries are loaded
+    gc.freeze()  # each run collects its garbage; what is here already is none
     try:
         search(cloudpickle.loads(payload), tell)
     except WrongShape as wrong:

@@ -35,8 +35,8 @@ _caller: ContextVar[Result | None] = ContextVar("distsys_explored_caller", defau
 class HttpError(Exception):
     """An error response. It remembers which of its facts the candidate has looked at."""
 
-    def __init__(self, status: int, retry_after: float | None = None) -> None:
-        super().__init__(f"HTTP {status}")
+    def __init__(self, status: int, what: str = "", retry_after: float | None = None) -> None:
+        super().__init__(f"HTTP {status} {what}".rstrip())
         self.facts = {"status": status, "retry_after": retry_after}
         self.looked: set[str] = set()
 
@@ -47,6 +47,12 @@ class HttpError(Exception):
     status = property(partial(_fact, name="status"))
     status_code = status
     retry_after = property(partial(_fact, name="retry_after"))
+
+
+TRANSIENT: tuple[tuple[Any, ...], ...] = (
+    (ConnectionResetError, 104), (HttpError, 503), (ConnectionRefusedError, 111), (TimeoutError,),
+)  # fmt: skip
+"""Failures that pass, each as a class and its first arguments."""
 
 
 @dataclass(eq=False)
@@ -93,10 +99,11 @@ class Stage:
     loop: ExploreLoop
     settings: dict[str, Any]
     candidate: Any
-    learned: dict[str, float]  # of a breaker that has a recovery time of its own: early and late
+    learned: dict[str, Any]  # what earlier scenes found out: early and late of a breaker, transient of a retry
     answers: Callable[[], Any] = lambda: "done"
     ops: list[Op] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    failures: int = 0
 
     def __post_init__(self) -> None:
         self.given = named(self.candidate)
@@ -125,12 +132,12 @@ class Stage:
     @property
     def early(self) -> float:
         """For so many seconds after it opened a breaker refuses."""
-        return self.learned.get("early", 15.0)
+        return float(self.learned.get("early", 15.0))
 
     @property
     def late(self) -> float:
         """So many seconds after it opened a breaker has admitted a probe."""
-        return self.learned.get("late", 45.0)
+        return float(self.learned.get("late", 45.0))
 
     @property
     def request_number(self) -> int:
@@ -218,9 +225,15 @@ class Stage:
         self.answers = wait
         return waiting
 
-    def fails(self, error: Callable[[], BaseException] = lambda: ConnectionResetError("reset by peer")) -> None:
+    def failure(self) -> BaseException:
+        """Return a failure that passes: of the kind that a retry was seen to try again."""
+        self.failures += 1
+        kind, *values = self.learned.get("transient", TRANSIENT[0])
+        return kind(*values, f"number {self.failures}")  # type: ignore[no-any-return]
+
+    def fails(self) -> None:
         """Let every request fail from now on."""
-        self.answers = error
+        self.answers = self.failure
         self.happened("fails")
 
     def works(self) -> None:
@@ -252,7 +265,7 @@ class GuardRun:
     load: Callable[[], Any]
     script: Script
     settings: dict[str, Any]
-    learned: dict[str, float]  # of a breaker that has a recovery time of its own
+    learned: dict[str, Any]
     seed: int = 7
 
     def run(self) -> Outcome:

@@ -22,8 +22,8 @@ from distsys.lab.explore.network import Network, Step
 from distsys.schema import scripts
 
 NAMES = {"_enter_gen": "BEGIN", "_exit_gen": "COMMIT or ROLLBACK", "_commit_gen": "COMMIT", "_rollback_gen": "ROLLBACK"}
-PATIENCE = 0.002  # seconds of real time without an answer: then ask whether the statement waits for a lock
-ALARM = 0.05  # seconds of real time in which a server whose clock was set hears its alarms
+PATIENCE = 0.001  # seconds of real time without an answer: then ask whether the statement waits for a lock
+ALARM = 0.015  # seconds of real time in which a server whose clock was set hears its alarms
 LOST = "server closed the connection unexpectedly"
 TABLES = """
 CREATE TABLE IF NOT EXISTS ledger_of_the_lab (request text, amount bigint, receipt text);
@@ -182,18 +182,23 @@ class PgPipe:
             self._drive(step)
 
 
+def make_tables(dsn: str, setup: str) -> None:
+    """Make a fresh schema with the tables of the lab, of the rules, and what `setup` makes for the candidate."""
+    with psycopg.connect(dsn, autocommit=True, options="-csearch_path=explored") as conn:
+        conn.execute("DROP SCHEMA IF EXISTS explored CASCADE")
+        conn.execute("CREATE SCHEMA explored")
+        for script in (*scripts(), TABLES.encode(), setup.encode()):
+            if script.strip():
+                conn.execute(script)
+
+
 class Postgres:
     """The server of one run, and what a candidate is given of it."""
 
     def __init__(self, network: Network, dsn: str) -> None:
         self.network, self.dsn = network, dsn
-        self._control = psycopg.connect(dsn, autocommit=True)
-        self._control.execute("CREATE SCHEMA IF NOT EXISTS explored")
-        self._control.execute("SET search_path = explored")
+        self._control = psycopg.connect(dsn, autocommit=True, options="-csearch_path=explored")
         self._end_others()
-        if self.ask("SELECT to_regclass('ledger_of_the_lab')") is None:
-            for script in (*scripts(), TABLES.encode()):
-                self._control.execute(script)
         self._control.execute(EMPTY)
         self._control.execute("INSERT INTO accounts VALUES ('explored', 0)")
 

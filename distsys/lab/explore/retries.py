@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from itertools import count
 from statistics import mean
 from typing import Any
 
-from distsys.lab.explore.guards import HttpError, Result, Scripts, Stage, must
+from distsys.lab.explore.guards import TRANSIENT, HttpError, Result, Scripts, Stage, must
+from distsys.lab.history.words import count
 
 SETTINGS = {"max_attempts": 3, "base_delay": 0.1, "max_delay": 1.0, "idempotent": True}
 MOST_ATTEMPTS = 20  # of a retry that says itself how often
@@ -36,8 +36,7 @@ def _attempts(stage: Stage) -> int:
 
 
 async def _failing(stage: Stage) -> Result:
-    numbers = count(1)
-    stage.fails(lambda: ConnectionResetError(f"reset by peer, number {next(numbers)}"))
+    stage.fails()
     (result,) = await stage.ask()
     return result
 
@@ -64,14 +63,22 @@ async def success(stage: Stage) -> None:
     "How often is a call tried before its error is final?",
 )
 async def passing_failure(stage: Stage) -> None:
-    """Fail the first request, and in a second call the first two."""
+    """Fail the first request, and in a second call the first two, with an error that it tries again."""
+    for kind in TRANSIENT:
+        stage.learned["transient"] = kind
+        stage.fails()
+        (result,) = await stage.ask()
+        if len(result.sent) > 1:
+            break
+    else:
+        must(False, "no failure that passes is tried again: no broken connection, no 503, no timeout")
     for failures in (1, 2):
-        left = [ConnectionResetError("reset by peer")] * failures
-        stage.answers = partial(_next, left)
+        stage.answers = partial(_next, [stage.failure() for _ in range(failures)])
         (result,) = await stage.ask()
         enough = failures < 3 if "max_attempts" in stage.given else failures == 1
         if enough:
-            must(result.answer == "done", f"{failures} failures, then an answer: the caller got {result.error!r}")
+            times = count(failures, "failure")
+            must(result.answer == "done", f"{times}, then an answer: the caller got {result.error!r}")
 
 
 @scene(
@@ -227,13 +234,13 @@ async def program_ends(stage: Stage) -> None:
 )
 async def retry_after(stage: Stage) -> None:
     """Answer 503 with retry_after=0.7. Who looks at it must not come earlier."""
-    errors = [HttpError(503, 0.7) for _ in range(CROWD)]
+    errors = [HttpError(503, retry_after=0.7) for _ in range(CROWD)]
     stage.answers = partial(_next, list(errors))
     results = await stage.ask(CROWD, together=True)
     gaps = [r.gaps[0] for r in results if r.gaps]
     if gaps and any("retry_after" in error.looked for error in errors):
         must(min(gaps) >= 0.69, f"it read retry_after=0.7, and came back after {min(gaps):.2f} s")
-    stage.answers = partial(HttpError, 429, 0.2)
+    stage.answers = partial(HttpError, 429, retry_after=0.2)
     (refused,) = await stage.ask()
     sent = len(refused.sent)
     must(sent <= _attempts(stage), f"429 with a retry_after, again and again: {sent} requests of one call")
@@ -280,7 +287,7 @@ async def shared(stage: Stage) -> None:
 
 
 async def _own_failures(stage: Stage, times: int) -> list[Result]:
-    stage.answers = lambda: ConnectionResetError("reset by peer") if stage.request_number < 2 else "done"
+    stage.answers = lambda: stage.failure() if stage.request_number < 2 else "done"
     return await stage.ask(times, together=True)
 
 
@@ -293,5 +300,6 @@ async def not_idempotent(stage: Stage) -> None:
     if "idempotent" not in stage.given:
         return
     stage.guarded = stage.another(idempotent=False)
-    result = await _failing(stage)
+    stage.answers = partial(ConnectionResetError, 104, "reset by peer")
+    (result,) = await stage.ask()
     must(len(result.sent) == 1, f"idempotent=False, the reply was lost, and it sent {len(result.sent)} requests")

@@ -27,7 +27,7 @@ LATE_SPANS = 0.4
 CUT_SPANS = 12.0
 TIMEOUT_GRANULARITY = 0.003  # seconds: the server rounds a timeout up to the next millisecond, and one more
 STARVED_SPANS = 80.0
-LOCK_SECONDS = 1.0  # between two looks at statements that wait for locks
+LOCK_SECONDS = 1.0  # until a statement that waits for a lock is looked at again; then twice as long each time
 AGE = """
 for _, key in ipairs(redis.call('KEYS', '*')) do
   local left = redis.call('PTTL', key)
@@ -108,6 +108,7 @@ class Worker:
     disturbed: bool = False
     steps: int = 0
     gone: bool = False
+    delay: float = 0.0  # seconds for which it, or a command of it, was held up
     task: asyncio.Task[None] | None = None
 
 
@@ -341,13 +342,13 @@ class ExploredRun:
             if any(timeouts):
                 self.loop.call_later(max(timeouts) + TIMEOUT_GRANULARITY, self.network.poll, context=Context())
             if step.pipe.expected and not step.commands:
-                self.loop.call_later(LOCK_SECONDS, self._look_again, context=Context())
+                self.loop.call_later(LOCK_SECONDS, self._look_again, 2 * LOCK_SECONDS, context=Context())
 
-    def _look_again(self) -> None:
+    def _look_again(self, later: float) -> None:
         """Let the server notice a timeout or a deadlock of statements that wait for locks."""
         self.set_clock(self.loop.now)
         if self.postgres and self.postgres.look_again():
-            self.loop.call_later(LOCK_SECONDS, self._look_again, context=Context())
+            self.loop.call_later(later, self._look_again, 2 * later, context=Context())
 
     async def leap(self, seconds: float) -> None:
         """Let time pass. In real time, all clocks and the keys' TTLs move on at once."""
@@ -366,13 +367,16 @@ class ExploredRun:
         kind, target = FAULT_KINDS.get(action, action), "redis" if action == "flush" else worker.name
         self.faults.append(Fault(self.loop.now, kind, target, "forgets everything" if action == "flush" else when))
         worker.disturbed = worker.disturbed or action in EXCUSED
+        began = self.loop.now
 
         def send() -> None:
+            worker.delay += self.loop.now - began
             self.faults.append(Fault(self.loop.now, "released", worker.name))
             if not after:
                 self.network.pending.append(step)
 
         def resume() -> None:
+            worker.delay += self.loop.now - began
             self.faults.append(Fault(self.loop.now, "resumed", worker.name))
             if not after:
                 self.network.pending.append(step)

@@ -64,7 +64,7 @@ async def start_servers(servers: Servers, *, postgres: bool = False) -> Sockets:
     server, real = await start("confirming", [])
     if not postgres:
         return Sockets(virtual, "", str(page), real, "", server.version)
-    one = await servers.postgres("explored-pg", before=patched, args=["--autovacuum=off", "--deadlock_timeout=20ms"])
+    one = await servers.postgres("explored-pg", before=patched, args=["--autovacuum=off", "--deadlock_timeout=2ms"])
     other = await servers.postgres("confirming-pg")
     return Sockets(virtual, one.url, str(page), real, other.url, f"{server.version} and {other.version}")
 

@@ -106,9 +106,13 @@ def _hostname() -> str:
 def _salted(value: Any) -> int:
     """Return a hash that is another one in each process, as PYTHONHASHSEED makes it."""
     n = _view.here() if _view else None
-    if _view is None or n is None or not isinstance(value, (str, bytes)):
+    if _view is None or n is None or not _has_text(value):
         return int(_real["hash"](value))
     return int(_real["hash"]((0 if _view.world.tasks else n, value)))
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) or (isinstance(value, (tuple, frozenset)) and any(map(_has_text, value)))
 
 
 class _Datetime(datetime.datetime):
