@@ -17,7 +17,7 @@ from distsys.lab.explore.run import BOTH, ExploredRun, Outcome, Scene, Worker
 from distsys.lab.explore.worlds import WORLDS
 
 LONG = 1.0  # seconds: who is held up for longer may have lost a lease without knowing it
-RETRIES = (0.5, 5.0, 60.0, 600.0, 3000.0)  # seconds between the attempts of a client that was not told yet
+RETRIES = (0.5, 2.5, 60.0, 600.0, 3000.0)  # seconds between the attempts of a client that was not told yet
 
 
 class Declined(Exception):

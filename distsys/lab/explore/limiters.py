@@ -14,15 +14,18 @@ from distsys.lab.explore.blocking import in_greenlet
 from distsys.lab.explore.build import WrongShape, build, method_of
 from distsys.lab.explore.run import BOTH, ExploredRun, Outcome, Scene, Worker
 from distsys.lab.explore.worlds import SKEWED_CLOCKS, WORLDS
-from distsys.lab.history.history import Op
 
 LIMIT = 10
-Plan = tuple[tuple[str, float, int], ...]
-"""What the workers ask for: (worker, when in windows, how many requests one after the other)."""
+Plan = tuple[tuple[Any, ...], ...]
+"""What the workers ask for: (worker, when in windows, how many requests one after the other, for which client)."""
 
 BURST: Plan = (("w1", 0.0, 6), ("w2", 0.0, 6), ("w3", 0.0, 6), ("w1", 2.5, 6), ("w2", 2.5, 6))
 BOUNDARY: Plan = (("w1", 0.9, 10), ("w2", 1.05, 10), ("w3", 3.5, 2))
-IMPATIENT: Plan = (("w1", 0.0, 10), *(("w2", 0.1 * n, 1) for n in range(1, 15)))
+FIRST: Plan = (("w3", 0.0, 1), ("w1", 0.9, 9), ("w2", 1.05, 10), ("w3", 3.5, 2))
+STEADY: Plan = tuple((f"w{1 + n % 3}", 0.25 * n, 1) for n in range(24))
+CLIENTS: Plan = (("w1", 0.0, 12, "ann"), ("w2", 0.1, 12, "bob"), ("w3", 2.5, 2, "ann"), ("w1", 2.5, 2, "bob"))
+PAUSE: Plan = (("w1", 0.0, 3), ("w2", 4.0, 15), ("w3", 4.0, 15), ("w1", 6.5, 2))
+IMPATIENT: Plan = (("w1", 0.0, 10), *(("w2", 0.08 * n, 1) for n in range(1, 20)))
 RACE: Plan = (("w1", 0.0, 4), ("w2", 0.0, 4), ("w3", 0.0, 4), ("w2", 3.5, 3), ("w3", 3.6, 3))
 SKEWED: Plan = (("w1", 0.0, 10), ("w2", 0.2, 10), ("w3", 0.4, 10), ("w1", 2.5, 2))
 HOUR: Plan = (("w1", 0.0, 4), ("w2", 0.0, 4), ("w3", 0.0, 4))
@@ -49,6 +52,7 @@ class LimiterRun(ExploredRun):
 
     def __post_init__(self) -> None:
         self.left_behind = 0
+        self.asked_for: dict[str, str] = {}  # client, by worker
 
     def build(self, candidate: Any, **clients: Any) -> Any:
         """Call the candidate with what its parameters name: limit and window, or capacity and refill_rate."""
@@ -58,16 +62,17 @@ class LimiterRun(ExploredRun):
     async def work(self, worker: Worker, made: Any) -> None:
         """Make the requests that the plan has for this worker."""
         ask = asks(made)
-        for _, at, times in (part for part in self.plan if part[0] == worker.name):
+        for _, at, times, *client in (part for part in self.plan if part[0] == worker.name):
             await asyncio.sleep(max(0.0, at * self.span - self.loop.now))
             for _ in range(times):
-                await self._request(worker, ask)
+                await self._request(worker, ask, (client or ["explored"])[0])
         worker.phase = "done"
 
-    async def _request(self, worker: Worker, ask: Callable[..., Any]) -> None:
-        number = self.begin(worker, "admit")
+    async def _request(self, worker: Worker, ask: Callable[..., Any], client: str) -> None:
+        self.asked_for[worker.name] = client
+        number = self.begin(worker, "admit", {"key": client})
         try:
-            answer = await in_greenlet(ask, "explored")
+            answer = await in_greenlet(ask, client)
             answer = bool(await answer if inspect.isawaitable(answer) else answer)
         except Exception as error:  # noqa: BLE001  whatever the candidate raises is no answer
             self.end(number, "info", f"{type(error).__name__}: {error}")
@@ -80,7 +85,7 @@ class LimiterRun(ExploredRun):
 
     def repeated(self, worker: Worker) -> None:
         """Count the lost request as one more that may have been admitted."""
-        self.ops.append(Op(worker.name, "admit", "info", self.loop.now, None))
+        self.begin(worker, "admit", {"key": self.asked_for[worker.name]})
 
     async def over(self) -> None:
         """Count the keys that no TTL will ever remove."""
@@ -124,6 +129,13 @@ LIMITER_SCENES = (
           hint="Each process has a memory of its own. What do all of them share, and which one step decides?"),
     Scene("a burst on both sides of a second", options={"plan": BOUNDARY},
           hint="Ten a second means in any second, not in each of the clock. When may a request be forgotten?"),
+    Scene("a burst on both sides of a second after the first request", options={"plan": FIRST},
+          hint="Does a window begin with its first request? Then where does the next one begin?"),
+    Scene("steady requests, fewer than the limit", options={"plan": STEADY},
+          hint="What makes the count go down while requests keep coming?"),
+    Scene("two clients", options={"plan": CLIENTS}, hint="What is in the name of the key that is counted?"),
+    Scene("a burst after a long pause", options={"plan": PAUSE},
+          hint="How much may be saved up while nobody asks?"),
     Scene("an impatient client is refused again and again", options={"plan": IMPATIENT},
           hint="What does a refused request leave behind in your count?"),
     Scene("the clocks of three hosts are 30 s apart", worlds=(SKEWED_CLOCKS,), options={"plan": SKEWED},

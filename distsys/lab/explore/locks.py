@@ -16,12 +16,18 @@ from distsys.lab.run.guard import Guard
 
 @dataclass(eq=False)
 class LockRun(ExploredRun):
-    """Three workers take the lock once each. `span` is its TTL, `section` how many TTLs a holder works."""
+    """Three workers take the lock once each. `span` is its TTL, `section` how many TTLs a holder works.
+
+    overrun  the work is longer than the TTL: of two holders the one whose lease is over must be told of it, at the
+             latest when it leaves
+    """
 
     section: float = 0.5
+    overrun: bool = False
 
     def __post_init__(self) -> None:
         self.entered = 0
+        self._joined: dict[str, tuple[str, Op]] = {}  # whose lease is over -> who is inside beside it
         self._inside: dict[str, Op] = {}
         self._occupied = 0.0  # when somebody was last seen inside
 
@@ -60,7 +66,11 @@ class LockRun(ExploredRun):
             self.end(left, "fail", f"{type(told_late).__name__}: {told_late}")
             self._told(worker, f"release raised {type(told_late).__name__}")
         else:
-            self.end(left, "ok")
+            op = self.end(left, "ok")
+            if error is None and worker.name in self._joined:
+                other, entered = self._joined[worker.name]
+                why = f"{worker.name} worked beyond its lease, beside {other}, and was never told"
+                self.violated(why, self._inside[worker.name], entered, op)
         worker.phase = "done"
 
     def starved(self) -> Outcome:
@@ -89,7 +99,10 @@ class LockRun(ExploredRun):
         self.entered += 1
         self.tell(worker, "entered" + (f" while {others[0].name} was inside" if others else ""))
         for other in others:
-            if not (worker.disturbed or other.disturbed):
+            if self.overrun:  # the one that stood still has lost its lease, or else the one that came first
+                late, beside = (worker, other) if worker.disturbed else (other, worker)
+                self._joined.setdefault(late.name, (beside.name, op))
+            elif not (worker.disturbed or other.disturbed):
                 why = f"{other.name} and {worker.name} were inside at once, and neither had been disturbed"
                 self.violated(why, self._inside[other.name], op)
         self._inside[worker.name] = op
@@ -106,14 +119,14 @@ class LockRun(ExploredRun):
 
     def _told(self, worker: Worker, how: str) -> None:
         self.tell(worker, f"was told that it lost the lock: {how}")
-        if not worker.disturbed and not self.flushed:
+        if not (worker.disturbed or self.flushed or self.overrun):
             self.violated(f"{worker.name} was thrown out, though nothing had disturbed it: {how}")
 
 
 LOCK_SCENES = (
     Scene("nothing is disturbed: three workers take turns", worlds=WORLDS,
           hint="Who may enter is decided by one atomic step at the server. What tells one holder from another?"),
-    Scene("the work takes longer than the TTL", options={"section": 2.5},
+    Scene("the work takes longer than the TTL", options={"section": 2.5, "overrun": True},
           hint="The lease has to last as long as the work. Who extends it, and who is told when that fails?"),
     Scene("a command is late, by less than half a TTL", (("late", False),),
           hint="From when on does the holder count its lease: from its asking, or from the answer?"),
@@ -134,4 +147,7 @@ LOCK_SCENES = (
     Scene("a connection breaks, and the client does not retry", (("reset", False), ("lost", True)),
           options={"retries": 0},
           hint="The command may have been carried out although its caller got an error. What is left behind?"),
+    Scene("a process stands still in the midst of long work, and goes on", (("freeze", False), ("freeze", True)),
+          options={"section": 2.5, "overrun": True},
+          hint="When it wakes up, its lock may be another's. Which of its next commands could tell, and whom?"),
 )  # fmt: skip

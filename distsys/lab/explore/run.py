@@ -27,6 +27,7 @@ LATE_SPANS = 0.4
 CUT_SPANS = 12.0
 TIMEOUT_GRANULARITY = 0.003  # seconds: the server rounds a timeout up to the next millisecond, and one more
 STARVED_SPANS = 80.0
+PATIENCE = 3.0  # seconds that are waited for in real time; longer ones are leapt over
 LOCK_SECONDS = 1.0  # until a statement that waits for a lock is looked at again; then twice as long each time
 AGE = """
 for _, key in ipairs(redis.call('KEYS', '*')) do
@@ -352,10 +353,10 @@ class ExploredRun:
 
     async def leap(self, seconds: float) -> None:
         """Let time pass. In real time, all clocks and the keys' TTLs move on at once."""
-        if self.real and seconds > 1:
+        if self.real and seconds > PATIENCE:
             self.loop.leap(seconds)
             self.network.control("EVAL", AGE, "0", str(int(seconds * 1000)))
-        await asyncio.sleep(0.001 if self.real and seconds > 1 else seconds)
+        await asyncio.sleep(0.001 if self.real and seconds > PATIENCE else seconds)
 
     def _deviate(self, deviation: Deviation, worker: Worker, step: Step) -> None:
         """Disturb the worker at this step; `after` means that the server has executed it already."""

@@ -9,7 +9,9 @@ from typing import Any
 from distsys.rate_limiting.sliding_window import SlidingWindowLimiter
 from distsys.rate_limiting.token_bucket import TokenBucketLimiter
 
-AT_ONCE, BOUNDARY, IMPATIENT, CLOCKS, HELD_BACK, KILLED, FROZEN, BROKEN, LEFT_BEHIND = range(9)
+AT_ONCE, BOUNDARY, FIRST, STEADY, CLIENTS, PAUSE, IMPATIENT, CLOCKS, HELD_BACK, KILLED, FROZEN, BROKEN, LEFT_BEHIND = (
+    range(13)
+)
 WINDOW = """
 local t = redis.call('TIME') local now = t[1] * 1000000 + t[2]
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1] * 1000000)
