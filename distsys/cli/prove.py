@@ -20,7 +20,8 @@ what a candidate is given, of what its parameters name, and what it must have (s
   limiter   redis, limit and window,                   allow(key), try_acquire(key) or is_allowed(key)
             or capacity and refill_rate
   endpoint  redis, conn or pool, charge                pay(key, amount, user), which returns what charge returned:
-            await charge(amount) takes the money at once, await charge(amount, conn) in the transaction of conn
+            await charge(amount) takes the money at once, await charge(amount, conn) in the transaction of conn;
+            it may raise: a TimeoutError if nobody knows whether it was paid, any other error if it was not
   breaker   call, clock, failure_threshold (5),        a decorator, or call(fn, ...); or, if it names `call`,
             recovery_timeout (30 s)                    the guarded call
   retry     call, clock, sleep, max_attempts (3),      the same

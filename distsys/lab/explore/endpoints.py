@@ -44,7 +44,6 @@ IN_TURN: Plan = (("w1", 0.0, ANN), ("w2", 0.2, ANN), ("w2", 0.4, BOB), ("w3", 0.
 OTHER_AMOUNT: Plan = (("w1", 0.0, ANN), ("w2", 0.2, MORE), ("w3", 0.4, ANN))
 AGAIN: Plan = (("w1", 0.0, ANN), ("w2", 0.2, ANN), ("w3", 0.4, ANN))
 AT_ONCE: Plan = (("w1", 0.0, ANN), ("w2", 0.0, ANN), ("w3", 0.0, ANN), ("w3", 0.1, BOB))
-ALONE: Plan = (("w1", 0.0, ANN),)
 
 _request: ContextVar[Request] = ContextVar("distsys_explored_request")
 
@@ -142,7 +141,6 @@ class EndpointRun(ExploredRun):
 
     plan: Plan = IN_TURN
     refusals: tuple[Exception, ...] = ()
-    provider: bool = True  # a charge can be disturbed, too
     at_once: bool = False  # every attempt of the plan has to be answered when it is made
     learned: dict[str, bool] = field(default_factory=dict)  # what earlier runs found out: "outside", of charges
     span: float = 1.0
@@ -296,7 +294,7 @@ class EndpointRun(ExploredRun):
 
 
 UNREACHABLE = ConnectionRefusedError(111, "the provider can't be reached: nothing was charged")
-DISTURBED: dict[str, Any] = {"plan": (*ALONE, ("w2", 0.3, ANN)), "provider": False}
+DISTURBED: dict[str, Any] = {"plan": (("w1", 0.0, ANN), ("w2", 0.3, ANN))}
 ENDPOINT_SCENES = (
     Scene("one attempt after the other, two users, two keys", worlds=WORLDS, options={"plan": IN_TURN, "at_once": True},
           hint="What of the first attempt is remembered, under which name, and does the second one look there?"),
@@ -309,10 +307,10 @@ ENDPOINT_SCENES = (
     Scene("two attempts at once, one of them late", (("hold", False), ("late", False)), worlds=(WORLDS[0], WORLDS[2]),
           options={"plan": AT_ONCE},
           hint="Between your look and your mark another one looks. Which one command or statement does both?"),
-    Scene("a server is killed", tuple(("kill", after) for after in BOTH), options={"plan": DISTURBED["plan"]},
+    Scene("a server is killed", tuple(("kill", after) for after in BOTH), options=DISTURBED,
           hint="What would make effect and mark happen together, or not at all? Who may take over, and when?"),
     Scene("a server stands still until another has answered", tuple(("freeze", after) for after in BOTH),
-          options={"plan": DISTURBED["plan"]}, hint="It wakes up and goes on. What does it find changed?"),
+          options=DISTURBED, hint="It wakes up and goes on. What does it find changed?"),
     Scene("a connection breaks", (("reset", False), ("lost", True), ("cut", True)), options=DISTURBED,
           hint="A reply that is lost is not a command that is lost."),
     Scene("the client goes away", tuple(("cancel", after) for after in BOTH), options=DISTURBED,

@@ -102,8 +102,9 @@ class LockRun(ExploredRun):
             if self.overrun:  # the one that stood still has lost its lease, or else the one that came first
                 late, beside = (worker, other) if worker.disturbed else (other, worker)
                 self._joined.setdefault(late.name, (beside.name, op))
-            elif not (worker.disturbed or other.disturbed):
-                why = f"{other.name} and {worker.name} were inside at once, and neither had been disturbed"
+            elif not (worker.unaware or other.disturbed):
+                how = f"{worker.name} entered after an error" if worker.disturbed else "neither had been disturbed"
+                why = f"{other.name} and {worker.name} were inside at once, and {how}"
                 self.violated(why, self._inside[other.name], op)
         self._inside[worker.name] = op
         self.progressed(worker)

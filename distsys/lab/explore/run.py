@@ -23,11 +23,13 @@ EXCUSED = {"hold", "freeze", "hang", "kill", "lost", "reset", "cut", "cancel"}
 FAULT_KINDS = {"late": "held", "hold": "held", "hang": "held", "freeze": "stopped", "kill": "killed", "flush": "server",
                "lost": "without a reply", "reset": "disconnected", "cut": "cut off", "cancel": "cancelled"}  # fmt: skip
 """What a history calls these actions."""
+UNNOTICED = {"hold", "freeze", "hang"}
+"""Actions that a worker can't notice. After one that it does notice, an error, it must not enter beside another."""
 LATE_SPANS = 0.4
 CUT_SPANS = 12.0
 TIMEOUT_GRANULARITY = 0.003  # seconds: the server rounds a timeout up to the next millisecond, and one more
 STARVED_SPANS = 80.0
-PATIENCE = 3.0  # seconds that are waited for in real time; longer ones are leapt over
+PATIENCE, MANY_SECONDS = 3.0, 100.0  # a longer wait is leapt over, in real and in virtual time
 LOCK_SECONDS = 1.0  # until a statement that waits for a lock is looked at again; then twice as long each time
 AGE = """
 for _, key in ipairs(redis.call('KEYS', '*')) do
@@ -109,6 +111,7 @@ class Worker:
     disturbed: bool = False
     steps: int = 0
     gone: bool = False
+    unaware: bool = False  # it was disturbed without a chance to notice
     delay: float = 0.0  # seconds for which it, or a command of it, was held up
     task: asyncio.Task[None] | None = None
 
@@ -352,11 +355,20 @@ class ExploredRun:
             self.loop.call_later(later, self._look_again, 2 * later, context=Context())
 
     async def leap(self, seconds: float) -> None:
-        """Let time pass. In real time, all clocks and the keys' TTLs move on at once."""
-        if self.real and seconds > PATIENCE:
+        """Let time pass. A long time is leapt over when nobody is served: clocks and TTLs move on at once."""
+        if seconds <= (PATIENCE if self.real else MANY_SECONDS):
+            await asyncio.sleep(seconds)
+            return
+        for _ in range(1000):
+            if not any(worker.phase == "asking" and not worker.gone for worker in self.workers):
+                break
+            await asyncio.sleep(0.02)
+        if self.real:
             self.loop.leap(seconds)
             self.network.control("EVAL", AGE, "0", str(int(seconds * 1000)))
-        await asyncio.sleep(0.001 if self.real and seconds > PATIENCE else seconds)
+        else:
+            self.loop.now += seconds
+        await asyncio.sleep(0.001)
 
     def _deviate(self, deviation: Deviation, worker: Worker, step: Step) -> None:
         """Disturb the worker at this step; `after` means that the server has executed it already."""
@@ -368,6 +380,7 @@ class ExploredRun:
         kind, target = FAULT_KINDS.get(action, action), "redis" if action == "flush" else worker.name
         self.faults.append(Fault(self.loop.now, kind, target, "forgets everything" if action == "flush" else when))
         worker.disturbed = worker.disturbed or action in EXCUSED
+        worker.unaware = worker.unaware or action in UNNOTICED
         began = self.loop.now
 
         def send() -> None:

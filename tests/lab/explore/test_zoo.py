@@ -8,7 +8,7 @@ import pytest
 
 from distsys.lab import Lab
 from distsys.lab.explore.explorer import KINDS
-from tests.lab.zoo import name_of, scene_of, zoo
+from tests.lab.zoo import about, name_of, scene_of, zoo
 
 SAMPLED = {"lock": 4, "limiter": 3, "endpoint": 4, "breaker": 1, "retry": 1}  # every so many; `make zoo` takes all
 
@@ -32,7 +32,7 @@ async def test_a_right_one_holds_in_every_scene(lab: Lab, kind: str, candidate: 
 @pytest.mark.parametrize(("kind", "candidate"), [case for kind in KINDS for case in some(kind, "WRONG")])
 async def test_a_mistake_is_found_by_the_scene_about_it(lab: Lab, kind: str, candidate: Any) -> None:
     """With a story, and a picture of the run."""
-    exploration = await lab.explore(candidate, kind=kind)
+    exploration = await lab.explore(candidate, kind=kind, only=about(kind, candidate))
     violated = {found.scene: found for found in exploration.violated()}
     assert scene_of(kind, candidate) in violated, exploration
     assert all(found.card and found.card.svg() for found in violated.values())

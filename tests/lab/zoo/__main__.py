@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from distsys.lab import Lab
-from tests.lab.zoo import ZOO, name_of, scene_of, zoo
+from tests.lab.zoo import ZOO, about, name_of, scene_of, zoo
 
 TRUTH = Path(__file__).parents[3] / "references/truth.md"
 HEAD = """# What the explorer finds
@@ -17,11 +17,13 @@ HEAD = """# What the explorer finds
 Written by `make zoo`: every candidate of [`tests/lab/zoo/`](../tests/lab/zoo/locks.py) is explored, and this table
 says what was found. A mistake is found for the right reason when the scene that is about it shows it; for a lock, a
 limiter or an endpoint with a schedule that was seen again in real time on unmodified servers. A false alarm is a right
-candidate that does not hold in every scene.
+candidate that does not hold in every scene. Of a wrong lock, limiter or endpoint only the scene about its mistake is tried
+here, so seconds and schedules are more for one that is explored to the end.
 
-The scenes have been mended with this zoo in sight, so it is a rehearsal. Candidates that nobody has seen do worse: the
-breakers and retries were written by somebody who did not know the scenes, and at first 21 of 26 and 21 of 26 were found,
-of 16 right ones three were accused.
+The scenes have been mended with this zoo in sight, so it is a rehearsal. Candidates that nobody has seen do worse. Most of
+these were written by somebody who did not know the scenes; when they were tried for the first time, 97 of 113 wrong ones
+were found, and 9 of 36 right ones were accused: three retries that take one argument, two endpoints that answer "in
+progress" for ever when nobody can know, four locks without renewal that tell their holder. None of them is accused now.
 
 """
 
@@ -36,7 +38,8 @@ async def main() -> int:
             caught, right_reason, alarms, seconds, schedules = 0, 0, 0, list[float](), list[int]()
             for candidate in (*candidates.WRONG, *not_found, *candidates.RIGHT):
                 began = time.monotonic()
-                exploration = await lab.explore(candidate, kind=kind)
+                only = about(kind, candidate) if candidate in candidates.WRONG else ()
+                exploration = await lab.explore(candidate, kind=kind, only=only)
                 seconds.append(time.monotonic() - began)
                 schedules.append(exploration.schedules)
                 violated = [found.scene for found in exploration.violated()]
