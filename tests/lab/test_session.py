@@ -171,8 +171,8 @@ async def test_the_scenes_can_end_at_a_number(lab: Lab) -> None:
     """Then passing means passing that far."""
     found = await lab.try_lock(candidates.TtlNoRenewal, upto=1)
     assert found.passed
-    with pytest.raises(ValueError, match="scenes 1 to 11"):
-        await lab.try_lock(candidates.TtlNoRenewal, upto=12)
+    with pytest.raises(ValueError, match="scenes 1 to 12"):
+        await lab.try_lock(candidates.TtlNoRenewal, upto=13)
 
 
 async def test_every_kind_has_a_door(lab: Lab) -> None:

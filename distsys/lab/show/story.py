@@ -136,7 +136,8 @@ def _calls(history: History) -> Iterator[str]:
         yield f"{process} called {count(len(own), 'time')}, for{' up to' * (len(own) > 1)} {longest}: {ends}."
     sent, arrived, done = (len(history.where(name)) for name in ("request", "arrive", "apply"))
     waited = f"; {count(len(slept), 'wait')} in between" if (slept := history.where("wait")) else ""
-    yield f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."
+    if sent:
+        yield f"{count(sent, 'request')} sent: {arrived:,} arrived, {done:,} took effect{waited}."
 
 
 def _other_faults(history: History) -> list[Fault]:
