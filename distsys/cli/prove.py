@@ -76,7 +76,7 @@ async def _prove(options: argparse.Namespace, candidate: Any) -> int:
         for seed in range(options.seed, options.seed + options.runs):
             try:
                 exploration = await lab.explore(candidate, seed=seed, **settings)
-            except (WrongShape, ServerUnavailable) as wrong:
+            except (WrongShape, ServerUnavailable, RuntimeError) as wrong:
                 raise NothingTested(str(wrong)) from None
             except ValueError as wrong:
                 raise Usage(str(wrong)) from None

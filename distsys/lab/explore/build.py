@@ -17,14 +17,20 @@ class WrongShape(TypeError):
 
 
 def loader(candidate: Any) -> Callable[[], Any]:
-    """Return a function that makes a copy of the candidate's module for each process; libraries are shared."""
+    """Return a function that makes a copy of the candidate's module for each process.
+
+    Libraries are shared, and so is a candidate that can't be copied, as one with a lock or a socket in a global.
+    """
     from cloudpickle import cloudpickle
 
     module = sys.modules.get(getattr(candidate, "__module__", "") or "")
     own = module is not None and not _is_library(module)
     if own and module is not None and module.__name__ != "__main__":
         cloudpickle.register_pickle_by_value(module)
-    data = cloudpickle.dumps(candidate)
+    try:
+        data = cloudpickle.dumps(candidate)
+    except Exception:  # noqa: BLE001  whatever its globals raise
+        return lambda: candidate
 
     def load() -> Any:
         cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.clear()  # or every process gets the same class

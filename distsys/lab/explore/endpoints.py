@@ -250,7 +250,9 @@ class EndpointRun(ExploredRun):
     def ended(self) -> Outcome:
         """Compare what was told with what was paid."""
         if not (self.told or self.effects or self.schedule or self.refusals):
-            return self.outcome("INCONCLUSIVE", f"nobody was answered: {(self.crashes() or self.errors or ['?'])[0]}")
+            return self.outcome(
+                "INCONCLUSIVE", f"nobody was answered: {(self.crashes() or self.errors or ['no reason given'])[0]}"
+            )
         for request in dict.fromkeys(request for *_, request in self.plan):
             if broken := self._broken(request):
                 ops = tuple(op for op in self.ops if op.value and str(op.value).startswith(str(request)))

@@ -87,7 +87,9 @@ class LockRun(ExploredRun):
         """Return HELD, unless nobody ever got in."""
         if not self.entered and not self.schedule:
             refused = [op.detail for op in self.ops if op.name == "acquire" and op.detail]
-            return self.outcome("INCONCLUSIVE", f"nobody got in: {(self.crashes() or refused or [chr(63)])[0]}")
+            return self.outcome(
+                "INCONCLUSIVE", f"nobody got in: {(self.crashes() or refused or ['no reason given'])[0]}"
+            )
         return self.outcome("HELD", f"{self.entered} entered, one at a time")
 
     # ---- what is promised

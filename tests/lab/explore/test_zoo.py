@@ -9,6 +9,7 @@ import pytest
 from distsys.lab import Lab
 from distsys.lab.explore.explorer import KINDS
 from tests.lab.zoo import about, name_of, scene_of, zoo
+from tests.lab.zoo.with_globals import counted
 
 SAMPLED = {"lock": 4, "limiter": 3, "endpoint": 4, "breaker": 1, "retry": 1}  # every so many; `make zoo` takes all
 
@@ -43,3 +44,8 @@ async def test_an_unknown_kind_is_refused(lab: Lab) -> None:
     """With the kinds there are."""
     with pytest.raises(ValueError, match="kind='cache': one of 'lock', 'limiter'"):
         await lab.explore(object, kind="cache")
+
+
+async def test_a_candidate_that_cannot_be_copied_is_explored_all_the_same(lab: Lab) -> None:
+    """A module of a company holds locks, sockets and clients in its globals."""
+    assert (await lab.explore(counted, kind="retry")).passed
