@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     add_prove("--as", dest="kind", choices=kinds, required=True, help="what kind of rule it is")
     add_prove("--all", action="store_true", help="go on after the first scene that breaks it")
     add_prove("--only", type=int, nargs="+", metavar="N", help="only these scenes, by their numbers")
-    add_prove("--schedule", metavar="S", help='run this schedule alone, in real time, as in "w1#4 hold"')
+    add_prove(
+        "--schedule", metavar="S", help='run this schedule of the scene --only N alone, in real time, as in "w1#4 hold"'
+    )
     add_prove("--ttl", type=float, default=0.3, metavar="S", help="TTL of a lock, or what it has built in: seconds")
     add_prove("--window", type=float, default=1.0, metavar="S", help="window of a limiter: seconds")
     promises = ["window", "bucket", "approximate"]

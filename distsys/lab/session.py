@@ -147,7 +147,7 @@ class Lab:
         ttl         of a lock, seconds: what the candidate is given, or the TTL it has built in
         window      of a limiter, seconds: ten requests in it, or a bucket of ten that is full again after it
         promise     of a limiter: "window", "bucket" or "approximate"; None finds out by what the candidate names
-        schedule    "w1#4 hold": run this one alone, in real time
+        schedule    "w1#4 hold": run this one alone, in real time, in the scene that `only` names, or else in the first
         setup       SQL that makes the tables that the candidate needs
         seed        of chance, as the candidate sees it; the lab's own seed by default
         only        numbers of scenes, from 1; () for all

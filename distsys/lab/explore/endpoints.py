@@ -224,7 +224,9 @@ class EndpointRun(ExploredRun):
                 self.errors.append(said)
             self.end(asked, "info", said)
             self.tell(worker, f"did not answer: {said[:60]}")
+            worker.phase = "idle"
             return
+        worker.phase = "idle"
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else str(answer)
         self.end(asked, "ok")
         self.end(self.begin(worker, "told", f"{request} → {text}"), "ok")

@@ -19,6 +19,7 @@ class SceneVerdict:
     status: Status
     summary: str
     schedules: int
+    number: int = 0  # of the scene
     schedule: str = ""  # "w1#4 hold"
     story: list[str] = field(default_factory=list)
     hint: str = ""
@@ -32,7 +33,7 @@ class Exploration:
     candidate: str
     searched: str  # "three workers, each command disturbed in turn"
     server: str  # on which a counterexample was seen again in real time; "" where none took part
-    scenes: tuple[str, ...]  # all there are; those after the last one found were not tried
+    scenes: dict[int, str]  # those that were to be tried, by their numbers
     verdicts: list[SceneVerdict]
     broken_shape: str = ""  # why it could not be tried at all
 
@@ -60,10 +61,11 @@ class Exploration:
     def __str__(self) -> str:
         lines = [f"{self.candidate}: {self.status}, held in {self.level} of {count(len(self.scenes), 'scene')}"]
         lines += [f"  searched: {count(self.schedules, 'schedule')}; {self.searched}"]
-        for n, scene in enumerate(self.scenes):
-            found = self.verdicts[n] if n < len(self.verdicts) else None
+        tried = {found.number: found for found in self.verdicts}
+        for n, scene in self.scenes.items():
+            found = tried.get(n)
             what = f" - {found.summary}" if found and found.status != "HELD" else "" if found else " - not tried"
-            lines.append(f"  {MARK[found.status] if found else '·'} {n + 1}. {scene}{what}")
+            lines.append(f"  {MARK[found.status] if found else '·'} {n}. {scene}{what}")
         for found in self.violated():
             lines += ["", f"  {found.summary}", f"  {self._seen(found)}", *(f"    {line}" for line in found.story)]
             lines += [f"  hint: {found.hint}"] if found.hint else []
@@ -77,15 +79,16 @@ class Exploration:
 
     def _seen(self, found: SceneVerdict) -> str:
         again = f", seen again in real time on {self.server}" if self.server else ""
-        return f"schedule: {found.schedule or 'no disturbance'}{again}"
+        replay = f' (--only {found.number} --schedule "{found.schedule}")' if found.schedule else ""
+        return f"schedule: {found.schedule or 'no disturbance'}{again}{replay}"
 
     def _repr_html_(self) -> str:
         head = f"<p><b>{escape(str(self).partition(chr(10))[0])}</b></p>"
         rows = [
-            (str(n), MARK[f.status], f.scene, f"{f.schedules:,}", "" if f.status == "HELD" else f.summary)
-            for n, f in enumerate(self.verdicts, 1)
+            (str(f.number), MARK[f.status], f.scene, f"{f.schedules:,}", "" if f.status == "HELD" else f.summary)
+            for f in self.verdicts
         ]
-        rows += [(str(n + 1), "·", scene, "", "not tried") for n, scene in enumerate(self.scenes) if n >= len(rows)]
+        rows += [(str(n), "·", scene, "", "not tried") for n, scene in [*self.scenes.items()][len(rows) :]]
         page = head + table(("", "", "scene", "schedules", "what happened"), rows)
         page += f"<p>Searched: {escape(self.searched)}.</p>"
         for n, found in enumerate(self.violated()):

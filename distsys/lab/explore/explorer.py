@@ -171,7 +171,7 @@ class Search:
             [(outcome.history, outcome.finding)], title=scene.title, claim=schedule or "no disturbance", stats={}
         )
         return SceneVerdict(
-            scene.title, "VIOLATED", outcome.summary, tried, schedule, tell_story(outcome), scene.hint, verdict
+            scene.title, "VIOLATED", outcome.summary, tried, 0, schedule, tell_story(outcome), scene.hint, verdict
         )
 
     def _schedules(self, scene: Scene) -> Iterator[tuple[tuple[Deviation, ...], World | None]]:
@@ -205,10 +205,10 @@ def search(order: Order, tell: Callable[[SceneVerdict], None]) -> None:
     found = Search(order)
     if order.schedule is not None:
         deviations = tuple(Deviation.parse(part) for part in order.schedule.split(",") if part.strip())
-        scene = Scene("one schedule, in real time")
-        outcome = found.run(real=True, schedule=deviations)
+        scene = found.kind.scenes[order.only[0] - 1 if order.only else 0]
+        outcome = found.run(real=True, schedule=deviations, world=scene.worlds[0], **scene.options)
         shown = found._found(scene, outcome, 1, order.schedule)
-        shown.status = outcome.status
+        shown.status, shown.number = outcome.status, found.kind.scenes.index(scene) + 1
         tell(shown)
         return
     scenes = found.kind.scenes
@@ -216,6 +216,7 @@ def search(order: Order, tell: Callable[[SceneVerdict], None]) -> None:
         if order.only and n + 1 not in order.only:
             continue
         one = found.scene(scene)
+        one.number = n + 1
         tell(one)
         if found.hung or (one.status != "HELD" and (n == 0 or not order.to_the_end)):
             return  # if it does not even work undisturbed, a disturbance would show nothing new
@@ -276,6 +277,8 @@ async def explored(
         await process.end()
         process.close()
     kind = KINDS[order.kind]
-    scenes = [scene.title for n, scene in enumerate(kind.scenes, 1) if not order.only or n in order.only]
-    titles = tuple(scenes) if order.schedule is None else (found[0].scene,)
+    chosen = order.only or range(1, len(kind.scenes) + 1)
+    titles = {n: kind.scenes[n - 1].title for n in chosen}
+    if order.schedule is not None:
+        titles = {found[0].number: found[0].scene}
     return Exploration(name, kind.searched, order.sockets.version if order.sockets else "", titles, found)

@@ -229,6 +229,7 @@ class ExploredRun:
         self.patience = (self.starved_spans if not self.real else REAL_STARVED_SPANS) * self.span
         until = self.patience + 10 * self.span
         self.loop = ExploreLoop(step=self._step, until=until, wait=self._wait if self.real else None)
+        self._over: asyncio.Future[None] = self.loop.create_future()
         self.workers = [Worker(name, Process(name)) for name in ("w1", "w2", "w3")]
         people = [worker.process for worker in self.workers]
         outcome: Outcome | None = None
@@ -240,6 +241,7 @@ class ExploredRun:
             except Stuck:
                 outcome = self.starved()
             finally:
+                self._over.cancel()  # what dying coroutines still do is not told
                 self.loop.end()
         return outcome or self.ended()
 
@@ -251,7 +253,6 @@ class ExploredRun:
         self.set_clock(self.loop.now)
         self.network.control("FLUSHALL")
         self.network.control("SCRIPT", "FLUSH")
-        self._over: asyncio.Future[None] = self.loop.create_future()
         if self.real and self.aligned:
             self.loop.begin_at_whole_second()
         try:
